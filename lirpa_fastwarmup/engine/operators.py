@@ -1,0 +1,124 @@
+"""Convolutions that an installed engine has no operator for, bounded by the same two formulas.
+
+Release 0.3 knows two-dimensional convolutions only, and transposed ones only without padding; 0.7
+adds one-dimensional ones. Everything else that PyTorch exports as ``Conv`` or ``ConvTranspose`` is
+bounded here: IBP by centre and radius, W·c ± |W|·r, CROWN by the adjoint of the convolution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from lirpa_fastwarmup.engine.compat import engine
+
+_operators = engine.bound_general.__dict__
+Bound: Any = _operators["Bound"]
+BoundConv: Any = _operators["BoundConv"]
+BoundConvTranspose: Any = _operators["BoundConvTranspose"]
+
+_CONVOLUTION: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_TRANSPOSED: dict[int, Callable[..., Tensor]] = {
+    1: F.conv_transpose1d,
+    2: F.conv_transpose2d,
+    3: F.conv_transpose3d,
+}
+
+
+class BoundConvNd(Bound):
+    """A convolution over one, two or three spatial dimensions, plain or transposed.
+
+    Inputs are the features (batch, channels, *space), the weight and, optionally, the bias.
+    """
+
+    def __init__(self, attr: Any, inputs: Any, output_index: int, options: Any, *, transposed: bool) -> None:
+        super().__init__(attr, inputs, output_index, options)
+        self.rank = len(attr["kernel_shape"])
+        if attr["pads"][: self.rank] != attr["pads"][self.rank :]:
+            raise NotImplementedError(f"a convolution padded differently at its two ends: {attr['pads']}")
+        self.transposed = transposed
+        self.stride: list[int] = attr["strides"]
+        self.padding: list[int] = attr["pads"][: self.rank]
+        self.dilation: list[int] = attr["dilations"]
+        self.groups: int = attr["group"]
+        self.output_padding: list[int] = attr.get("output_padding", [0] * self.rank)
+
+    def _apply_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if self.transposed:
+            return _TRANSPOSED[self.rank](
+                x, weight, bias, self.stride, self.padding, self.output_padding, self.groups, self.dilation
+            )
+        return _CONVOLUTION[self.rank](x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+
+    def _apply_adjoint(self, coefficients: Tensor, weight: Tensor) -> Tensor:
+        if self.transposed:
+            return _CONVOLUTION[self.rank](
+                coefficients, weight, None, self.stride, self.padding, self.dilation, self.groups
+            )
+        # What the strided convolution leaves of its input at the far end, so that the shapes agree.
+        left_over = [
+            int(self.input_shape[2 + d])
+            - (int(coefficients.shape[2 + d]) - 1) * self.stride[d]
+            + 2 * self.padding[d]
+            - self.dilation[d] * (int(weight.shape[2 + d]) - 1)
+            - 1
+            for d in range(self.rank)
+        ]
+        return _TRANSPOSED[self.rank](
+            coefficients, weight, None, self.stride, self.padding, left_over, self.groups, self.dilation
+        )
+
+    def forward(self, *x: Tensor) -> Tensor:
+        return self._apply_weight(x[0], x[1], x[2] if len(x) == 3 else None)
+
+    def interval_propagate(self, *v: Any) -> tuple[Tensor, Tensor]:
+        if self.is_input_perturbed(1):
+            raise NotImplementedError("bounds over perturbed convolution weights")
+        lower, upper = v[0]
+        weight = v[1][0]
+        centre = self._apply_weight((lower + upper) / 2, weight, v[2][0] if len(v) == 3 else None)
+        radius = self._apply_weight((upper - lower) / 2, weight.abs())
+        return centre - radius, centre + radius
+
+    def bound_backward(self, last_lA: Any, last_uA: Any, *x: Any, **kwargs: Any) -> Any:
+        weight = x[1].lower
+
+        def one_side(last_A: Any) -> tuple[Any, Any]:
+            if last_A is None:
+                return None, 0
+            if not isinstance(last_A, Tensor):
+                raise NotImplementedError(
+                    f"CROWN through this convolution with coefficients of type {type(last_A).__name__}: "
+                    "build the BoundedModule with bound_opts={'conv_mode': 'matrix'}, or use IBP"
+                )
+            next_A = self._apply_adjoint(last_A.flatten(0, 1), weight).unflatten(0, last_A.shape[:2])
+            bias = last_A.flatten(3).sum(3).matmul(x[2].lower) if len(x) == 3 else 0
+            return next_A, bias
+
+        lA, lower_bias = one_side(last_lA)
+        uA, upper_bias = one_side(last_uA)
+        return [(lA, uA), *[(None, None)] * (len(x) - 1)], lower_bias, upper_bias
+
+
+def _engine_first(engine_operator: Any, *, transposed: bool) -> Callable[..., Any]:
+    """An operator factory: the engine's own node where it takes these attributes, else ours."""
+
+    def build(attr: Any, inputs: Any, output_index: int, options: Any) -> Any:
+        # 0.7 builds a three-dimensional convolution without complaint, and then runs conv2d.
+        if len(attr["kernel_shape"]) < 3:
+            try:
+                return engine_operator(attr, inputs, output_index, options)
+            except (AssertionError, IndexError):
+                pass
+        return BoundConvNd(attr, inputs, output_index, options, transposed=transposed)
+
+    return build
+
+
+CUSTOM_OPERATORS: dict[str, Callable[..., Any]] = {
+    "onnx::Conv": _engine_first(BoundConv, transposed=False),
+    "onnx::ConvTranspose": _engine_first(BoundConvTranspose, transposed=True),
+}
