@@ -56,6 +56,7 @@ class BoundedModule(engine.BoundedModule):  # type: ignore[misc, name-defined]
     """
 
     wrapped: nn.Module
+    _arguments: tuple[Any, ...]
     _built = False
 
     def __init__(
@@ -67,6 +68,7 @@ class BoundedModule(engine.BoundedModule):  # type: ignore[misc, name-defined]
         verbose: bool = False,
         custom_ops: Mapping[str, Any] | None = None,
     ) -> None:
+        self.__dict__["_arguments"] = (global_input, dict(bound_opts or {}), device, verbose, dict(custom_ops or {}))
         if isinstance(model, engine.BoundedModule):
             raise TypeError(
                 "expected a plain nn.Module, found a BoundedModule. Wrap the network itself; for a plain "
@@ -95,6 +97,10 @@ class BoundedModule(engine.BoundedModule):  # type: ignore[misc, name-defined]
         self._clean_weights: tuple[Any, ...] = ()
         self._built = True
         self._follow_wrapped()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Copies and pickles are built anew from their copy of the model: nodes hold graphs of the last pass.
+        return type(self), (self.wrapped, *self._arguments)
 
     def check_incompatible_nodes(self, model: nn.Module) -> None:
         """Choose the mode to trace in: the engine can only see Dropout in a training-mode trace."""

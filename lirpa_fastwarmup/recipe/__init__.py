@@ -1,0 +1,1 @@
+"""The recipe of "Fast Certified Robust Training with Short Warmup", a file a remedy."""

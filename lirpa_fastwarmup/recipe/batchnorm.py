@@ -1,0 +1,101 @@
+"""Full batch normalisation: BatchNorm after every affine layer but the classification layers.
+
+It keeps ReLUs from going dead in the warmup (Shi et al., NeurIPS 2021, section 3.2).
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from torch import Tensor, nn
+
+from lirpa_fastwarmup.engine.graph import AffineLayer, NetworkGraph, StructureError, read_graph
+from lirpa_fastwarmup.engine.module import BoundedModule
+from lirpa_fastwarmup.engine.tracing import unchanged, value_reads
+
+logger = logging.getLogger(__name__)
+
+_CHILD = "batchnorm"
+_BY_RANK: dict[int, type[nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d]] = {
+    0: nn.BatchNorm1d,
+    1: nn.BatchNorm1d,
+    2: nn.BatchNorm2d,
+    3: nn.BatchNorm3d,
+}
+
+
+def _normalise_output(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    # A function of the module level, so that the model can still be pickled and copied.
+    return module.get_submodule(_CHILD)(output)  # type: ignore[no-any-return]
+
+
+def insert_batchnorm(model: nn.Module, *example_inputs: Tensor) -> list[str]:
+    """Give every affine layer that lacks it a BatchNorm of its own, in place.
+
+    The BatchNorm becomes the child ``batchnorm`` of the layer's module and normalises its output by a
+    forward hook: the model keeps its class, its ``forward`` and its state-dict keys, to which those of
+    the new modules are added. Biases stay. Left alone are the classification layers (whose output
+    reaches the network's output without a non-linearity) and layers with BatchNorm right behind them,
+    or behind the sum that they feed; a second call inserts nothing.
+
+    Args:
+        model: any nn.Module whose operators the installed engine bounds.
+        example_inputs: inputs that ``model`` can be called with, batch first. Only shapes matter.
+
+    Returns:
+        The qualified names of the modules that got a BatchNorm, in order of execution.
+
+    Raises:
+        StructureError: the path through the network depends on the data, a module is called in several
+            places (one BatchNorm cannot hold the statistics of both), or a layer's output has no
+            channel dimension to normalise. The model is then unchanged.
+        NotImplementedError: the engine has no bounds for an operator of the network.
+    """
+    graph = _structure(model, example_inputs)
+    final = {id(layer) for layer in graph.classification_layers()}
+    layers = [layer for layer in graph.affine if id(layer) not in final and not graph.has_batchnorm(layer)]
+    repeated = set(graph.called_more_than_once()) & {layer.name for layer in layers}
+    if repeated:
+        raise StructureError(
+            f"{', '.join(sorted(repeated))}: called in several places of the network, and one BatchNorm cannot hold "
+            "the statistics of both. Give each place a module of its own, or add BatchNorm yourself"
+        )
+    modules = [(layer.name, model.get_submodule(layer.name), _batchnorm_for(model, graph, layer)) for layer in layers]
+    for name, module, batchnorm in modules:
+        module.add_module(_CHILD, batchnorm)
+        module.register_forward_hook(_normalise_output)
+        logger.info("inserted %s after %s", type(batchnorm).__name__, name)
+    return [layer.name for layer in layers]
+
+
+def _structure(model: nn.Module, example_inputs: tuple[Tensor, ...]) -> NetworkGraph:
+    with unchanged(model):
+        places = value_reads(model.eval(), example_inputs)
+    if places:
+        raise StructureError(
+            f"the network reads the value of a tensor at {', '.join(places)}: its path may depend on the data, and "
+            "layers off the path of the example would be left without BatchNorm. Use tensor operations (torch.where) "
+            "instead, or add BatchNorm yourself"
+        )
+    return read_graph(BoundedModule(model, tuple(example_inputs)))
+
+
+def _batchnorm_for(model: nn.Module, graph: NetworkGraph, layer: AffineLayer) -> nn.Module:
+    module = model.get_submodule(layer.name)
+    if not isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
+        raise StructureError(
+            f"the weight {layer.parameter!r} is used by the code of {type(module).__name__}, not by an nn.Linear or "
+            "convolution module whose output could be normalised: use a module for it, or add BatchNorm yourself"
+        )
+    if hasattr(module, _CHILD):
+        raise StructureError(f"{layer.name!r} already has an attribute {_CHILD!r}, which insert_batchnorm would replace")
+    rank = graph.spatial_rank(layer)
+    if isinstance(module, nn.Linear) and rank > 0:
+        raise StructureError(
+            f"the linear layer {layer.name!r} works on an output of {rank + 2} dimensions, whose features are not the "
+            "channel dimension that BatchNorm normalises: flatten first, or add BatchNorm yourself"
+        )
+    channels = module.out_features if isinstance(module, nn.Linear) else module.out_channels
+    batchnorm = _BY_RANK[rank](channels, device=module.weight.device, dtype=module.weight.dtype)
+    return batchnorm.train(module.training)

@@ -1,0 +1,125 @@
+"""IBP initialisation: weights under which interval bounds neither explode nor vanish.
+
+For a layer with weights N(0, σ²) that reads a ReLU, the expected gain in interval width is
+(n/2)·E|W| = (n/2)·σ·√(2/π); it is 1 for σ = √(2π)/n (Shi et al., NeurIPS 2021, section 3.1).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lirpa_fastwarmup.engine.bounds import check_eps, input_box
+from lirpa_fastwarmup.engine.graph import AffineLayer, StructureError, read_graph, weight_of
+from lirpa_fastwarmup.engine.layers import width_gain
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LayerInit:
+    """How one layer was initialised.
+
+    Attributes:
+        name: qualified name of the module.
+        fan_in: inputs that one output adds up.
+        std: standard deviation of the weights, after halving and calibration.
+        halved: the layer reads the ReLU of a residual sum, and its weights were halved for it.
+    """
+
+    name: str
+    fan_in: float
+    std: float
+    halved: bool
+
+
+@torch.no_grad()
+def ibp_init_(
+    bounded: Any,
+    *,
+    generator: torch.Generator | None = None,
+    calibrate: Tensor | tuple[Tensor, ...] | None = None,
+    eps: float | Tensor = 8 / 255,
+) -> list[LayerInit]:
+    """Initialise every affine weight but those of the classification layers, in place.
+
+    Weights are drawn from N(0, σ²) with σ = √(2π)/n for fan-in n; a layer that reads the ReLU of a
+    residual sum directly, where intervals are twice as wide, gets half of that. Biases and BatchNorm
+    stay as they are. Classification layers are those whose output reaches the network's output without
+    a non-linearity.
+
+    The formula supposes ReLU between the layers. ``calibrate`` measures instead: on that batch, layer
+    by layer, the gain in interval width (see :func:`lirpa_fastwarmup.engine.layers.width_gain`) is
+    brought to 1, so that it also holds with other activations, pooling and residual sums.
+
+    Args:
+        bounded: a BoundedModule of either engine.
+        generator: source of the random numbers; by default torch's own.
+        calibrate: example inputs (batch, *input), or a tuple of them for a network of several inputs. A
+            BoundedTensor (see :func:`lirpa_fastwarmup.input_box`) brings a box of its own.
+        eps: radius of the unclipped box around plain ``calibrate``, in units of the input. The gain of a
+            layer depends on it a little, since wide intervals leave more neurons undecided.
+
+    Returns:
+        What each initialised layer got, in order of execution.
+
+    Raises:
+        StructureError: the weight of a layer is computed by a parametrisation, or is there twice.
+        ValueError: ``eps`` is negative or not finite.
+    """
+    graph = read_graph(bounded)
+    final = {id(layer) for layer in graph.classification_layers()}
+    layers = [layer for layer in graph.affine if id(layer) not in final]
+    _check_structure(layers)
+    halved = {id(layer) for layer in layers if graph.reads_relu_of_sum(layer)}
+    for layer in layers:
+        weight_of(bounded, layer).normal_(0.0, _std(layer, id(layer) in halved), generator=generator)
+    scales = [1.0] * len(layers)
+    if calibrate is not None:
+        scales = _calibrate(bounded, layers, calibrate, eps)
+    return [
+        LayerInit(layer.name, layer.fan_in, _std(layer, id(layer) in halved) * scale, id(layer) in halved)
+        for layer, scale in zip(layers, scales, strict=True)
+    ]
+
+
+def _std(layer: AffineLayer, halved: bool) -> float:
+    return math.sqrt(2 * math.pi) / layer.fan_in / (2 if halved else 1)
+
+
+def _check_structure(layers: list[AffineLayer]) -> None:
+    for layer in layers:
+        if not layer.plain:
+            raise StructureError(
+                f"the weight of {layer.name!r} is computed from {layer.parameter!r} by a parametrisation, so that "
+                "its values cannot be drawn: initialise before the parametrisation is registered"
+            )
+    parameters = [layer.parameter for layer in layers]
+    if len(set(parameters)) < len(parameters):
+        twice = sorted({name for name in parameters if parameters.count(name) > 1})
+        logger.warning("%s serve(s) in several places and was drawn once for each; the last draw stays", ", ".join(twice))
+
+
+def _calibrate(
+    bounded: Any, layers: list[AffineLayer], inputs: Tensor | tuple[Tensor, ...], eps: float | Tensor
+) -> list[float]:
+    """Rescale the layers one after the other to a width gain of 1; return the factors."""
+    check_eps(eps)
+    tensors = (inputs,) if isinstance(inputs, Tensor) else inputs
+    box = tuple(x if hasattr(x, "ptb") else input_box(x, eps, input_range=None) for x in tensors)
+    scales = []
+    for layer in layers:
+        gain = width_gain(bounded, layer, box)
+        if not (math.isfinite(gain) and gain > 0):
+            raise ValueError(
+                f"the interval width gain of layer {layer.name!r} was measured as {gain}, which no rescaling brings "
+                "to 1: calibrate on real inputs, with an eps above float32's resolution of them"
+            )
+        weight_of(bounded, layer).div_(gain)
+        scales.append(1.0 / gain)
+    return scales

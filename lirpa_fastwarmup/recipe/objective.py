@@ -1,0 +1,306 @@
+"""The training objective: robust cross-entropy over IBP bounds, with the warmup regularisers.
+
+loss = L_robust + λ·(1 − ε/ε_max)·(L_tight + L_relu)    (Shi et al., NeurIPS 2021, section 3.3)
+
+Before the ramp, at ε = 0, the clean cross-entropy takes the place of L_robust.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lirpa_fastwarmup.engine.bounds import Epsilon, InputRange, broadcast_to_batch, ibp_margins, input_box
+from lirpa_fastwarmup.engine.graph import StructureError, read_graph
+from lirpa_fastwarmup.engine.module import BoundedModule
+from lirpa_fastwarmup.recipe import regularizers as builtin
+from lirpa_fastwarmup.recipe.checks import ValueChecks
+from lirpa_fastwarmup.recipe.regularizers import Regularizer
+from lirpa_fastwarmup.recipe.schedule import Schedule
+
+_STEP = "step"
+
+
+class NonFiniteLossError(FloatingPointError):
+    """The loss became NaN or infinite."""
+
+
+@dataclass(frozen=True)
+class StepLoss:
+    """What one step computed: 0-dim tensors on the inputs' device; NaN for what was not computed.
+
+    Attributes:
+        loss: the objective, to be differentiated.
+        clean_loss: cross-entropy of the clean batch.
+        robust_loss: cross-entropy of the worst margins over the box.
+        tightness: the tightness regulariser, before its weight.
+        relu_balance: the ReLU-balance regulariser, before its weight.
+        eps: radius of the step, in units of the input (the largest, where it varies).
+        clean_error: share of the batch misclassified.
+        verified_error: share of the batch not verified over the step's box.
+        terms: every regulariser by name, those of the user's own included.
+    """
+
+    loss: Tensor
+    clean_loss: Tensor
+    robust_loss: Tensor
+    tightness: Tensor
+    relu_balance: Tensor
+    eps: Tensor
+    clean_error: Tensor
+    verified_error: Tensor
+    terms: Mapping[str, Tensor]
+
+
+class ShortWarmup(nn.Module):
+    """The short-warmup objective on a bounded network: ``(x, y) -> StepLoss``.
+
+    In training mode the radius is the schedule's at the present step, which :meth:`step` advances; in
+    evaluation mode it is the schedule's ``max_eps``, and the loss is the robust loss alone. ``train``
+    and ``eval`` switch the wrapped model and its bounded view too.
+
+    The state dict is the step count, under ``step``, and the wrapped model's own keys, whatever engine
+    is installed.
+
+    Args:
+        bounded: the network, a :class:`lirpa_fastwarmup.BoundedModule` of a classifier.
+        schedule: the radius over the steps, such as :class:`lirpa_fastwarmup.SmoothedEpsilon`.
+        reg_weight: λ, the weight of the regularisers while ε is below its maximum.
+        tol: τ of both built-in regularisers.
+        regularizers: any of "tightness" and "relu_balance", and functions of one's own that make a
+            0-dim tensor from the BoundedModule after an IBP pass.
+        input_range: lowest and highest valid input, numbers or tensors, to which the box is clipped;
+            ``None`` for data without bounds.
+        min_eps: the smallest radius of the box while the regularisers are on. A smaller box is below
+            the resolution of float32.
+
+    Raises:
+        TypeError: ``bounded`` is no :class:`lirpa_fastwarmup.BoundedModule`.
+        StructureError: regularisers are asked for and the network has no ReLU.
+        ValueError: an argument out of its range; the output is no (batch, classes); or the network has
+            a parameter called ``step``.
+    """
+
+    def __init__(
+        self,
+        bounded: BoundedModule,
+        schedule: Schedule,
+        *,
+        reg_weight: float = 0.5,
+        tol: float = 0.5,
+        regularizers: Sequence[str | Regularizer] = ("tightness", "relu_balance"),
+        input_range: InputRange | None = (0.0, 1.0),
+        min_eps: float = 1e-6,
+    ) -> None:
+        super().__init__()
+        if not isinstance(bounded, BoundedModule):
+            raise TypeError(
+                f"expected a lirpa_fastwarmup.BoundedModule, found {type(bounded).__name__}. Build it from your "
+                "network: bounded = lirpa_fastwarmup.BoundedModule(model, example_inputs)"
+            )
+        if not (reg_weight >= 0 and tol > 0 and min_eps >= 0):
+            raise ValueError(
+                f"expected reg_weight ≥ 0, tol > 0 and min_eps ≥ 0; found {reg_weight}, {tol} and {min_eps}"
+            )
+        self.classes = _class_count(bounded)
+        # Kept out of the registered modules: it is a view of `model`, which is registered.
+        object.__setattr__(self, "bounded", bounded)
+        self.model = bounded.wrapped
+        if _STEP in self.model.state_dict():
+            raise ValueError(f"the network has an entry called {_STEP!r}, the key of the step count: rename it")
+        self.schedule = schedule
+        self.reg_weight = reg_weight
+        self.min_eps = min_eps
+        self.input_range = input_range
+        self.regularizers = _named(regularizers, tol)
+        if self.regularizers and not read_graph(bounded).relus:
+            raise StructureError(
+                f"the network has no ReLU, whose bounds {' and '.join(self.regularizers)} are computed from: pass "
+                "regularizers=() to train it without"
+            )
+        self.steps_done = 0
+        self._checks = ValueChecks()
+        self.register_load_state_dict_pre_hook(_to_own_keys)
+        super().train(self.model.training)
+
+    bounded: BoundedModule
+
+    def step(self) -> None:
+        """Advance the schedule by one batch."""
+        self.steps_done += 1
+
+    @property
+    def fraction(self) -> float:
+        """ε/ε_max of the next call: the schedule's at this step, 1 in evaluation mode."""
+        return self.schedule.fraction(self.steps_done) if self.training else 1.0
+
+    def forward(self, x: Tensor, y: Tensor) -> StepLoss:
+        """The objective on one batch.
+
+        Args:
+            x: clean inputs (batch, *input), within ``input_range``.
+            y: labels (batch,), int64.
+
+        Raises:
+            TypeError: labels are not int64.
+            ValueError: ``x`` outside its range, labels outside the classes, shapes that do not match, or
+                a batch of one while BatchNorm is in training mode. Nothing has changed then.
+            NonFiniteLossError: the loss is NaN or infinite; step and ε are in the text.
+
+        Off the CPU, errors about values are kept for :meth:`raise_pending_errors`.
+        """
+        self._check_batch(x, y)
+        fraction = self.fraction
+        regularised = bool(self.regularizers) and self.reg_weight > 0 and fraction < 1
+        logits = self.bounded(x)
+        clean_loss = F.cross_entropy(logits, y)
+        nan = torch.full((), torch.nan, device=x.device, dtype=logits.dtype)
+        robust_loss, verified_error = nan, nan
+        eps = self._radius(fraction, at_least=self.min_eps if regularised else 0.0)
+        if regularised or fraction > 0:
+            box = input_box(x, eps, self.input_range)
+            margins = ibp_margins(self.bounded, box, y, self.classes)
+            # CE(−m, y) with m_y = 0, y put first.
+            robust_loss = F.pad(-margins, (1, 0)).logsumexp(1).mean()
+            verified_error = (margins < 0).any(1).to(logits.dtype).mean()
+        loss = robust_loss if fraction > 0 else clean_loss
+        terms = dict.fromkeys(self.regularizers, nan)
+        if regularised:
+            terms = {name: regularizer(self.bounded) for name, regularizer in self.regularizers.items()}
+            loss = loss + self.reg_weight * (1 - fraction) * sum(terms.values())
+        eps_now = torch.as_tensor(eps, dtype=logits.dtype).max().to(x.device)
+        self._check_loss(loss, eps)
+        return StepLoss(
+            loss=loss,
+            clean_loss=clean_loss,
+            robust_loss=robust_loss,
+            tightness=terms.get("tightness", nan),
+            relu_balance=terms.get("relu_balance", nan),
+            eps=eps_now,
+            clean_error=(logits.detach().argmax(1) != y).to(logits.dtype).mean(),
+            verified_error=verified_error,
+            terms=terms,
+        )
+
+    def raise_pending_errors(self) -> None:
+        """Raise what the checks of values found off the CPU since the last call; this waits for the device."""
+        self._checks.raise_pending()
+
+    def _radius(self, fraction: float, *, at_least: float) -> Epsilon:
+        largest = self.schedule.max_eps
+        eps = largest if fraction == 1.0 else largest * fraction
+        return eps.clamp(min=at_least) if isinstance(eps, Tensor) else max(eps, at_least)
+
+    def _check_batch(self, x: Tensor, y: Tensor) -> None:
+        if y.dtype != torch.int64:
+            raise TypeError(f"labels must be class numbers of dtype int64, found {y.dtype}: pass y.long()")
+        if y.shape != x.shape[:1] or len(x) == 0:
+            raise ValueError(
+                f"expected inputs (batch, ...) and labels (batch,) of one length ≥ 1; found {tuple(x.shape)} and "
+                f"{tuple(y.shape)}"
+            )
+        if len(x) == 1 and any(isinstance(m, _BatchNorm) and m.training for m in self.model.modules()):
+            raise ValueError(
+                "a batch of one sample cannot train BatchNorm, whose statistics it would determine alone: drop it, or "
+                "use larger batches"
+            )
+        in_classes = (y >= 0) & (y < self.classes)
+        self._checks.require(
+            "labels",
+            in_classes.all(),
+            lambda: ValueError(
+                f"labels must be between 0 and {self.classes - 1}, for a network of {self.classes} outputs; found "
+                f"{int(y.min())} to {int(y.max())}"
+            ),
+        )
+        if self.input_range is not None:
+            low, high = (broadcast_to_batch(end, x, "input_range") for end in self.input_range)
+            self._checks.require("inputs", ((x >= low) & (x <= high)).all(), partial(_out_of_range, x, self.input_range))
+        else:
+            self._checks.require("inputs", x.isfinite().all(), partial(_out_of_range, x, None))
+
+    def _check_loss(self, loss: Tensor, eps: Epsilon) -> None:
+        step = self.steps_done
+        self._checks.require(
+            "loss",
+            loss.detach().isfinite(),
+            lambda: NonFiniteLossError(
+                f"the loss is {float(loss.detach())} at step {step}, eps {eps}. Lower the learning rate or clip "
+                "gradients; if it is so from the first step, the bounds explode: initialise with ibp_init_"
+            ),
+        )
+
+    # One mode and one state dict with the wrapped model.
+
+    def train(self, mode: bool = True) -> Self:
+        """Put the objective, the wrapped model and its bounded view in training (or evaluation) mode."""
+        super().train(mode)
+        self.bounded.train(mode)
+        return self
+
+    def state_dict(self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:  # type: ignore[override]
+        """The step count, under ``step``, and the wrapped model's state dict."""
+        if destination is None:
+            destination = OrderedDict()
+            destination._metadata = OrderedDict()
+        destination[prefix + _STEP] = torch.tensor(self.steps_done)
+        return self.model.state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        self.bounded._apply(fn, recurse)
+        return self
+
+
+def _to_own_keys(module: ShortWarmup, state_dict: Any, prefix: str, *rest: Any) -> None:
+    """Undo, before loading, what :meth:`ShortWarmup.state_dict` did to the keys."""
+    missing = rest[2]
+    own = [key for key in state_dict if key.startswith(prefix)]
+    if prefix + _STEP in state_dict:
+        module.steps_done = int(state_dict.pop(prefix + _STEP))
+        own.remove(prefix + _STEP)
+    else:
+        missing.append(prefix + _STEP)
+    for key in own:
+        state_dict[f"{prefix}model.{key[len(prefix) :]}"] = state_dict.pop(key)
+
+
+def _class_count(bounded: BoundedModule) -> int:
+    shape = tuple(bounded.final_shape)
+    if len(shape) != 2 or shape[1] < 2:
+        raise ValueError(f"expected a classifier whose output is (batch, classes ≥ 2); this network's is {shape}")
+    return int(shape[1])
+
+
+def _named(regularizers: Sequence[str | Regularizer], tol: float) -> dict[str, Regularizer]:
+    known: dict[str, Regularizer] = {
+        "tightness": partial(builtin.tightness, tol=tol),
+        "relu_balance": partial(builtin.relu_balance, tol=tol),
+    }
+    named: dict[str, Regularizer] = {}
+    for item in regularizers:
+        if isinstance(item, str) and item not in known:
+            raise ValueError(f"unknown regulariser {item!r}; known are {', '.join(known)}, or pass a function")
+        name = item if isinstance(item, str) else getattr(item, "__name__", type(item).__name__)
+        if name in named:
+            raise ValueError(f"two regularisers are called {name!r}, under which the step would report both")
+        named[name] = known[item] if isinstance(item, str) else item
+    return named
+
+
+def _out_of_range(x: Tensor, input_range: InputRange | None) -> ValueError:
+    found = f"found values from {float(x.min()):.6g} to {float(x.max()):.6g}"
+    if input_range is None:
+        return ValueError(f"inputs must be finite; {found}")
+    return ValueError(
+        f"inputs must lie in input_range {input_range}, to which the box is clipped; {found}. Keep the data in its "
+        "own units and make normalisation the network's first layer (lirpa_fastwarmup.models.Normalize), pass the "
+        "data's range as input_range, or None for data without one"
+    )

@@ -1,0 +1,78 @@
+"""The warmup regularisers, from the bounds that the last IBP pass left at every ReLU's input.
+
+Notation of Shi et al. (NeurIPS 2021), section 3.3: [l, u] bounds a ReLU layer's input on a batch,
+c = (l + u)/2, Δ is the mean of (u − l)/2 over batch and neurons, Δ_0 that of what the first affine
+layer reads, m the number of ReLU layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lirpa_fastwarmup.engine.layers import input_half_width, relu_bounds
+
+Regularizer = Callable[[Any], Tensor]
+
+_SMALLEST_WIDTH = 1e-12
+
+
+def tightness(bounded: Any, tol: float = 0.5) -> Tensor:
+    """Bound tightness: (1/m) Σ_i max(0, tol − Δ_0/Δ_i)/tol.
+
+    Args:
+        bounded: a BoundedModule whose last pass was a bound pass.
+        tol: the ratio Δ_0/Δ_i above which a layer is tight enough.
+
+    Returns:
+        A 0-dim tensor with gradient.
+
+    Raises:
+        RuntimeError: no bounds have been computed since the last forward pass.
+        StructureError: the network has no ReLU.
+    """
+    widths = torch.stack([(layer.upper - layer.lower).mean() for layer in relu_bounds(bounded)]) / 2
+    ratio = input_half_width(bounded) / widths.clamp(min=_SMALLEST_WIDTH)
+    return (tol - ratio).clamp(min=0).mean() / tol
+
+
+def relu_balance(bounded: Any, tol: float = 0.5) -> Tensor:
+    """ReLU balance: (1/m) Σ_i [max(0, tol − min(ρ_i, 1/ρ_i)) + max(0, tol − min(s_i, 1/s_i))]/tol.
+
+    ρ_i compares the mean, s_i the variance of c over always-active (l > 0) and always-inactive (u < 0)
+    neurons. A layer without always-inactive neurons adds 0 for that batch, with zero gradient; one
+    with them but without always-active ones adds 2, with zero gradient.
+
+    Args:
+        bounded: a BoundedModule whose last pass was a bound pass.
+        tol: the ratio above which a layer is balanced enough.
+
+    Returns:
+        A 0-dim tensor with gradient.
+
+    Raises:
+        RuntimeError: no bounds have been computed since the last forward pass.
+        StructureError: the network has no ReLU.
+    """
+    terms = [_imbalance(layer.lower, layer.upper, tol) for layer in relu_bounds(bounded)]
+    return torch.stack(terms).mean() / tol
+
+
+def _imbalance(lower: Tensor, upper: Tensor, tol: float) -> Tensor:
+    centre = (lower + upper) / 2
+    active, inactive = lower > 0, upper < 0
+    spread = (centre - centre.mean()).square()
+    means = _balance((centre * active).mean(), -(centre * inactive).mean())
+    variances = _balance((spread * active).sum(), (spread * inactive).sum())
+    term = (tol - means).clamp(min=0) + (tol - variances).clamp(min=0)
+    # Selected on the device, so that nothing waits for the value.
+    return torch.where(inactive.any(), term, torch.zeros_like(term))
+
+
+def _balance(active: Tensor, inactive: Tensor) -> Tensor:
+    """min(r, 1/r) for r = active/inactive, both at least 0, with a gradient that is always finite."""
+    smaller, larger = torch.minimum(active, inactive), torch.maximum(active, inactive)
+    return smaller / torch.where(larger > 0, larger, torch.ones_like(larger))

@@ -1,0 +1,130 @@
+"""The perturbation radius ε as a pure function of the step number.
+
+A schedule answers ``fraction(step)``, the share of its ``max_eps`` at that step; the radius itself is
+``schedule(step)``. Steps count batches from 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
+
+from lirpa_fastwarmup.engine.bounds import Epsilon, check_eps
+
+
+class Schedule(Protocol):
+    """What :class:`lirpa_fastwarmup.ShortWarmup` asks of a schedule."""
+
+    @property
+    def max_eps(self) -> Epsilon:
+        """The radius at the end, in units of the input."""
+        ...
+
+    def fraction(self, step: int) -> float:
+        """The share of ``max_eps`` at ``step``, between 0 and 1."""
+        ...
+
+
+@dataclass(frozen=True)
+class ConstantEpsilon:
+    """ε = ``max_eps`` at every step (so that the regularisers, weighted 1 − ε/ε_max, are off)."""
+
+    max_eps: Epsilon
+
+    def __post_init__(self) -> None:
+        check_eps(self.max_eps)
+
+    def fraction(self, step: int) -> float:
+        return 1.0
+
+    def __call__(self, step: int) -> Epsilon:
+        return self.max_eps
+
+
+@dataclass(frozen=True)
+class _Ramp:
+    """A schedule that climbs from 0 to ``max_eps`` between two steps.
+
+    Attributes:
+        max_eps: the radius at the end, in units of the input: a number, or a tensor.
+        start: the epoch, counted from 1, with whose first step the climb begins.
+        length: epochs that the climb takes; with 0, ε is ``max_eps`` from its start on.
+        steps_per_epoch: batches in an epoch.
+    """
+
+    max_eps: Epsilon
+    start: int
+    length: int
+    steps_per_epoch: int
+    first_step: int = field(init=False)
+    last_step: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        check_eps(self.max_eps)
+        if self.start < 1 or self.length < 0 or self.steps_per_epoch < 1:
+            raise ValueError(
+                "a schedule needs start ≥ 1 (epochs count from 1), length ≥ 0 and steps_per_epoch ≥ 1; found "
+                f"start={self.start}, length={self.length}, steps_per_epoch={self.steps_per_epoch}"
+            )
+        object.__setattr__(self, "first_step", (self.start - 1) * self.steps_per_epoch)
+        object.__setattr__(self, "last_step", (self.start + self.length - 1) * self.steps_per_epoch)
+
+    def fraction(self, step: int) -> float:
+        """The share of ``max_eps`` at ``step``: 0 up to the start, exactly 1 from the end on."""
+        if step >= self.last_step:
+            return 1.0
+        if step <= self.first_step:
+            return 0.0
+        return self._climb(step)
+
+    def _climb(self, step: int) -> float:
+        raise NotImplementedError
+
+    def __call__(self, step: int) -> Epsilon:
+        fraction = self.fraction(step)
+        if isinstance(self.max_eps, Tensor):
+            return self.max_eps * fraction
+        return self.max_eps if fraction == 1.0 else self.max_eps * fraction
+
+
+@dataclass(frozen=True)
+class LinearEpsilon(_Ramp):
+    """ε grows linearly from 0 to ``max_eps``."""
+
+    def _climb(self, step: int) -> float:
+        return (step - self.first_step) / (self.last_step - self.first_step)
+
+
+@dataclass(frozen=True)
+class SmoothedEpsilon(_Ramp):
+    """ε grows as a·(s − s0)^beta up to the share ``mid`` of the climb, and linearly from there.
+
+    Value and slope meet where the two pieces join (Gowal et al., 2018; the schedule of Shi et al.).
+    Equal to ``auto_LiRPA.eps_scheduler.SmoothedScheduler`` where that is defined; where its first piece
+    is empty, linear.
+
+    Attributes:
+        mid: share of the climb that follows the power law, from 0 to 1.
+        beta: exponent of the power law, at least 2.
+    """
+
+    mid: float = 0.25
+    beta: float = 4.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (0 <= self.mid <= 1 and self.beta >= 2):
+            raise ValueError(f"expected 0 ≤ mid ≤ 1 and beta ≥ 2; found mid={self.mid}, beta={self.beta}")
+
+    def _climb(self, step: int) -> float:
+        done, total = step - self.first_step, self.last_step - self.first_step
+        join = int(self.mid * total)
+        if join == 0:
+            return done / total
+        # a·join^beta at the join, where the slope a·beta·join^(beta − 1) reaches 1 at the end.
+        at_join = join / ((total - join) * self.beta + join)
+        if done < join:
+            return float(at_join * (done / join) ** self.beta)
+        return at_join + (1 - at_join) * (done - join) / (total - join)
