@@ -1,0 +1,88 @@
+"""MNIST from its four IDX files, compressed or not."""
+
+from __future__ import annotations
+
+import gzip
+import math
+import zlib
+from pathlib import Path
+
+import appdirs
+import numpy as np
+import torch
+from torch import Tensor
+
+from lirpa_fastwarmup.data.dataset import Dataset, Split
+
+_FILES = {
+    "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
+    "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
+}
+_UNSIGNED_BYTE = 0x08
+
+
+class CorruptFileError(ValueError):
+    """A data file is not what its format says."""
+
+
+def load(data_dir: Path | None = None) -> Dataset:
+    """MNIST, 60,000 and 10,000 digits of 28×28.
+
+    Args:
+        data_dir: folder of the four files, ``.gz`` or unpacked; by default the user's cache folder.
+
+    Raises:
+        FileNotFoundError: files are missing; the text names them and the folder.
+        CorruptFileError: a file is damaged, or not in IDX format.
+    """
+    folder = Path(data_dir) if data_dir is not None else Path(appdirs.user_cache_dir("lirpa_fastwarmup")) / "mnist"
+    missing = [name for names in _FILES.values() for name in names if _find(folder, name) is None]
+    if missing:
+        raise FileNotFoundError(
+            f"MNIST needs the files {', '.join(missing)} (or the same with .gz) in {folder}: put them there, or name "
+            "their folder with --data-dir"
+        )
+    splits = {part: _read_split(folder, *names) for part, names in _FILES.items()}
+    return Dataset(name="MNIST", classes=10, train=splits["train"], test=splits["test"])
+
+
+def _find(folder: Path, name: str) -> Path | None:
+    candidates = (folder / name, folder / f"{name}.gz")
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def _read_split(folder: Path, images_name: str, labels_name: str) -> Split:
+    images_path, labels_path = _find(folder, images_name), _find(folder, labels_name)
+    assert images_path is not None and labels_path is not None
+    images, labels = read_idx(images_path), read_idx(labels_path)
+    if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels):
+        raise CorruptFileError(
+            f"expected as many images as labels; found images of shape {tuple(images.shape)} in {images_path} and "
+            f"labels of shape {tuple(labels.shape)} in {labels_path}"
+        )
+    return Split(images.unsqueeze(1), labels.long())
+
+
+def read_idx(path: Path) -> Tensor:
+    """The array of unsigned bytes in an IDX file, gzipped if its name ends in ``.gz``.
+
+    Raises:
+        CorruptFileError: the file is truncated, damaged, or of another format.
+    """
+    try:
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise CorruptFileError(f"{path} is no intact gzip file ({error}): fetch it again") from error
+    if len(content) < 4 or content[:2] != b"\0\0" or content[2] != _UNSIGNED_BYTE:
+        raise CorruptFileError(
+            f"{path} does not begin like an IDX file of unsigned bytes (00 00 08); found {content[:4].hex(' ')!r}"
+        )
+    rank = content[3]
+    start = 4 + 4 * rank
+    shape = [int(size) for size in np.frombuffer(content[4:start], dtype=">u4")]
+    if len(shape) != rank or len(content) - start != math.prod(shape):
+        raise CorruptFileError(
+            f"{path} promises an array of shape {shape} but holds {max(len(content) - start, 0)} bytes of data: "
+            "fetch it again"
+        )
+    return torch.from_numpy(np.frombuffer(content, dtype=np.uint8, offset=start).reshape(shape).copy())

@@ -1,0 +1,1 @@
+"""What training and the bounds look like."""

@@ -1,0 +1,123 @@
+"""Standard, PGD and verified error of a classifier on a set of samples.
+
+The true robust error lies between the PGD error, which is attained, and the verified error, which is
+proved. All three are taken in evaluation mode and restore the mode that they found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lirpa_fastwarmup.engine.bounds import Epsilon, InputRange, check_eps, ibp_margins, input_box
+from lirpa_fastwarmup.engine.module import BoundedModule
+from lirpa_fastwarmup.verification.attacks import pgd
+
+Loader = Iterable[tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Shares of the samples: misclassified, misclassified under attack, not verified."""
+
+    standard: float
+    pgd: float
+    verified: float
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    network = model.wrapped if isinstance(model, BoundedModule) else model
+    modes = [(module, module.training) for module in network.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _share(flags: list[Tensor]) -> float:
+    if not flags:
+        raise ValueError("there are no samples to take an error of")
+    return float(torch.cat(flags).double().mean())
+
+
+@torch.no_grad()
+def standard_error(model: nn.Module, loader: Loader) -> float:
+    """The share of samples that ``model`` misclassifies."""
+    with _evaluating(model):
+        return _share([model(x).argmax(1) != y for x, y in loader])
+
+
+@torch.no_grad()
+def verified_error(
+    bounded: BoundedModule, loader: Loader, eps: Epsilon, *, input_range: InputRange | None = (0.0, 1.0)
+) -> float:
+    """The share of samples with an IBP margin z_y − z_j that is not proved positive over the box."""
+    check_eps(eps)
+    with _evaluating(bounded):
+        return _share([unverified(bounded, input_box(x, eps, input_range), y) for x, y in loader])
+
+
+def unverified(bounded: BoundedModule, box: Tensor, y: Tensor) -> Tensor:
+    """For each sample of the box, whether IBP leaves a margin that may be 0 or less."""
+    return (ibp_margins(bounded, box, y, bounded.final_shape[1]) <= 0).any(1)
+
+
+def pgd_error(
+    model: nn.Module,
+    loader: Loader,
+    eps: Epsilon,
+    *,
+    steps: int = 50,
+    restarts: int = 3,
+    input_range: InputRange | None = (0.0, 1.0),
+    generator: torch.Generator | None = None,
+) -> float:
+    """The share of samples misclassified at some point that PGD found; steps are of eps/10."""
+    with _evaluating(model):
+        flags = []
+        for x, y in loader:
+            point = pgd(
+                model, x, y, eps, steps=steps, restarts=restarts, input_range=input_range, generator=generator
+            )
+            with torch.no_grad():
+                flags.append(model(point).argmax(1) != y)
+        return _share(flags)
+
+
+def evaluate(
+    bounded: BoundedModule,
+    loader: Loader,
+    eps: Epsilon,
+    *,
+    pgd_steps: int = 50,
+    pgd_restarts: int = 3,
+    input_range: InputRange | None = (0.0, 1.0),
+    generator: torch.Generator | None = None,
+) -> Errors:
+    """All three errors over the same samples.
+
+    Args:
+        bounded: the network.
+        loader: batches (x, y), gone through three times.
+        eps: radius of the box, in units of the input.
+    """
+    return Errors(
+        standard=standard_error(bounded.wrapped, loader),
+        pgd=pgd_error(
+            bounded.wrapped,
+            loader,
+            eps,
+            steps=pgd_steps,
+            restarts=pgd_restarts,
+            input_range=input_range,
+            generator=generator,
+        ),
+        verified=verified_error(bounded, loader, eps, input_range=input_range),
+    )
