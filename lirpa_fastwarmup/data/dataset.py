@@ -18,7 +18,9 @@ class Split:
 
     def __post_init__(self) -> None:
         if self.images.dtype != torch.uint8 or self.images.ndim != 4:
-            raise ValueError(f"expected uint8 images (n, c, h, w), found {self.images.dtype} {tuple(self.images.shape)}")
+            raise ValueError(
+                f"expected uint8 images (n, c, h, w), found {self.images.dtype} {tuple(self.images.shape)}"
+            )
         if self.labels.dtype != torch.int64 or self.labels.shape != self.images.shape[:1]:
             raise ValueError(
                 f"expected int64 labels, one for each of {len(self.images)} images; found {self.labels.dtype} "

@@ -36,7 +36,7 @@ def load(data_dir: Path | None = None) -> Dataset:
         CorruptFileError: a file is damaged, or not in IDX format.
     """
     folder = Path(data_dir) if data_dir is not None else Path(appdirs.user_cache_dir("lirpa_fastwarmup")) / "mnist"
-    missing = [name for names in _FILES.values() for name in names if _find(folder, name) is None]
+    missing = [name for names in _FILES.values() for name in names if not _find(folder, name).is_file()]
     if missing:
         raise FileNotFoundError(
             f"MNIST needs the files {', '.join(missing)} (or the same with .gz) in {folder}: put them there, or name "
@@ -46,14 +46,13 @@ def load(data_dir: Path | None = None) -> Dataset:
     return Dataset(name="MNIST", classes=10, train=splits["train"], test=splits["test"])
 
 
-def _find(folder: Path, name: str) -> Path | None:
-    candidates = (folder / name, folder / f"{name}.gz")
-    return next((path for path in candidates if path.is_file()), None)
+def _find(folder: Path, name: str) -> Path:
+    unpacked = folder / name
+    return unpacked if unpacked.is_file() else folder / f"{name}.gz"
 
 
 def _read_split(folder: Path, images_name: str, labels_name: str) -> Split:
     images_path, labels_path = _find(folder, images_name), _find(folder, labels_name)
-    assert images_path is not None and labels_path is not None
     images, labels = read_idx(images_path), read_idx(labels_path)
     if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels):
         raise CorruptFileError(

@@ -1,0 +1,1 @@
+"""The only rooms that know auto_LiRPA from inside."""

@@ -63,7 +63,7 @@ def input_box(x: Tensor, eps: Epsilon, input_range: InputRange | None = (0.0, 1.
     lower, upper = x - eps, x + eps
     if input_range is not None:
         low, high = (broadcast_to_batch(end, x, "input_range") for end in input_range)
-        lower, upper = lower.clamp(min=low), upper.clamp(max=high)  # type: ignore[arg-type]
+        lower, upper = lower.clamp(min=low), upper.clamp(max=high)
     perturbation = engine.PerturbationLpNorm(norm=math.inf, eps=eps, x_L=lower, x_U=upper)
     return engine.BoundedTensor(x, perturbation)
 

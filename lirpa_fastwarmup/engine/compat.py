@@ -119,7 +119,7 @@ def _supply_node_subscript() -> list[str]:
     if getattr(node_class, "__getitem__", None) is not _node_getitem:
         if hasattr(node_class, "__getitem__"):
             return []
-        node_class.__getitem__ = _node_getitem  # type: ignore[attr-defined]
+        setattr(node_class, "__getitem__", _node_getitem)  # noqa: B010 (mypy takes it for a method)
     return ["torch._C.Node.__getitem__"]
 
 
@@ -172,3 +172,19 @@ def load_engine() -> tuple[Any, tuple[str, ...]]:
 
 engine, ACTIVE_PATCHES = load_engine()
 ENGINE_VERSION: str = engine.__version__
+
+
+def node_classes(*operators: str) -> Any:
+    """The engine's node classes of these operators ("Relu", "Conv"), as far as this release has them.
+
+    A tuple of classes, typed ``Any`` because the engine is untyped and ours derive from them.
+    """
+    found = (getattr(engine.bound_general, f"Bound{name}", None) for name in operators)
+    return tuple(cls for cls in found if cls is not None)
+
+
+def all_node_classes() -> list[Any]:
+    """Every operator class of the engine."""
+    base = engine.bound_general.Bound
+    values = vars(engine.bound_general).values()
+    return [value for value in values if isinstance(value, type) and issubclass(value, base) and value is not base]

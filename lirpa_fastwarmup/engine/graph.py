@@ -13,31 +13,22 @@ from typing import Any
 
 from torch import nn
 
-from lirpa_fastwarmup.engine.compat import engine
+from lirpa_fastwarmup.engine.compat import node_classes
 from lirpa_fastwarmup.engine.operators import BoundConvNd
 
-_operators = engine.bound_general.__dict__
-
-
-def _classes(*names: str) -> tuple[type, ...]:
-    """The engine's node classes of these operators, as far as this release has them."""
-    found = (_operators.get(f"Bound{name}") for name in names)
-    return tuple(cls for cls in found if cls is not None)
-
-
-_INPUT = _classes("Input")
-_PARAMETER = _classes("Params")
-_LEAF_STATE = _classes("Params", "Buffers")
-_CONVOLUTION = (*_classes("Conv", "ConvTranspose"), BoundConvNd)
-_TRANSPOSED = _classes("ConvTranspose")
-_LINEAR = _classes("Linear")
-_RELU = _classes("Relu")
-_OTHER_PIECEWISE = _classes("LeakyRelu")
-_BATCHNORM = _classes("BatchNormalization")
-_SUM = _classes("Add", "Sub")
-_PRODUCT = _classes("Mul", "Div")
+_INPUT = node_classes("Input")
+_PARAMETER = node_classes("Params")
+_STATE = node_classes("Params", "Buffers")
+_CONVOLUTION = (*node_classes("Conv", "ConvTranspose"), BoundConvNd)
+_TRANSPOSED = node_classes("ConvTranspose")
+_AFFINE: Any = (*_CONVOLUTION, *node_classes("Linear"))
+_RELU = node_classes("Relu")
+_OTHER_PIECEWISE = node_classes("LeakyRelu")
+_BATCHNORM = node_classes("BatchNormalization")
+_SUM = node_classes("Add", "Sub")
+_PRODUCT = node_classes("Mul", "Div")
 # Operators through which a sum of two inputs is the sum of the two outputs, up to a constant.
-_LINEAR_PASSAGE = _classes(
+_LINEAR_PASSAGE = node_classes(
     *("BatchNormalization", "Add", "Sub", "Neg", "Identity", "Dropout", "Cast", "CumSum"),
     *("Flatten", "Reshape", "ATenUnflatten", "Transpose", "Squeeze", "Unsqueeze", "Expand", "Tile"),
     *("Concat", "Slice", "Split", "Gather", "Pad", "AveragePool", "GlobalAveragePool", "ReduceMean", "ReduceSum"),
@@ -83,7 +74,7 @@ class NetworkGraph:
         self._position = {id(node): position for position, node in enumerate(self.nodes)}
         self._data: set[int] = set()
         for node in _in_dependency_order(self.nodes):
-            is_input = isinstance(node, _INPUT) and not isinstance(node, _LEAF_STATE)
+            is_input = isinstance(node, _INPUT) and not isinstance(node, _STATE)
             if is_input or any(id(source) in self._data for source in node.inputs):
                 self._data.add(id(node))
         self._users: dict[int, list[Any]] = {id(node): [] for node in self.nodes}
@@ -98,7 +89,7 @@ class NetworkGraph:
         return isinstance(node, _RELU) and not isinstance(node, _OTHER_PIECEWISE) and id(node) in self._data
 
     def _affine_layer(self, node: Any) -> AffineLayer | None:
-        if not isinstance(node, (*_CONVOLUTION, *_LINEAR)):
+        if not isinstance(node, _AFFINE):
             return None
         sources = [source for source in node.inputs[:2] if id(source) in self._data]
         if len(sources) != 1:
@@ -107,7 +98,7 @@ class NetworkGraph:
         parameter = _parameter_behind(weight)
         if parameter is None:
             return None
-        module, _, attribute = parameter.ori_name.rpartition(".")
+        module = parameter.ori_name.rpartition(".")[0]
         module = module.removesuffix(f".parametrizations.{module.rpartition('.')[2]}")
         return AffineLayer(
             name=module,
@@ -200,13 +191,10 @@ def read_graph(bounded: Any) -> NetworkGraph:
     return graph
 
 
-def weight_of(bounded: Any, layer: AffineLayer) -> nn.Parameter:
+def weight_of(layer: AffineLayer) -> nn.Parameter:
     """The parameter that holds the weight of ``layer``."""
-    return _parameter_behind(_weight_node(layer)).param  # type: ignore[no-any-return]
-
-
-def _weight_node(layer: AffineLayer) -> Any:
-    return next(source for source in layer.node.inputs[:2] if source is not layer.source)
+    weight = next(source for source in layer.node.inputs[:2] if source is not layer.source)
+    return _parameter_behind(weight).param
 
 
 def _reached(start: Any, neighbours: Callable[[Any], Iterable[Any]]) -> set[int]:

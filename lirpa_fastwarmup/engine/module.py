@@ -23,7 +23,7 @@ from lirpa_fastwarmup.engine.tracing import (
     value_reads,
 )
 
-BoundConstant: Any = engine.bound_general.__dict__["BoundConstant"]
+BoundConstant: Any = engine.bound_general.BoundConstant
 
 
 def _version(tensor: Tensor) -> int:
@@ -31,7 +31,7 @@ def _version(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
 
 
-class BoundedModule(engine.BoundedModule):  # type: ignore[misc, name-defined]
+class BoundedModule(engine.BoundedModule):
     """``auto_LiRPA.BoundedModule``, with one state for the wrapped model and its bounded view.
 
     Building it leaves the model as it was, and prints nothing. Afterwards ``state_dict``,
@@ -122,7 +122,7 @@ class BoundedModule(engine.BoundedModule):  # type: ignore[misc, name-defined]
     # One state and one mode with the wrapped model.
 
     @property
-    def training(self) -> bool:  # type: ignore[override]
+    def training(self) -> bool:
         """The wrapped model's mode."""
         return self.wrapped.training if self._built else self.__dict__.get("_training", True)
 
@@ -196,9 +196,8 @@ class BoundedModule(engine.BoundedModule):  # type: ignore[misc, name-defined]
     def compute_bounds(self, x: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Bounds on the output, by any of the engine's methods; arguments as in the engine.
 
-        Args:
-            x: a BoundedTensor or a tuple of inputs, of which at least one is a BoundedTensor. ``None``
-                takes the inputs of the last forward pass.
+        ``x`` is a BoundedTensor, or a tuple of inputs of which at least one is a BoundedTensor; ``None``
+        takes the inputs of the last forward pass.
         """
         self._follow_wrapped()
         if x is not None:

@@ -15,10 +15,9 @@ from torch import Tensor
 
 from lirpa_fastwarmup.engine.compat import engine
 
-_operators = engine.bound_general.__dict__
-Bound: Any = _operators["Bound"]
-BoundConv: Any = _operators["BoundConv"]
-BoundConvTranspose: Any = _operators["BoundConvTranspose"]
+Bound: Any = engine.bound_general.Bound
+BoundConv: Any = engine.bound_general.BoundConv
+BoundConvTranspose: Any = engine.bound_general.BoundConvTranspose
 
 _CONVOLUTION: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _TRANSPOSED: dict[int, Callable[..., Tensor]] = {

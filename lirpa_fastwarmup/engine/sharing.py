@@ -16,12 +16,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lirpa_fastwarmup.engine.compat import engine
 
-_operators = engine.bound_general.__dict__
-BoundParams: Any = _operators["BoundParams"]
-BoundBuffers: Any = _operators["BoundBuffers"]
-BoundBatchNormalization: Any = _operators["BoundBatchNormalization"]
-BoundMatMul: Any = _operators["BoundMatMul"]
-BoundLinear: Any = _operators["BoundLinear"]
+_bound: Any = engine.bound_general
+BoundParams: Any = _bound.BoundParams
+BoundBuffers: Any = _bound.BoundBuffers
+BoundLinear: Any = _bound.BoundLinear
+BoundMatMul: Any = _bound.BoundMatMul
+BoundBatchNormalization: Any = _bound.BoundBatchNormalization
 
 
 class SharedParameter(BoundParams):
@@ -68,14 +68,9 @@ class StateLink:
     def refresh(self) -> None:
         """Point the node at the tensor that the model holds now (``.to`` and loading may replace it)."""
         if isinstance(self.node, BoundParams):
-            shown, held = self.node._parameters, self.owner._parameters
-            key = "param"
+            self.node._parameters["param"] = self.owner._parameters[self.attribute]
         else:
-            shown, held = self.node._buffers, self.owner._buffers
-            key = "buffer"
-        tensor = held.get(self.attribute)
-        if tensor is not None:
-            shown[key] = tensor
+            self.node._buffers["buffer"] = self.owner._buffers[self.attribute]
 
 
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str] | None:
@@ -92,7 +87,7 @@ def state_links(bounded: Any, model: nn.Module) -> list[StateLink]:
     for node in bounded._modules.values():
         if isinstance(node, BoundParams | BoundBuffers):
             owner = _owner(model, node.ori_name)
-            if owner is not None:
+            if owner is not None and owner[1] in {**owner[0]._parameters, **owner[0]._buffers}:
                 links.append(StateLink(node, *owner))
     return links
 
@@ -161,4 +156,3 @@ def follow_mode(bounded: Any, training: bool) -> None:
     """Put every node in the given mode, and each BatchNorm node in that of its own module."""
     for node in bounded._modules.values():
         node.training = node.owner[0].training if isinstance(node, SharedBatchNorm) else training
-

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lirpa_fastwarmup.engine.compat import ENGINE_VERSION, engine, preserved_export_settings
+from lirpa_fastwarmup.engine.compat import ENGINE_VERSION, all_node_classes, preserved_export_settings
 
 # Reading a tensor's value into Python: what a trace cannot follow.
 _READS_A_VALUE = {"__bool__", "__int__", "__float__", "__index__", "__complex__", "item", "tolist", "numpy"}
@@ -109,13 +109,8 @@ def quiet_conversion() -> Iterator[None]:
 
 def supported_operators() -> list[str]:
     """The ONNX operators that the installed engine has bounds for."""
-    base = engine.bound_general.__dict__["Bound"]
-    classes = [value for value in engine.bound_general.__dict__.values() if isinstance(value, type)]
-    return sorted(
-        name.removeprefix("Bound")
-        for name in (cls.__name__ for cls in classes if issubclass(cls, base) and cls is not base)
-        if not name.endswith(("Grad", "Input", "Params", "Buffers", "Activation"))
-    )
+    names = {cls.__name__.removeprefix("Bound") for cls in all_node_classes()}
+    return sorted(name for name in names if not name.endswith(("Grad", "Input", "Params", "Buffers", "Activation")))
 
 
 def _unsupported(messages: list[str], error: NotImplementedError) -> str:

@@ -27,7 +27,7 @@ _BY_RANK: dict[int, type[nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d]] = {
 
 def _normalise_output(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
     # A function of the module level, so that the model can still be pickled and copied.
-    return module.get_submodule(_CHILD)(output)  # type: ignore[no-any-return]
+    return module.get_submodule(_CHILD)(output)
 
 
 def insert_batchnorm(model: nn.Module, *example_inputs: Tensor) -> list[str]:
@@ -89,7 +89,9 @@ def _batchnorm_for(model: nn.Module, graph: NetworkGraph, layer: AffineLayer) ->
             "convolution module whose output could be normalised: use a module for it, or add BatchNorm yourself"
         )
     if hasattr(module, _CHILD):
-        raise StructureError(f"{layer.name!r} already has an attribute {_CHILD!r}, which insert_batchnorm would replace")
+        raise StructureError(
+            f"{layer.name!r} already has an attribute {_CHILD!r}, which insert_batchnorm would replace"
+        )
     rank = graph.spatial_rank(layer)
     if isinstance(module, nn.Linear) and rank > 0:
         raise StructureError(

@@ -78,7 +78,7 @@ def ibp_init_(
     _check_structure(layers)
     halved = {id(layer) for layer in layers if graph.reads_relu_of_sum(layer)}
     for layer in layers:
-        weight_of(bounded, layer).normal_(0.0, _std(layer, id(layer) in halved), generator=generator)
+        weight_of(layer).normal_(0.0, _std(layer, id(layer) in halved), generator=generator)
     scales = [1.0] * len(layers)
     if calibrate is not None:
         scales = _calibrate(bounded, layers, calibrate, eps)
@@ -102,7 +102,9 @@ def _check_structure(layers: list[AffineLayer]) -> None:
     parameters = [layer.parameter for layer in layers]
     if len(set(parameters)) < len(parameters):
         twice = sorted({name for name in parameters if parameters.count(name) > 1})
-        logger.warning("%s serve(s) in several places and was drawn once for each; the last draw stays", ", ".join(twice))
+        logger.warning(
+            "%s serve(s) in several places and was drawn once for each; the last draw stays", ", ".join(twice)
+        )
 
 
 def _calibrate(
@@ -120,6 +122,6 @@ def _calibrate(
                 f"the interval width gain of layer {layer.name!r} was measured as {gain}, which no rescaling brings "
                 "to 1: calibrate on real inputs, with an eps above float32's resolution of them"
             )
-        weight_of(bounded, layer).div_(gain)
+        weight_of(layer).div_(gain)
         scales.append(1.0 / gain)
     return scales

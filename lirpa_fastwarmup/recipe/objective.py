@@ -223,7 +223,9 @@ class ShortWarmup(nn.Module):
         )
         if self.input_range is not None:
             low, high = (broadcast_to_batch(end, x, "input_range") for end in self.input_range)
-            self._checks.require("inputs", ((x >= low) & (x <= high)).all(), partial(_out_of_range, x, self.input_range))
+            self._checks.require(
+                "inputs", ((x >= low) & (x <= high)).all(), partial(_out_of_range, x, self.input_range)
+            )
         else:
             self._checks.require("inputs", x.isfinite().all(), partial(_out_of_range, x, None))
 
@@ -246,7 +248,7 @@ class ShortWarmup(nn.Module):
         self.bounded.train(mode)
         return self
 
-    def state_dict(self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:  # type: ignore[override]
+    def state_dict(self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
         """The step count, under ``step``, and the wrapped model's state dict."""
         if destination is None:
             destination = OrderedDict()

@@ -52,11 +52,11 @@ def prepare(folder: Path, *, overwrite: bool) -> None:
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file that is, at every moment, either the old one or the new one, whole."""
     temporary = path.with_name(f".{path.name}.partial")
-    with open(temporary, "wb") as file:
+    with temporary.open("wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, path)
+    temporary.replace(path)
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:

@@ -106,7 +106,7 @@ def _build(settings: Settings, device: torch.device) -> _Run:
         samples = data.limited(samples, settings.data_limit, seed=settings.seed)
     shuffle = torch.Generator().manual_seed(settings.seed)
     train_batches = data.Batches(samples.to(device), settings.batch_size, generator=shuffle, drop_single=True)
-    architecture = {
+    architecture: dict[str, Any] = {
         "in_shape": dataset.in_shape,
         "classes": dataset.classes,
         "width": settings.width,
@@ -260,5 +260,3 @@ def _plot(history: list[dict[str, float]], settings: Settings, path: Path) -> No
         logger.warning("%s was not drawn: matplotlib is missing (pip install 'lirpa_fastwarmup[plots]')", path.name)
         return
     save_training_curves(history, path, title=f"{settings.preset}, ε = {settings.eps:g}, seed {settings.seed}")
-
-

@@ -57,7 +57,9 @@ class Settings:
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.eps) and 0 < self.eps <= 1):
-            raise ValueError(f"eps must be above 0 and at most 1, the width of the input range [0, 1]; found {self.eps}")
+            raise ValueError(
+                f"eps must be above 0 and at most 1, the width of the input range [0, 1]; found {self.eps}"
+            )
         for name in ("batch_size", "epochs", "width", "hidden", "ramp_start"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")

@@ -49,7 +49,7 @@ def pgd(
     lower, upper = x - eps, x + eps
     if input_range is not None:
         low, high = (broadcast_to_batch(end, x, "input_range") for end in input_range)
-        lower, upper = lower.clamp(min=low), upper.clamp(max=high)  # type: ignore[arg-type]
+        lower, upper = lower.clamp(min=low), upper.clamp(max=high)
     found = x.clone()
     with torch.no_grad():
         open_samples = (model(x).argmax(1) == y).nonzero().squeeze(1)

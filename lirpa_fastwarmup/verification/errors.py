@@ -83,9 +83,7 @@ def pgd_error(
     with _evaluating(model):
         flags = []
         for x, y in loader:
-            point = pgd(
-                model, x, y, eps, steps=steps, restarts=restarts, input_range=input_range, generator=generator
-            )
+            point = pgd(model, x, y, eps, steps=steps, restarts=restarts, input_range=input_range, generator=generator)
             with torch.no_grad():
                 flags.append(model(point).argmax(1) != y)
         return _share(flags)
