@@ -78,10 +78,11 @@ def read_idx(path: Path) -> Tensor:
         )
     rank = content[3]
     start = 4 + 4 * rank
+    if len(content) < start:
+        raise CorruptFileError(f"{path} ends within its header: fetch it again")
     shape = [int(size) for size in np.frombuffer(content[4:start], dtype=">u4")]
-    if len(shape) != rank or len(content) - start != math.prod(shape):
+    if len(content) - start != math.prod(shape):
         raise CorruptFileError(
-            f"{path} promises an array of shape {shape} but holds {max(len(content) - start, 0)} bytes of data: "
-            "fetch it again"
+            f"{path} promises an array of shape {shape} but holds {len(content) - start} bytes of data: fetch it again"
         )
     return torch.from_numpy(np.frombuffer(content, dtype=np.uint8, offset=start).reshape(shape).copy())

@@ -98,11 +98,19 @@ def _names_taken() -> list[str]:
 
 
 @contextmanager
+def silenced_warnings() -> Iterator[None]:
+    """Swallow warnings, also where the process turns them into errors, and restore its filters."""
+    # Recorded rather than ignored: the engine sets a filter of its own, which would lift ours.
+    with warnings.catch_warnings(record=True):
+        warnings.simplefilter("always")
+        yield
+
+
+@contextmanager
 def _import_without_side_effects() -> Iterator[None]:
     """Keep the engine's import from changing the process: root log handlers and warning filters."""
     handlers = list(logging.root.handlers)
-    # Recorded rather than ignored: the engine sets a filter of its own, which would lift ours.
-    with warnings.catch_warnings(record=True):
+    with silenced_warnings():
         try:
             yield
         finally:

@@ -56,6 +56,7 @@ class BoundedModule(engine.BoundedModule):
     """
 
     wrapped: nn.Module
+    _example: tuple[Tensor, ...]
     _arguments: tuple[Any, ...]
     _built = False
 
@@ -68,7 +69,9 @@ class BoundedModule(engine.BoundedModule):
         verbose: bool = False,
         custom_ops: Mapping[str, Any] | None = None,
     ) -> None:
-        self.__dict__["_arguments"] = (global_input, dict(bound_opts or {}), device, verbose, dict(custom_ops or {}))
+        example = (global_input,) if isinstance(global_input, Tensor) else tuple(global_input)
+        self.__dict__["_example"] = example
+        self.__dict__["_arguments"] = (dict(bound_opts or {}), device, verbose, dict(custom_ops or {}))
         if isinstance(model, engine.BoundedModule):
             raise TypeError(
                 "expected a plain nn.Module, found a BoundedModule. Wrap the network itself; for a plain "
@@ -78,7 +81,7 @@ class BoundedModule(engine.BoundedModule):
         with unchanged(model):
             # In evaluation mode a trace holds one node per BatchNorm and moves no statistics.
             model.eval()
-            self._warn_about_control_flow(model, global_input)
+            self._warn_about_control_flow(model, example)
             with quiet_conversion():
                 super().__init__(
                     model,
@@ -100,16 +103,17 @@ class BoundedModule(engine.BoundedModule):
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Copies and pickles are built anew from their copy of the model: nodes hold graphs of the last pass.
-        return type(self), (self.wrapped, *self._arguments)
+        like = next(self.wrapped.parameters(), torch.empty(0))
+        example = tuple(x.to(like) if x.is_floating_point() else x.to(like.device) for x in self._example)
+        return type(self), (self.wrapped, example, *self._arguments)
 
     def check_incompatible_nodes(self, model: nn.Module) -> None:
         """Choose the mode to trace in: the engine can only see Dropout in a training-mode trace."""
         self.ori_training = any(isinstance(module, nn.Dropout) for module in model.modules())
 
     @staticmethod
-    def _warn_about_control_flow(model: nn.Module, global_input: Tensor | tuple[Tensor, ...]) -> None:
-        inputs = (global_input,) if isinstance(global_input, Tensor) else global_input
-        places = value_reads(model, inputs)
+    def _warn_about_control_flow(model: nn.Module, example: tuple[Tensor, ...]) -> None:
+        places = value_reads(model, example)
         if places:
             warnings.warn(
                 f"the network reads the value of a tensor at {', '.join(places)}. Its bounds are those of the "

@@ -6,7 +6,6 @@ import contextlib
 import io
 import logging
 import traceback
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -15,7 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lirpa_fastwarmup.engine.compat import ENGINE_VERSION, all_node_classes, preserved_export_settings
+from lirpa_fastwarmup.engine.compat import (
+    ENGINE_VERSION,
+    all_node_classes,
+    preserved_export_settings,
+    silenced_warnings,
+)
 
 # Reading a tensor's value into Python: what a trace cannot follow.
 _READS_A_VALUE = {"__bool__", "__int__", "__float__", "__index__", "__complex__", "item", "tolist", "numpy"}
@@ -91,7 +95,7 @@ def quiet_conversion() -> Iterator[None]:
     try:
         with (
             preserved_export_settings(),
-            warnings.catch_warnings(record=True),
+            silenced_warnings(),
             contextlib.redirect_stdout(io.StringIO()),
         ):
             yield

@@ -1,0 +1,112 @@
+"""The installed engine imports, and nothing else in the process notices."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from lirpa_fastwarmup.engine import compat
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(code: str, *flags: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *flags, "-c", code], capture_output=True, text=True, cwd=ROOT)
+
+
+def test_patches_are_those_that_the_engine_lacks():
+    needed = {
+        "numpy.lib.arraysetops",
+        "torch.onnx.symbolic_helper._set_opset_version",
+        "torch._C.Node.__getitem__",
+        "auto_LiRPA.BoundedModule._named_members",
+    }
+    assert set(compat.ACTIVE_PATCHES) == (needed if compat.ENGINE_VERSION == "0.3" else set())
+
+
+def test_loading_again_changes_nothing():
+    members = compat.engine.BoundedModule._named_members
+    engine, patches = compat.load_engine()
+    assert engine is compat.engine
+    assert patches == compat.ACTIVE_PATCHES
+    assert engine.BoundedModule._named_members is members
+
+
+def test_a_plain_engine_module_works_too(x):
+    import auto_LiRPA
+
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 4), torch.nn.ReLU(), torch.nn.Linear(4, 3))
+    bounded = auto_LiRPA.BoundedModule(net, x)
+    assert len(list(bounded.parameters())) == 4
+    box = auto_LiRPA.BoundedTensor(x, auto_LiRPA.PerturbationLpNorm(eps=0.1))
+    lower, upper = bounded.compute_bounds(x=(box,), method="CROWN")
+    assert bool((lower <= net(x)).all() and (net(x) <= upper).all())
+
+
+def test_import_leaves_logging_warnings_and_torch_as_they_were():
+    result = run(
+        "import logging, warnings, sys\n"
+        "import torch.onnx.symbolic_helper as helper\n"
+        "before = (list(logging.root.handlers), list(warnings.filters), set(vars(helper)))\n"
+        "import torch.jit; filters = list(warnings.filters)\n"
+        "import lirpa_fastwarmup\n"
+        "assert list(logging.root.handlers) == before[0]\n"
+        "assert warnings.filters == filters, warnings.filters\n"
+        "assert set(vars(helper)) == before[2]\n"
+        "assert 'numpy.lib.arraysetops' not in sys.modules\n",
+        "-W",
+        "error",
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+BLOCK = """
+import importlib.abc, sys
+class Block(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name == {name!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Block())
+try:
+    import lirpa_fastwarmup
+except ImportError as error:
+    print(error)
+"""
+
+
+def test_without_an_engine_the_error_says_how_to_install_one():
+    text = run(BLOCK.format(name="auto_LiRPA")).stdout
+    assert "pip install --no-deps auto_LiRPA==0.3" in text
+    assert "pip install --no-deps git+https" in text
+
+
+def test_an_engine_that_lacks_a_package_is_told_apart():
+    text = run(BLOCK.format(name="tqdm")).stdout
+    assert "auto_LiRPA is installed" in text
+    assert "pip install tqdm" in text
+
+
+def test_conversion_leaves_the_export_settings(x):
+    import lirpa_fastwarmup as fw
+
+    settings = compat._export_globals()
+    before = dict(vars(settings))
+    fw.BoundedModule(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 3)), x)
+    assert vars(settings) == before
+
+
+def test_no_arrow_runs_up_between_the_floors():
+    # Models and data know nothing of bounds, the recipe never trains, and only engine/ knows the engine.
+    package = ROOT / "lirpa_fastwarmup"
+    for path in [*package.glob("models/*.py"), *package.glob("data/*.py")]:
+        text = path.read_text()
+        assert "lirpa_fastwarmup.engine" not in text
+        assert "lirpa_fastwarmup.recipe" not in text
+    for path in package.glob("recipe/*.py"):
+        assert "lirpa_fastwarmup.training" not in path.read_text()
+    for path in package.rglob("*.py"):
+        if path.parent.name != "engine":
+            assert "import auto_LiRPA" not in path.read_text(), path

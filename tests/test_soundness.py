@@ -1,0 +1,184 @@
+"""Bounds contain every sampled output, and IBP equals an interval arithmetic of its own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import lirpa_fastwarmup as fw
+from lirpa_fastwarmup.engine.bounds import ibp_margins, margin_matrix
+from tests.networks import ResidualBlock
+from tests.reference import output_bounds
+
+
+@st.composite
+def networks(draw):
+    """A random small network on 1×6×6 inputs, and its seed."""
+    batchnorm, bias = draw(st.booleans()), draw(st.booleans())
+    torch.manual_seed(draw(st.integers(0, 2**31)))
+    layers: list[nn.Module] = []
+    if draw(st.booleans()):
+        layers.append(fw.models.Normalize([0.4], [0.2]))
+    channels, size = 1, 6
+    for _ in range(draw(st.integers(0, 3))):
+        out, stride = draw(st.integers(1, 4)), draw(st.integers(1, 2))
+        if draw(st.booleans()):
+            layers.append(ResidualBlock(channels, out, stride, batchnorm))
+        else:
+            layers.append(nn.Conv2d(channels, out, 3, stride, padding=1, bias=bias))
+            layers += [nn.BatchNorm2d(out)] if batchnorm else []
+            layers.append(nn.ReLU())
+        channels, size = out, (size - 1) // stride + 1
+    if size > 1 and draw(st.booleans()):
+        layers.append(nn.AvgPool2d(size))
+        size = 1
+    layers.append(nn.Flatten())
+    features = channels * size * size
+    if draw(st.booleans()):
+        layers += [nn.Linear(features, 5), *([nn.BatchNorm1d(5)] if batchnorm else []), nn.ReLU()]
+        features = 5
+    layers.append(nn.Linear(features, 3, bias=bias))
+    model = nn.Sequential(*layers)
+    for module in model.modules():  # BatchNorm as after training: any sign, any statistics.
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+            nn.init.normal_(module.weight)
+            nn.init.normal_(module.bias)
+            nn.init.normal_(module.running_mean)
+            nn.init.uniform_(module.running_var, 0.2, 3.0)
+    return model
+
+
+EPS = st.floats(1e-3, 0.5)
+
+
+def outputs_in_box(model: nn.Module, x: Tensor, eps: float, clean_statistics: bool, count: int = 200) -> Tensor:
+    """Outputs at points of the box, its corners among them; with statistics of the clean batch, on request."""
+    model.eval()
+    if clean_statistics:
+        freeze_statistics(model, x)
+    noise = torch.rand(count, *x.shape) * 2 - 1
+    noise[: count // 2] = noise[: count // 2].sign()
+    points = (x + eps * noise).clamp(0, 1)
+    return model(points.flatten(0, 1)).view(count, len(x), -1)
+
+
+def freeze_statistics(model: nn.Module, x: Tensor) -> None:
+    """Let BatchNorm in evaluation mode use the statistics of the clean batch ``x``."""
+
+    def take(module: nn.BatchNorm2d, inputs: tuple[Tensor]) -> None:
+        dims = [0, *range(2, inputs[0].ndim)]
+        module.running_mean = inputs[0].mean(dims)
+        module.running_var = inputs[0].var(dims, unbiased=False)
+
+    handles = [
+        module.register_forward_pre_hook(take)
+        for module in model.modules()
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d)
+    ]
+    model(x)
+    for handle in handles:
+        handle.remove()
+
+
+@hypothesis_settings(max_examples=40)
+@given(model=networks(), eps=EPS, training=st.booleans(), method=st.sampled_from(["IBP", "CROWN-IBP"]))
+@torch.no_grad()
+def test_no_sampled_output_leaves_the_bounds(model, eps, training, method):
+    x = torch.rand(3, 1, 6, 6)
+    bounded = fw.BoundedModule(model.train(training), x)
+    lower, upper = bounded.compute_bounds(x=(fw.input_box(x, eps),), method=method)
+    outputs = outputs_in_box(model, x, eps, clean_statistics=training)
+    slack = 1e-4 * (1 + outputs.abs().max())
+    assert bool((outputs >= lower - slack).all())
+    assert bool((outputs <= upper + slack).all())
+
+
+@hypothesis_settings(max_examples=40)
+@given(model=networks(), eps=EPS, training=st.booleans())
+@torch.no_grad()
+def test_ibp_equals_the_float64_reference(model, eps, training):
+    x = torch.rand(3, 1, 6, 6)
+    model.train(training)
+    expected = output_bounds(model, x, eps)
+    bounded = fw.BoundedModule(model, x)
+    found = bounded.compute_bounds(x=(fw.input_box(x, eps),), method="IBP")
+    scale = max(end.abs().max() for end in expected)
+    for end, reference in zip(found, expected, strict=True):
+        assert torch.allclose(end.double(), reference, rtol=1e-4, atol=float(1e-4 * scale))
+
+
+@hypothesis_settings(max_examples=20)
+@given(model=networks(), eps=EPS)
+@torch.no_grad()
+def test_margins_lie_between_those_of_the_outputs_and_of_separate_bounds(model, eps):
+    x, y = torch.rand(3, 1, 6, 6), torch.tensor([0, 2, 1])
+    bounded = fw.BoundedModule(model.eval(), x)
+    margins = ibp_margins(bounded, fw.input_box(x, eps), y, classes=3)
+    outputs = outputs_in_box(model, x, eps, clean_statistics=False)
+    sampled = torch.einsum("bmk,nbk->nbm", margin_matrix(y, 3, x.dtype), outputs).amin(0)
+    lower, upper = bounded.compute_bounds(x=(fw.input_box(x, eps),), method="IBP")
+    others = torch.tensor([[1, 2], [0, 1], [0, 2]])
+    separate = lower.gather(1, y.unsqueeze(1)) - upper.gather(1, others)
+    slack = 1e-4 * (1 + margins.abs().max())
+    assert bool((margins <= sampled + slack).all())
+    assert bool((margins >= separate - slack).all())
+
+
+def test_a_wrong_bound_is_noticed(x):
+    # The sampling test can fail: bounds of a smaller box do not contain the outputs of a larger one.
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+    bounded = fw.BoundedModule(model, x)
+    lower, upper = bounded.compute_bounds(x=(fw.input_box(x, 0.001),), method="IBP")
+    outputs = outputs_in_box(model, x, 0.3, clean_statistics=False)
+    assert not bool(((outputs >= lower) & (outputs <= upper)).all())
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("groups", [1, 2])
+@torch.no_grad()
+def test_convolutions_of_every_rank(rank, transposed, groups):
+    kind = getattr(nn, f"Conv{'Transpose' if transposed else ''}{rank}d")
+    conv = kind(2, 4, 3, stride=2, padding=1, groups=groups, dilation=2 if rank == 1 else 1)
+    x = torch.rand(2, 2, *[7] * rank)
+    model = nn.Sequential(conv, nn.ReLU(), nn.Flatten(), nn.Linear(conv(x).flatten(1).shape[1], 3)).eval()
+    bounded = fw.BoundedModule(model, x, bound_opts={"conv_mode": "matrix"})
+    assert torch.allclose(bounded(x), model(x), atol=1e-6)
+    outputs = outputs_in_box(model, x, 0.1, clean_statistics=False)
+    bounds = {}
+    for method in ("IBP", "CROWN-IBP", "CROWN"):
+        lower, upper = bounds[method] = bounded.compute_bounds(x=(fw.input_box(x, 0.1),), method=method)
+        assert bool(((outputs >= lower - 1e-5) & (outputs <= upper + 1e-5)).all()), method
+    # With one ReLU layer, whose bounds IBP and CROWN share, backward bounds differ only by rounding.
+    assert torch.allclose(bounds["CROWN-IBP"][0], bounds["CROWN"][0], atol=1e-5)
+    # IBP of the convolution alone is exact: attained at a corner of the box.
+    first = fw.BoundedModule(nn.Sequential(conv, nn.Flatten()), x)
+    lower, _ = first.compute_bounds(x=(fw.input_box(x, 0.1, None),), method="IBP")
+    probe = x.clone().requires_grad_(True)
+    with torch.enable_grad():
+        (slope,) = torch.autograd.grad(conv(probe).flatten(1)[:, 0].sum(), probe)
+    assert torch.allclose(lower[:, 0], conv(x - 0.1 * slope.sign()).flatten(1)[:, 0], atol=1e-5)
+
+
+def test_box_is_clipped_and_takes_radii_per_channel_and_feature():
+    x = torch.tensor([[[[0.0, 0.5]], [[1.0, 0.9]]]])
+    box = fw.input_box(x, torch.tensor([0.2, 0.3]))
+    assert torch.allclose(box.ptb.x_L, torch.tensor([[[[0.0, 0.3]], [[0.7, 0.6]]]]))
+    assert torch.allclose(box.ptb.x_U, torch.tensor([[[[0.2, 0.7]], [[1.0, 1.0]]]]))
+    free = fw.input_box(x, 0.2, None)
+    assert torch.allclose(free.ptb.x_L, x - 0.2)
+    table = torch.tensor([[0.0, 10.0], [5.0, -3.0]])
+    box = fw.input_box(table, torch.tensor([1.0, 2.0]), (torch.tensor([0.0, -4.0]), torch.tensor([5.5, 10.0])))
+    assert torch.equal(box.ptb.x_L, torch.tensor([[0.0, 8.0], [4.0, -4.0]]))
+    assert torch.equal(box.ptb.x_U, torch.tensor([[1.0, 10.0], [5.5, -1.0]]))
+    with pytest.raises(ValueError, match=r"eps has shape \(3,\)"):
+        fw.input_box(table, torch.ones(3))
+
+
+def test_margin_matrix_rows():
+    matrix = margin_matrix(torch.tensor([1, 0]), 3, torch.float32)
+    assert matrix.tolist() == [[[-1, 1, 0], [0, 1, -1]], [[1, -1, 0], [1, 0, -1]]]

@@ -1,0 +1,200 @@
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import lirpa_fastwarmup as fw
+from lirpa_fastwarmup.presets import PRESETS, preset
+from lirpa_fastwarmup.training import OutputExistsError, Settings, load_model, train
+from lirpa_fastwarmup.training.progress import EpochMeans
+
+SMALL = preset("mnist5k").replace(
+    width=2,
+    hidden=8,
+    epochs=2,
+    ramp_length=1,
+    data_limit=129,
+    batch_size=64,
+    lr_milestones=(1,),
+    pgd_steps=2,
+    pgd_restarts=1,
+)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("run") / "deep" / "er"
+    return out, train(SMALL, out)
+
+
+def test_the_main_preset_is_as_documented():
+    assert PRESETS["mnist5k"].as_dict() == {
+        "preset": "mnist5k", "dataset": "mnist5k", "eps": 0.1, "batch_size": 64, "epochs": 20,
+        "ramp_start": 1, "ramp_length": 10, "lr": 5e-4, "lr_milestones": [15, 18], "lr_factor": 0.2,
+        "width": 8, "hidden": 64, "grad_clip": 10.0, "reg_weight": 0.5, "tol": 0.5,
+        "init": True, "batchnorm": True, "regularizers": True, "pgd_steps": 50, "pgd_restarts": 3,
+        "seed": 0, "data_dir": None, "data_limit": None,
+    }
+
+
+def test_files_of_a_run(finished):
+    out, summary = finished
+    assert sorted(path.name for path in out.iterdir()) == ["curves.png", "history.csv", "model.pt", "summary.json"]
+    assert json.loads((out / "summary.json").read_text()) == summary
+    for key in ("standard_error", "pgd_error", "verified_error"):
+        assert 0 <= summary[key] <= 1
+    assert summary["standard_error"] <= summary["pgd_error"] <= summary["verified_error"]
+    assert summary["preset"] == "mnist5k"
+    assert (summary["seed"], summary["eps"], summary["epochs"]) == (0, 0.1, 2)
+    assert (summary["train_samples"], summary["test_samples"]) == (129, 1000)
+    assert summary["engine"].startswith("auto_LiRPA ")
+    assert summary["torch"] == torch.__version__
+    assert summary["git"]
+    assert 0 < summary["train_seconds_per_epoch"] < summary["seconds"]
+
+
+def test_history_has_a_row_per_epoch(finished):
+    out, summary = finished
+    with (out / "history.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["epoch"]) for row in rows] == [1, 2]
+    assert [float(row["lr"]) for row in rows] == pytest.approx([5e-4, 1e-4])
+    assert float(rows[-1]["eps"]) == pytest.approx(0.1)
+    assert float(rows[-1]["verified_error"]) == summary["verified_error"]
+    assert float(rows[-1]["standard_error"]) == summary["standard_error"]
+    assert float(rows[0]["tightness"]) > 0
+    assert rows[1]["tightness"] == "nan"  # At full radius the regularisers are off.
+
+
+def test_model_can_be_rebuilt_without_the_run(finished):
+    out, summary = finished
+    model = load_model(out / "model.pt")
+    assert not model.training
+    test = fw.data.load("mnist5k").test
+    wrong = (model(test.images.float() / 255).argmax(1) != test.labels).double().mean()
+    assert float(wrong) == pytest.approx(summary["standard_error"])
+
+
+def test_a_file_that_is_no_model(tmp_path):
+    torch.save({"format": 99}, tmp_path / "model.pt")
+    with pytest.raises(ValueError, match=r"no model of format 1.*found 99"):
+        load_model(tmp_path / "model.pt")
+
+
+def test_same_seed_same_run_and_the_callers_random_state_untouched(finished, tmp_path):
+    out, _ = finished
+    torch.manual_seed(123)
+    before = torch.get_rng_state()
+    train(SMALL, tmp_path / "again")
+    assert torch.equal(torch.get_rng_state(), before)
+    one, two = load_model(out / "model.pt"), load_model(tmp_path / "again" / "model.pt")
+    assert all(torch.equal(value, two.state_dict()[name]) for name, value in one.state_dict().items())
+    train(SMALL.replace(seed=1), tmp_path / "other")
+    three = load_model(tmp_path / "other" / "model.pt")
+    assert not torch.equal(one[0].weight, three[0].weight)
+
+
+def test_each_remedy_can_be_switched_off(tmp_path):
+    short = SMALL.replace(epochs=1, data_limit=70)
+    for name in ("init", "batchnorm", "regularizers"):
+        train(short.replace(**{name: False}), tmp_path / name)
+    model = load_model(tmp_path / "batchnorm" / "model.pt")
+    assert not any("running" in key for key in model.state_dict())
+    default = load_model(tmp_path / "init" / "model.pt")
+    # PyTorch's default is uniform within 1/√n: √(1/3n) in all, and none beyond the edge.
+    assert float(default[0].weight.detach().abs().max()) < 1 / 3 + 0.05
+    with (tmp_path / "regularizers" / "history.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    assert row["tightness"] == row["relu_balance"] == "nan"
+
+
+def test_occupied_folders_are_left_alone(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(OutputExistsError, match=r"not empty; nothing in it was touched.*--overwrite"):
+        train(SMALL, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    (tmp_path / "history.csv").write_text("old")
+    train(SMALL.replace(epochs=1, data_limit=70), tmp_path, overwrite=True)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert "old" not in (tmp_path / "history.csv").read_text()
+
+
+def test_unwritable_folder(tmp_path):
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/lirpa")):
+        with pytest.raises(OSError, match=f"cannot write to {out}"):
+            train(SMALL, out)
+
+
+def test_diverging_training_stops_and_keeps_the_last_good_model(tmp_path, monkeypatch):
+    calls = 0
+    forward = fw.ShortWarmup.forward
+
+    def diverging(self, x, y):
+        nonlocal calls
+        calls += 1
+        if calls == 3:  # Three batches of 129 samples: the second epoch's first is the third, singles skipped.
+            with torch.no_grad():
+                next(self.parameters()).fill_(torch.nan)
+        return forward(self, x, y)
+
+    monkeypatch.setattr(fw.ShortWarmup, "forward", diverging)
+    with pytest.raises(
+        fw.NonFiniteLossError, match=r"epoch 2: the loss is nan at step 2, eps 0\.1.*model\.pt holds epoch 1"
+    ):
+        train(SMALL, tmp_path / "run")
+    model = load_model(tmp_path / "run" / "model.pt")
+    assert all(bool(value.isfinite().all()) for value in model.state_dict().values())
+    assert not (tmp_path / "run" / "summary.json").exists()
+
+
+def test_impossible_settings():
+    for change, message in (
+        ({"eps": -0.1}, "eps must be above 0"),
+        ({"eps": float("nan")}, "eps must be above 0"),
+        ({"eps": 2.0}, "at most 1"),
+        ({"epochs": 0}, "epochs must be at least 1"),
+        ({"reg_weight": float("nan")}, "reg_weight must be at least 0"),
+        ({"lr": 0.0}, "lr must be above 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            SMALL.replace(**change)
+    assert isinstance(SMALL, Settings)
+    assert "batch_size     64" in str(SMALL)
+
+
+def test_means_skip_what_was_not_computed():
+    means = EpochMeans(torch.device("cpu"))
+    nan = torch.tensor(torch.nan)
+
+    def step(loss, robust):
+        values = dict.fromkeys(("clean_loss", "tightness", "relu_balance", "eps", "clean_error", "verified_error"), nan)
+        return fw.StepLoss(loss=torch.tensor(loss), robust_loss=torch.tensor(robust), terms={}, **values)
+
+    means.add(step(1.0, 4.0), 30)
+    means.add(step(4.0, torch.nan), 10)
+    read = means.read()
+    assert read["loss"] == pytest.approx(1.75)
+    assert read["robust_loss"] == pytest.approx(4.0)
+    assert read["tightness"] != read["tightness"]
+
+
+def test_runs_without_matplotlib(tmp_path):
+    code = (
+        "import sys; sys.modules['matplotlib'] = None\n"
+        "from pathlib import Path\n"
+        "from lirpa_fastwarmup.training import train\n"
+        "from tests.test_training import SMALL\n"
+        f"train(SMALL.replace(epochs=1, data_limit=70), Path({str(tmp_path / 'run')!r}))\n"
+    )
+    root = Path(__file__).parent.parent
+    result = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "curves.png was not drawn: matplotlib is missing (pip install 'lirpa_fastwarmup[plots]')" in result.stderr
+    assert (tmp_path / "run" / "summary.json").exists()

@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import lirpa_fastwarmup as fw
+from lirpa_fastwarmup import verification
+from tests import networks
+
+
+def linear_classifier():
+    """z = (w·x, −w·x) with w = (1, −2): the margin at x is ±2 w·x, and its worst case in a box is exact."""
+    model = nn.Sequential(nn.Linear(2, 2, bias=False))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[1.0, -2.0], [-1.0, 2.0]]))
+    return model.eval()
+
+
+# w·x: 0.5, 0.2, −0.6, 0.05; each label is right but the last one.
+POINTS = torch.tensor([[0.9, 0.2], [0.4, 0.1], [0.2, 0.4], [0.45, 0.2]])
+LABELS = torch.tensor([0, 0, 1, 1])
+
+
+@pytest.mark.parametrize(("eps", "share"), [(0.0, 0.25), (0.05, 0.25), (0.1, 0.5), (0.18, 0.75)])
+def test_errors_of_a_classifier_whose_margins_are_known(eps, share):
+    # |w·x| > 3ε decides.
+    model = linear_classifier()
+    errors = verification.evaluate(
+        fw.BoundedModule(model, POINTS), [(POINTS[:3], LABELS[:3]), (POINTS[3:], LABELS[3:])], eps, input_range=None
+    )
+    assert errors == verification.Errors(standard=0.25, pgd=share, verified=share)
+
+
+def test_attack_stays_in_the_clipped_box_and_finds_what_it_returns(x, y):
+    model = networks.convolutional(batchnorm=False).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4)
+    labels = model(x).argmax(1)
+    point = verification.pgd(model, x, labels, 0.3, steps=20, restarts=2)
+    assert bool(((point - x).abs() <= 0.3 + 1e-6).all())
+    assert bool(((point >= 0) & (point <= 1)).all())
+    moved = (point != x).flatten(1).any(1)
+    assert bool(moved.any())
+    assert torch.equal(model(point).argmax(1) != labels, moved)
+
+
+def test_order_of_the_errors_and_modes_restored(x, y):
+    model = networks.convolutional()
+    bounded = fw.BoundedModule(model, x)
+    model[1].eval()
+    errors = verification.evaluate(bounded, [(x, y)], 0.02, pgd_steps=5, pgd_restarts=1)
+    assert errors.standard <= errors.pgd <= errors.verified
+    assert model.training
+    assert not model[1].training
+    assert int(model[4].num_batches_tracked) == 0
+
+
+def test_attack_is_repeatable(x, y):
+    model = networks.convolutional().eval()
+
+    def attack():
+        return verification.pgd(model, x, y, 0.05, steps=2, generator=torch.Generator().manual_seed(1))
+
+    assert torch.equal(attack(), attack())
+
+
+def test_bad_input(x, y):
+    model = networks.convolutional()
+    with pytest.raises(ValueError, match="in training mode"):
+        verification.pgd(model, x, y, 0.1)
+    with pytest.raises(ValueError, match="eps must be finite"):
+        verification.pgd(model.eval(), x, y, -0.1)
+    with pytest.raises(ValueError, match="no samples"):
+        verification.standard_error(model, [])
+    with pytest.raises(ValueError, match="eps must be finite"):
+        verification.verified_error(fw.BoundedModule(model, x), [(x, y)], float("nan"))
