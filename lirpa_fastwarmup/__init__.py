@@ -9,7 +9,7 @@ from lirpa_fastwarmup.engine.graph import StructureError
 from lirpa_fastwarmup.engine.layers import LayerBounds, relu_bounds
 from lirpa_fastwarmup.engine.module import BoundedModule
 from lirpa_fastwarmup.engine.sharing import share_batchnorm_state
-from lirpa_fastwarmup.engine.tracing import DataDependentControlFlowWarning
+from lirpa_fastwarmup.engine.tracing import TracedPathWarning
 from lirpa_fastwarmup.recipe import regularizers
 from lirpa_fastwarmup.recipe.batchnorm import insert_batchnorm
 from lirpa_fastwarmup.recipe.initialization import LayerInit, ibp_init_
@@ -21,7 +21,6 @@ __version__ = "0.1.0"
 __all__ = [
     "BoundedModule",
     "ConstantEpsilon",
-    "DataDependentControlFlowWarning",
     "LayerBounds",
     "LayerInit",
     "LinearEpsilon",
@@ -31,6 +30,7 @@ __all__ = [
     "SmoothedEpsilon",
     "StepLoss",
     "StructureError",
+    "TracedPathWarning",
     "ibp_init_",
     "input_box",
     "insert_batchnorm",

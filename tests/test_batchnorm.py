@@ -155,7 +155,7 @@ def test_new_modules_take_after_their_layer(training, x):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (networks.DataDependent(), r"reads the value of a tensor at .*networks\.py:\d+"),
+        (networks.DataDependent(), r"path is not fixed: it reads the value of a tensor at .*networks\.py:\d+"),
         (networks.CalledTwice(), "again: called in several places"),
     ],
 )
@@ -190,3 +190,90 @@ def test_branches_on_shapes_are_no_obstacle(x):
 
 def test_a_network_with_several_inputs(x):
     assert fw.insert_batchnorm(networks.TwoInputs(), x, torch.rand(8, 5)) == ["image", "vector", "joint"]
+
+
+class Subclass(nn.Linear):
+    """Returns more than the output of its weight."""
+
+    def __init__(self, features, out, returns):
+        super().__init__(features, out)
+        self.returns = returns
+
+    def forward(self, x):
+        return self.returns(super().forward(x))
+
+
+def weight_used_elsewhere():
+    class Borrowed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.out = nn.Linear(64, 8), nn.Linear(8, 3)
+
+        def forward(self, x):
+            return self.out(torch.relu(nn.functional.linear(x.flatten(1), self.fc.weight, self.fc.bias)))
+
+    return Borrowed()
+
+
+def called_twice_on_one_input():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.out = nn.Linear(64, 8), nn.Linear(8, 3)
+
+        def forward(self, x):
+            x = x.flatten(1)
+            return self.out(torch.relu(self.fc(x)) + torch.tanh(self.fc(x)))
+
+    return Twice()
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (weight_used_elsewhere, "fc: what the module returns is not"),
+        (called_twice_on_one_input, "fc: called in several places"),
+        (
+            lambda: nn.Sequential(nn.Flatten(), Subclass(64, 8, torch.relu), nn.Linear(8, 3)),
+            "1: what the module returns is not",
+        ),
+    ],
+)
+def test_what_could_only_be_done_by_half_is_refused_whole(build, message, x):
+    model = build()
+    before = state(model)
+    with pytest.raises(fw.StructureError, match=message):
+        fw.insert_batchnorm(model, x)
+    assert state(model).keys() == before.keys()
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_sums_of_three_and_reshapes_before_the_batchnorm(x):
+    class Three(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = (nn.Conv2d(1, 2, 3, padding=1) for _ in range(3))
+            self.bn, self.out = nn.BatchNorm1d(128), nn.Linear(128, 3)
+
+        def forward(self, x):
+            return self.out(torch.relu(self.bn((self.a(x) + self.b(x) + self.c(x)).flatten(1))))
+
+    assert fw.insert_batchnorm(Three(), x) == []
+
+
+@pytest.mark.parametrize("scale", ["left", "right", "matrix"])
+def test_scaled_logits_are_still_the_classification_layer(scale, x):
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = nn.Linear(64, 8), nn.Linear(8, 3)
+            self.temperature = nn.Parameter(torch.tensor(2.0))
+
+        def forward(self, x):
+            logits = self.head(torch.relu(self.body(x.flatten(1))))
+            if scale == "matrix":
+                return logits @ torch.eye(3)
+            return self.temperature * logits if scale == "left" else logits * self.temperature
+
+    assert fw.insert_batchnorm(Scaled(), x) == ["body"]
+    assert [init.name for init in fw.ibp_init_(fw.BoundedModule(Scaled(), x))] == ["body"]

@@ -162,12 +162,27 @@ def test_calibration_takes_a_box_of_ones_own(x):
     assert not torch.allclose(one, model[3].weight)
 
 
-def test_calibration_that_cannot_work(x):
-    bounded = fw.BoundedModule(networks.convolutional(), x)
-    with pytest.raises(ValueError, match="width gain of layer '0' was measured as"):
-        fw.ibp_init_(bounded, calibrate=x, eps=0.0)
-    with pytest.raises(ValueError, match="eps must be finite"):
-        fw.ibp_init_(bounded, calibrate=x, eps=-1.0)
+def test_calibration_that_cannot_work_leaves_the_weights(x):
+    model = networks.convolutional()
+    before = copy.deepcopy(model.state_dict())
+    bounded = fw.BoundedModule(model, x)
+    for arguments, kind, message in (
+        ({"eps": 0.0}, ValueError, "width gain of layer '0' was measured as"),
+        ({"eps": -1.0}, ValueError, "eps must be finite"),
+        ({"calibrate": torch.full_like(x, torch.nan)}, ValueError, "must be finite"),
+        ({"calibrate": torch.rand(4, 3, 8, 8)}, RuntimeError, "channels"),
+    ):
+        with pytest.raises(kind, match=message):
+            fw.ibp_init_(bounded, **{"calibrate": x, **arguments})
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_weight_in_several_places_is_initialised_once(x):
+    model = networks.CalledTwice()
+    inits = fw.ibp_init_(fw.BoundedModule(model, x), calibrate=x)
+    assert [init.name for init in inits] == ["first", "again"]
+    weight = model.again.weight.detach()
+    assert float(weight.std()) == pytest.approx(inits[1].std, rel=0.4)
 
 
 def test_computed_weights_are_refused_before_anything_is_drawn(x):

@@ -105,6 +105,11 @@ def test_mode_switches_all_three(x):
         assert warmup.train(mode) is warmup
         assert warmup.training is warmup.bounded.training is warmup.model.training is mode
     assert not objective(networks.convolutional().eval(), x).training
+    frozen = networks.convolutional()
+    frozen[1].eval()
+    objective(frozen, x)
+    assert frozen.training
+    assert not frozen[1].training
 
 
 def test_gradient_equals_finite_differences(x, y):
@@ -215,6 +220,11 @@ BAD_BATCHES = {
     "above the range": (lambda x, y: (x * 3, y), ValueError, r"input_range.*found values from .*models\.Normalize"),
     "below the range": (lambda x, y: (x - 0.5, y), ValueError, r"found values from -0\.\d+"),
     "NaN": (lambda x, y: (x.log().log(), y), ValueError, r"found values from nan"),
+    "other size": (
+        lambda x, y: (x[..., :7], y),
+        ValueError,
+        r"wrapped for inputs of shape \(1, 8, 8\), found \(1, 8, 7\)",
+    ),
     "one sample": (lambda x, y: (x[:1], y[:1]), ValueError, r"one sample cannot train BatchNorm"),
 }
 
@@ -262,10 +272,14 @@ def test_networks_that_the_objective_cannot_take(x):
 
     with pytest.raises(TypeError, match=r"fastwarmup\.BoundedModule\(model, example_inputs\)"):
         fw.ShortWarmup(auto_LiRPA.BoundedModule(networks.multilayer(False), x), fw.ConstantEpsilon(0.1))
-    smooth = nn.Sequential(nn.Flatten(), nn.Linear(64, 4), nn.Tanh(), nn.Linear(4, 3))
+    smooth = nn.Sequential(nn.Flatten(), nn.Linear(64, 4), nn.LeakyReLU(), nn.Linear(4, 3))
     with pytest.raises(fw.StructureError, match=r"no ReLU.*regularizers=\(\)"):
         objective(smooth, x)
     objective(smooth, x, regularizers=())
+    objective(smooth, x, reg_weight=0.0)
+    objective(smooth, x, regularizers=(lambda bounded: torch.zeros(()),))
+    with pytest.raises(TypeError, match=r"expected a schedule such as .* found 0\.1$"):
+        objective(x=x, schedule=0.1)
     with pytest.raises(ValueError, match=r"output is \(batch, classes ≥ 2\); this network's is \(8, 1\)"):
         objective(nn.Sequential(nn.Flatten(), nn.Linear(64, 1)), x, regularizers=())
 

@@ -58,7 +58,8 @@ def test_metadata(built):
 
 def test_sdist_holds_what_the_wheel_is_built_from(built):
     _, sdist = built
-    names = {name.split("/", 1)[1] for name in tarfile.open(sdist).getnames() if "/" in name}
+    with tarfile.open(sdist) as archive:
+        names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
     assert modules() | {"setup.cfg", "setup.py", "LICENSE", "README.md"} <= names
 
 
@@ -66,13 +67,12 @@ def test_wheel_imports_from_an_empty_environment(built, tmp_path):
     wheel, _ = built
     venv.create(tmp_path / "env", with_pip=True)
     python = tmp_path / "env" / "bin" / "python"
-    subprocess.run(
-        [python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", str(wheel)], check=True, capture_output=True
-    )
 
     def run(*command):
         return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env={"PATH": "/usr/bin:/bin"})
 
+    installed = run(python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", str(wheel))
+    assert installed.returncode == 0, installed.stderr
     bare = run(python, "-c", "import lirpa_fastwarmup")
     assert "No module named 'torch'" in bare.stderr  # Nothing but the wheel is there.
     # Lend it the dependencies of this environment, behind its own packages, and none of the checkout.

@@ -194,7 +194,7 @@ def test_every_relu_counts_once_and_is_called_by_its_layer(x):
 
 
 def test_no_relu_no_regulariser(x):
-    bounded = fw.BoundedModule(nn.Sequential(nn.Flatten(), nn.Linear(64, 4), nn.Tanh(), nn.Linear(4, 3)), x)
+    bounded = fw.BoundedModule(nn.Sequential(nn.Flatten(), nn.Linear(64, 4), nn.LeakyReLU(), nn.Linear(4, 3)), x)
     bounded.compute_bounds(x=(fw.input_box(x, 0.1),), method="IBP")
     with pytest.raises(fw.StructureError, match="no ReLU"):
         fw.regularizers.relu_balance(bounded)
@@ -214,3 +214,12 @@ def test_nothing_is_read_to_the_host(x):
     with NoReads():
         fw.regularizers.tightness(bounded)
         fw.regularizers.relu_balance(bounded)
+
+
+def test_a_branch_that_nothing_perturbed_leads_to_counts_with_width_zero(x):
+    model, vector = networks.TwoInputs(), torch.rand(8, 5)
+    bounded = fw.BoundedModule(model, (x, vector))
+    bounded.compute_bounds(x=(fw.input_box(x, 0.1), vector), method="IBP")
+    layers = {layer.name: layer for layer in fw.relu_bounds(bounded)}
+    assert torch.equal(layers["vector"].lower, layers["vector"].upper)
+    assert bool(fw.regularizers.tightness(bounded).isfinite())

@@ -175,8 +175,8 @@ def test_box_is_clipped_and_takes_radii_per_channel_and_feature():
     box = fw.input_box(table, torch.tensor([1.0, 2.0]), (torch.tensor([0.0, -4.0]), torch.tensor([5.5, 10.0])))
     assert torch.equal(box.ptb.x_L, torch.tensor([[0.0, 8.0], [4.0, -4.0]]))
     assert torch.equal(box.ptb.x_U, torch.tensor([[1.0, 10.0], [5.5, -1.0]]))
-    with pytest.raises(ValueError, match=r"eps has shape \(3,\)"):
-        fw.input_box(table, torch.ones(3))
+    with pytest.raises(ValueError, match=r"eps has shape \(3,\), which does not fit"):
+        fw.input_box(table, torch.ones(3), None)
 
 
 def test_margin_matrix_rows():

@@ -35,11 +35,29 @@ def finished(tmp_path_factory):
 
 def test_the_main_preset_is_as_documented():
     assert PRESETS["mnist5k"].as_dict() == {
-        "preset": "mnist5k", "dataset": "mnist5k", "eps": 0.1, "batch_size": 64, "epochs": 20,
-        "ramp_start": 1, "ramp_length": 10, "lr": 5e-4, "lr_milestones": [15, 18], "lr_factor": 0.2,
-        "width": 8, "hidden": 64, "grad_clip": 10.0, "reg_weight": 0.5, "tol": 0.5,
-        "init": True, "batchnorm": True, "regularizers": True, "pgd_steps": 50, "pgd_restarts": 3,
-        "seed": 0, "data_dir": None, "data_limit": None,
+        "preset": "mnist5k",
+        "dataset": "mnist5k",
+        "eps": 0.1,
+        "batch_size": 64,
+        "epochs": 20,
+        "ramp_start": 1,
+        "ramp_length": 10,
+        "lr": 5e-4,
+        "lr_milestones": [15, 18],
+        "lr_factor": 0.2,
+        "width": 8,
+        "hidden": 64,
+        "grad_clip": 10.0,
+        "reg_weight": 0.5,
+        "tol": 0.5,
+        "init": True,
+        "batchnorm": True,
+        "regularizers": True,
+        "pgd_steps": 50,
+        "pgd_restarts": 3,
+        "seed": 0,
+        "data_dir": None,
+        "data_limit": None,
     }
 
 
@@ -125,6 +143,20 @@ def test_occupied_folders_are_left_alone(tmp_path):
     assert "old" not in (tmp_path / "history.csv").read_text()
 
 
+def test_an_earlier_run_stays_until_there_is_another(tmp_path):
+    (tmp_path / "summary.json").write_text("old")
+    for broken in (SMALL.replace(data_limit=99_999), SMALL.replace(lr=1e30, data_limit=64)):
+        with pytest.raises((ValueError, fw.NonFiniteLossError)):
+            train(broken, tmp_path, overwrite=True)
+        assert (tmp_path / "summary.json").read_text() == "old"
+
+
+def test_weights_that_the_last_step_broke_are_not_kept(tmp_path):
+    with pytest.raises(fw.NonFiniteLossError, match=r"epoch 1: .*no longer finite.*no epoch had been finished"):
+        train(SMALL.replace(lr=1e30, data_limit=64), tmp_path / "run")
+    assert not (tmp_path / "run" / "model.pt").exists()
+
+
 def test_unwritable_folder(tmp_path):
     (tmp_path / "file").write_text("")
     for out in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/lirpa")):
@@ -160,8 +192,10 @@ def test_impossible_settings():
         ({"eps": float("nan")}, "eps must be above 0"),
         ({"eps": 2.0}, "at most 1"),
         ({"epochs": 0}, "epochs must be at least 1"),
-        ({"reg_weight": float("nan")}, "reg_weight must be at least 0"),
-        ({"lr": 0.0}, "lr must be above 0"),
+        ({"reg_weight": float("nan")}, "reg_weight must be finite and at least 0"),
+        ({"lr": 0.0}, "lr must be finite and above 0"),
+        ({"lr": float("inf")}, "lr must be finite"),
+        ({"seed": 10**23}, "seed must be from 0"),
     ):
         with pytest.raises(ValueError, match=message):
             SMALL.replace(**change)

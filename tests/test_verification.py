@@ -66,6 +66,28 @@ def test_attack_is_repeatable(x, y):
     assert torch.equal(attack(), attack())
 
 
+def test_nan_proves_nothing(x, y):
+    model = networks.convolutional().eval()
+    with torch.no_grad():
+        model[10].weight.fill_(torch.nan)
+    assert verification.verified_error(fw.BoundedModule(model, x), [(x, y)], 0.01) == 1.0
+
+
+@pytest.mark.parametrize("error", [verification.verified_error, verification.evaluate])
+def test_data_outside_its_range_gets_no_certificate(error, x, y):
+    bounded = fw.BoundedModule(networks.convolutional().eval(), x)
+    with pytest.raises(ValueError, match="inputs must lie in input_range"):
+        error(bounded, [(4 * x - 2, y)], 0.1)
+    with pytest.raises(ValueError, match="labels must be between 0 and 2"):
+        error(bounded, [(x, y - 1)], 0.1)
+    with pytest.raises(ValueError, match="inputs must lie in input_range"):
+        fw.input_box(3 * x, 0.1)
+    with pytest.raises(ValueError, match="eps must be finite"):
+        fw.input_box(x, -0.1)
+    with pytest.raises(TypeError, match="eps must be a number or a tensor"):
+        fw.input_box(x, "0.1")
+
+
 def test_bad_input(x, y):
     model = networks.convolutional()
     with pytest.raises(ValueError, match="in training mode"):

@@ -9,61 +9,44 @@ import torch
 from torch import Tensor
 
 from lirpa_fastwarmup.engine.compat import engine
-
-Epsilon = float | Tensor
-InputRange = tuple[float | Tensor, float | Tensor]
-
-
-def broadcast_to_batch(value: float | Tensor, x: Tensor, what: str) -> float | Tensor:
-    """``value`` in a shape that broadcasts over the batch ``x`` of shape (batch, *input).
-
-    A vector as long as the first input dimension is one value per channel (or per feature).
-
-    Raises:
-        ValueError: a tensor of a shape that fits neither.
-    """
-    if not isinstance(value, Tensor) or value.ndim == 0:
-        return value
-    value = value.to(x)
-    if value.ndim == 1 and x.ndim > 2 and len(value) == x.shape[1]:
-        return value.view(-1, *[1] * (x.ndim - 2))
-    try:
-        fits = torch.broadcast_shapes(value.shape, x.shape) == x.shape
-    except RuntimeError:
-        fits = False
-    if not fits:
-        raise ValueError(
-            f"{what} has shape {tuple(value.shape)}, which does not broadcast over inputs of shape "
-            f"{tuple(x.shape[1:])}: give a number, one value per channel, or a tensor of the input's shape"
-        )
-    return value
+from lirpa_fastwarmup.engine.inputs import (
+    Epsilon,
+    InputRange,
+    broadcast_to_batch,
+    check_eps,
+    inputs_error,
+    inputs_fit,
+)
 
 
-def check_eps(eps: Epsilon) -> None:
-    """Refuse a radius that no box can have.
-
-    Raises:
-        ValueError: ``eps`` is negative, infinite or NaN.
-    """
-    value = float(eps.detach().min()) if isinstance(eps, Tensor) else float(eps)
-    highest = float(eps.detach().max()) if isinstance(eps, Tensor) else value
-    if not (value >= 0 and math.isfinite(highest)):
-        raise ValueError(f"eps must be finite and at least 0, in units of the input; found {eps}")
+def box_ends(x: Tensor, eps: Epsilon, input_range: InputRange | None) -> tuple[Tensor, Tensor]:
+    """The lowest and the highest corner of the box {x' : |x' − x| ≤ eps, elementwise} ∩ input_range."""
+    eps = broadcast_to_batch(eps, x, "eps")
+    lower, upper = x - eps, x + eps
+    if input_range is not None:
+        low, high = (broadcast_to_batch(end, x, "input_range") for end in input_range)
+        lower, upper = lower.clamp(min=low), upper.clamp(max=high)
+    return lower, upper
 
 
 def input_box(x: Tensor, eps: Epsilon, input_range: InputRange | None = (0.0, 1.0)) -> Any:
     """The box {x' : |x' − x| ≤ eps, elementwise} ∩ input_range, as a BoundedTensor.
 
     Args:
-        x: clean inputs (batch, *input).
+        x: clean inputs (batch, *input), within ``input_range``.
         eps: radius in units of the input: a number, one per channel, or a tensor of the input's shape.
         input_range: lowest and highest valid input, numbers or tensors; ``None`` for unclipped data.
+
+    Raises:
+        TypeError: ``eps`` is neither a number nor a tensor.
+        ValueError: ``eps`` is negative or not finite, or of a shape that does not fit; on the CPU also where
+            ``x`` lies outside its range (elsewhere the check would wait for the device).
     """
-    eps = broadcast_to_batch(eps, x, "eps")
-    lower, upper = x - eps, x + eps
-    if input_range is not None:
-        low, high = (broadcast_to_batch(end, x, "input_range") for end in input_range)
-        lower, upper = lower.clamp(min=low), upper.clamp(max=high)
+    if not isinstance(eps, Tensor) or eps.device.type == "cpu":
+        check_eps(eps)
+    if x.device.type == "cpu" and not bool(inputs_fit(x, input_range)):
+        raise inputs_error(x, input_range)
+    lower, upper = box_ends(x, eps, input_range)
     perturbation = engine.PerturbationLpNorm(norm=math.inf, eps=eps, x_L=lower, x_U=upper)
     return engine.BoundedTensor(x, perturbation)
 
@@ -77,8 +60,18 @@ def margin_matrix(labels: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
     return eye[labels].unsqueeze(1) - eye[others]
 
 
-def ibp_margins(bounded: Any, box: Any, labels: Tensor, classes: int) -> Tensor:
-    """IBP lower bounds on z_y − z_j for j ≠ y over the box, shape (batch, classes − 1)."""
+def ibp_margins(bounded: Any, box: Any, labels: Tensor, classes: int, *, reuse_statistics: bool = False) -> Tensor:
+    """IBP lower bounds on z_y − z_j for j ≠ y over the box, shape (batch, classes − 1).
+
+    ``reuse_statistics`` as in :meth:`lirpa_fastwarmup.BoundedModule.compute_bounds`.
+    """
     matrix = margin_matrix(labels, classes, box.dtype)
-    lower, _ = bounded.compute_bounds(x=(box,), C=matrix, method="IBP", bound_upper=False)
+    lower, _ = bounded.compute_bounds(
+        x=(box,), C=matrix, method="IBP", bound_upper=False, reuse_statistics=reuse_statistics
+    )
     return lower
+
+
+def proved(margins: Tensor) -> Tensor:
+    """For each sample, whether all its margins are proved positive. NaN proves nothing."""
+    return (margins > 0).all(1)

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from lirpa_fastwarmup.engine.compat import node_classes
+from lirpa_fastwarmup.engine.compat import engine, node_classes
 from lirpa_fastwarmup.engine.operators import BoundConvNd
 
 _INPUT = node_classes("Input")
@@ -26,7 +26,11 @@ _RELU = node_classes("Relu")
 _OTHER_PIECEWISE = node_classes("LeakyRelu")
 _BATCHNORM = node_classes("BatchNormalization")
 _SUM = node_classes("Add", "Sub")
-_PRODUCT = node_classes("Mul", "Div")
+_PRODUCT = node_classes("Mul")
+_DIVISION = node_classes("Div")
+_RESHAPING = node_classes(
+    *("Flatten", "Reshape", "ATenUnflatten", "Squeeze", "Unsqueeze", "Transpose", "Identity", "Cast", "Dropout")
+)
 # Operators through which a sum of two inputs is the sum of the two outputs, up to a constant.
 _LINEAR_PASSAGE = node_classes(
     *("BatchNormalization", "Add", "Sub", "Neg", "Identity", "Dropout", "Cast", "CumSum"),
@@ -63,6 +67,7 @@ class NetworkGraph:
     """The part of a BoundedModule's graph that leads from its inputs to its output.
 
     Attributes:
+        inputs: the nodes of the network's inputs.
         affine: the affine layers, in order of execution.
         relus: the ReLU nodes, in order of execution.
     """
@@ -72,10 +77,10 @@ class NetworkGraph:
         live = _reached(self.output, lambda node: node.inputs)
         self.nodes = [node for node in bounded._modules.values() if id(node) in live]
         self._position = {id(node): position for position, node in enumerate(self.nodes)}
-        self._data: set[int] = set()
+        self.inputs = [node for node in self.nodes if isinstance(node, _INPUT) and not isinstance(node, _STATE)]
+        self._data = {id(node) for node in self.inputs}
         for node in _in_dependency_order(self.nodes):
-            is_input = isinstance(node, _INPUT) and not isinstance(node, _STATE)
-            if is_input or any(id(source) in self._data for source in node.inputs):
+            if any(id(source) in self._data for source in node.inputs):
                 self._data.add(id(node))
         self._users: dict[int, list[Any]] = {id(node): [] for node in self.nodes}
         for node in self.nodes:
@@ -110,8 +115,11 @@ class NetworkGraph:
         )
 
     def _passes_linearly(self, node: Any) -> bool:
-        if isinstance(node, _PRODUCT):
-            return sum(id(source) in self._data for source in node.inputs) == 1 and id(node.inputs[0]) in self._data
+        data = [id(source) in self._data for source in node.inputs]
+        if isinstance(node, _DIVISION):
+            return data == [True, False]
+        if isinstance(node, (*_PRODUCT, *_AFFINE)):  # By a constant, or by a matrix that is not trained.
+            return sum(data) == 1
         return isinstance(node, _LINEAR_PASSAGE)
 
     def _above(self, node: Any, crosses: Callable[[Any], bool]) -> list[AffineLayer]:
@@ -145,17 +153,17 @@ class NetworkGraph:
 
     def has_batchnorm(self, layer: AffineLayer) -> bool:
         """Whether BatchNorm is the next thing after ``layer``, or after the sum that it feeds."""
-        users = self._users[id(layer.node)]
-        after_sums = [user for node in users if self._is_data_sum(node) for user in self._users[id(node)]]
-        # A linear layer over several positions adds its bias in a node of its own.
-        after_bias = [user for node in users if self._is_bias_sum(node) for user in self._users[id(node)]]
-        return any(isinstance(node, _BATCHNORM) for node in (*users, *after_sums, *after_bias))
+        waiting = list(self._users[id(layer.node)])
+        while waiting:
+            node = waiting.pop()
+            if isinstance(node, _BATCHNORM):
+                return True
+            if isinstance(node, (*_SUM, *_RESHAPING)):
+                waiting += self._users[id(node)]
+        return False
 
     def _is_data_sum(self, node: Any) -> bool:
         return isinstance(node, _SUM) and sum(id(source) in self._data for source in node.inputs) > 1
-
-    def _is_bias_sum(self, node: Any) -> bool:
-        return isinstance(node, _SUM) and not self._is_data_sum(node)
 
     def reads_relu_of_sum(self, layer: AffineLayer) -> bool:
         """Whether ``layer`` reads the ReLU of a residual sum directly, BatchNorm taken as identity."""
@@ -183,7 +191,16 @@ class NetworkGraph:
 
 
 def read_graph(bounded: Any) -> NetworkGraph:
-    """The graph of ``bounded``, read once and kept with it."""
+    """The graph of ``bounded``, read once and kept with it.
+
+    Raises:
+        TypeError: ``bounded`` is no BoundedModule.
+    """
+    if not isinstance(bounded, engine.BoundedModule):
+        raise TypeError(
+            f"expected a BoundedModule, found {type(bounded).__name__}: wrap the network first, bounded = "
+            "lirpa_fastwarmup.BoundedModule(model, example_inputs)"
+        )
     graph = bounded.__dict__.get("_fastwarmup_graph")
     if graph is None:
         graph = NetworkGraph(bounded)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lirpa_fastwarmup.engine.graph import AffineLayer, StructureError, read_graph
+from lirpa_fastwarmup.engine.graph import AffineLayer, NetworkGraph, StructureError, read_graph
 from lirpa_fastwarmup.engine.sharing import BoundBatchNormalization
 
 
@@ -23,8 +23,12 @@ class LayerBounds:
     upper: Tensor
 
 
-def _bounds_at(node: Any) -> tuple[Tensor, Tensor]:
+def _bounds_at(node: Any, graph: NetworkGraph) -> tuple[Tensor, Tensor]:
     lower, upper = getattr(node, "lower", None), getattr(node, "upper", None)
+    passed = any(getattr(source, "lower", None) is not None for source in graph.inputs)
+    if passed and lower is None and not node.perturbed:
+        # Not every engine visits what no perturbed input leads to: there both bounds are the value.
+        lower = upper = getattr(node, "forward_value", None)
     if lower is None or upper is None:
         raise RuntimeError(
             "the BoundedModule holds no layer bounds: a forward pass clears them. Call "
@@ -45,7 +49,7 @@ def relu_bounds(bounded: Any) -> list[LayerBounds]:
         raise StructureError(
             "the network has no ReLU, whose inputs the regularisers are defined on: leave them out (regularizers=())"
         )
-    return [LayerBounds(graph.relu_name(relu), *_bounds_at(relu.inputs[0])) for relu in graph.relus]
+    return [LayerBounds(graph.relu_name(relu), *_bounds_at(relu.inputs[0], graph)) for relu in graph.relus]
 
 
 def input_half_width(bounded: Any) -> Tensor:
@@ -55,8 +59,9 @@ def input_half_width(bounded: Any) -> Tensor:
         RuntimeError: no bounds have been computed since the last forward pass.
     """
     widths = []
-    for node in read_graph(bounded).first_sources():
-        lower, upper = _bounds_at(node)
+    graph = read_graph(bounded)
+    for node in graph.first_sources():
+        lower, upper = _bounds_at(node, graph)
         widths.append((upper - lower).flatten())
     return torch.cat(widths).mean() / 2
 
@@ -95,13 +100,14 @@ def width_gain(bounded: Any, layer: AffineLayer, box: tuple[Any, ...]) -> float:
     Args:
         box: the inputs, BoundedTensors.
     """
-    read = read_graph(bounded).read_by(layer)
+    graph = read_graph(bounded)
     with batchnorm_as_identity(bounded):
         bounded.compute_bounds(x=box, method="IBP", final_node_name=layer.node.name)
-        before = [_mean_width(other.node) for other in read] or [_mean_width(layer.source)]
-        return float(_mean_width(layer.node) / torch.stack(before).mean())
+        read = [other.node for other in graph.read_by(layer)] or [layer.source]
+        before = torch.stack([_mean_width(node, graph) for node in read]).mean()
+        return float(_mean_width(layer.node, graph) / before)
 
 
-def _mean_width(node: Any) -> Tensor:
-    lower, upper = _bounds_at(node)
+def _mean_width(node: Any, graph: NetworkGraph) -> Tensor:
+    lower, upper = _bounds_at(node, graph)
     return (upper - lower).mean()

@@ -1,7 +1,7 @@
 """The engine's BoundedModule, as a view of the nn.Module that it wraps.
 
 Parameters, buffers, mode and state dict are the wrapped model's own. Bounds in training mode are
-always taken with the BatchNorm statistics of their own clean batch.
+taken with the BatchNorm statistics of their own clean batch.
 """
 
 from __future__ import annotations
@@ -15,20 +15,16 @@ from torch import Tensor, nn
 
 from lirpa_fastwarmup.engine import sharing
 from lirpa_fastwarmup.engine.compat import engine
-from lirpa_fastwarmup.engine.operators import CUSTOM_OPERATORS
+from lirpa_fastwarmup.engine.operators import CUSTOM_OPERATORS, mend_operators
 from lirpa_fastwarmup.engine.tracing import (
-    DataDependentControlFlowWarning,
+    TracedPathWarning,
+    active_dropout,
     quiet_conversion,
     unchanged,
-    value_reads,
+    untraceable,
 )
 
 BoundConstant: Any = engine.bound_general.BoundConstant
-
-
-def _version(tensor: Tensor) -> int:
-    # Inference tensors keep no version; -1 never equals a real one, nor vouches for the content.
-    return -1 if tensor.is_inference() else tensor._version
 
 
 class BoundedModule(engine.BoundedModule):
@@ -36,11 +32,11 @@ class BoundedModule(engine.BoundedModule):
 
     Building it leaves the model as it was, and prints nothing. Afterwards ``state_dict``,
     ``parameters`` and ``training`` are those of the wrapped model; BatchNorm in training mode updates
-    the model's own running statistics; moving one to a device or dtype moves both.
+    the model's own running statistics; moving one to a device or dtype moves both. Modules that are
+    added to the model or replaced later are not followed.
 
-    In training mode, :meth:`compute_bounds` makes a clean forward pass of its batch first, unless the
-    last forward pass was on that batch with these weights. Like every training forward pass it moves
-    the running statistics.
+    In training mode :meth:`compute_bounds` takes the BatchNorm statistics of its own clean batch.
+    Forward passes move the running statistics, as they do for any nn.Module; bounds never do.
 
     Args:
         model: the network, any nn.Module that returns one tensor and whose operators the engine bounds.
@@ -48,15 +44,17 @@ class BoundedModule(engine.BoundedModule):
         bound_opts, device, verbose, custom_ops: as in the engine.
 
     Raises:
-        TypeError: ``model`` is a BoundedModule already.
+        TypeError: ``model`` is a BoundedModule already, or returns something else than one tensor.
         NotImplementedError: the engine has no bounds for an operator; the text names it.
 
     Warns:
-        DataDependentControlFlowWarning: the network's Python code reads values of tensors.
+        TracedPathWarning: the network reads values of tensors in Python, or computes something else in
+            training mode than in evaluation; bounds are those of the path that was traced, in
+            evaluation mode.
     """
 
     wrapped: nn.Module
-    _example: tuple[Tensor, ...]
+    example: tuple[Tensor, ...]
     _arguments: tuple[Any, ...]
     _built = False
 
@@ -70,7 +68,7 @@ class BoundedModule(engine.BoundedModule):
         custom_ops: Mapping[str, Any] | None = None,
     ) -> None:
         example = (global_input,) if isinstance(global_input, Tensor) else tuple(global_input)
-        self.__dict__["_example"] = example
+        self.__dict__["example"] = example
         self.__dict__["_arguments"] = (dict(bound_opts or {}), device, verbose, dict(custom_ops or {}))
         if isinstance(model, engine.BoundedModule):
             raise TypeError(
@@ -79,10 +77,9 @@ class BoundedModule(engine.BoundedModule):
                 "BatchNorm statistics with the model's"
             )
         with unchanged(model):
-            # In evaluation mode a trace holds one node per BatchNorm and moves no statistics.
-            model.eval()
-            self._warn_about_control_flow(model, example)
+            self._check_structure(model, example)
             with quiet_conversion():
+                # In evaluation mode a trace holds one node per BatchNorm and moves no statistics.
                 super().__init__(
                     model,
                     global_input,
@@ -92,34 +89,36 @@ class BoundedModule(engine.BoundedModule):
                     custom_ops={**CUSTOM_OPERATORS, **(custom_ops or {})},
                 )
         object.__setattr__(self, "wrapped", model)
-        sharing.adopt_batchnorm(self, model)
+        sharing.adopt_batchnorm(self, model, sharing.ViewedBatchNorm)
         sharing.adopt_parameters(self)
-        sharing.adopt_matmul(self)
+        mend_operators(self)
         self._links = sharing.state_links(self, model)
-        self._clean_inputs: tuple[tuple[Tensor, int], ...] = ()
-        self._clean_weights: tuple[Any, ...] = ()
         self._built = True
         self._follow_wrapped()
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Copies and pickles are built anew from their copy of the model: nodes hold graphs of the last pass.
         like = next(self.wrapped.parameters(), torch.empty(0))
-        example = tuple(x.to(like) if x.is_floating_point() else x.to(like.device) for x in self._example)
+        example = tuple(x.to(like) if x.is_floating_point() else x.to(like.device) for x in self.example)
         return type(self), (self.wrapped, example, *self._arguments)
 
     def check_incompatible_nodes(self, model: nn.Module) -> None:
-        """Choose the mode to trace in: the engine can only see Dropout in a training-mode trace."""
-        self.ori_training = any(isinstance(module, nn.Dropout) for module in model.modules())
+        """Let the engine trace in evaluation mode, whatever modules there are; it would choose and print."""
 
     @staticmethod
-    def _warn_about_control_flow(model: nn.Module, example: tuple[Tensor, ...]) -> None:
-        places = value_reads(model, example)
-        if places:
+    def _check_structure(model: nn.Module, example: tuple[Tensor, ...]) -> None:
+        observed, reasons = untraceable(model, example)
+        if not isinstance(observed.output, Tensor):
+            raise TypeError(
+                f"the network returns a {type(observed.output).__name__}, and bounds are taken on one tensor: wrap it "
+                "in a module that returns the logits alone"
+            )
+        if reasons:
             warnings.warn(
-                f"the network reads the value of a tensor at {', '.join(places)}. Its bounds are those of the "
-                "path that the example input took; if the path depends on the data, they are wrong for others. "
-                "Use tensor operations (torch.where) instead",
-                DataDependentControlFlowWarning,
+                f"the network's path is not fixed: {'; '.join(reasons)}. Bounds are those of the path that the "
+                "example input takes in evaluation mode, and wrong on any other. Use tensor operations "
+                "(torch.where) instead",
+                TracedPathWarning,
                 stacklevel=3,
             )
 
@@ -143,7 +142,7 @@ class BoundedModule(engine.BoundedModule):
             super().train(mode)
             return self
         self.wrapped.train(mode)
-        sharing.follow_mode(self, mode)
+        sharing.follow_modules(self, mode)
         return self
 
     def eval(self) -> Self:
@@ -182,58 +181,58 @@ class BoundedModule(engine.BoundedModule):
         """Take over what happened to the wrapped model since: its mode, and tensors that were replaced."""
         for link in self._links:
             link.refresh()
-        sharing.follow_mode(self, self.wrapped.training)
+        sharing.follow_modules(self, self.wrapped.training)
 
-    # Bounds in training mode: the statistics of their own clean batch.
+    # Passes.
 
     def forward(self, *x: Any, **kwargs: Any) -> Any:
-        """The network's output; arguments as in the engine."""
+        """The network's output; arguments as in the engine.
+
+        Raises:
+            NotImplementedError: a Dropout module is in training mode.
+        """
         if not self._built:
             return super().forward(*x, **kwargs)
         self._follow_wrapped()
-        output = super().forward(*x, **kwargs)
-        if kwargs.get("final_node_name") is None:
-            self._clean_inputs = tuple((value, _version(value)) for value in x)
-            self._clean_weights = self._weights_state()
-        return output
+        self._refuse_dropout()
+        return super().forward(*x, **kwargs)
 
-    def compute_bounds(self, x: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """Bounds on the output, by any of the engine's methods; arguments as in the engine.
+    def compute_bounds(self, x: Any = None, *args: Any, reuse_statistics: bool = False, **kwargs: Any) -> Any:
+        """Bounds on the output, by any of the engine's methods; other arguments as in the engine.
 
-        ``x`` is a BoundedTensor, or a tuple of inputs of which at least one is a BoundedTensor; ``None``
-        takes the inputs of the last forward pass.
+        In training mode a clean pass of the batch comes first, for BatchNorm's statistics.
+
+        Args:
+            x: a BoundedTensor, or a tuple of inputs of which at least one is a BoundedTensor; ``None`` goes on
+                from the last pass, with its inputs, statistics and intermediate bounds.
+            *args: as in the engine.
+            reuse_statistics: leave the clean pass out, because the last pass was a forward pass of this very
+                batch with these weights. Bounds of any other batch are wrong then.
+            **kwargs: as in the engine.
+
+        Raises:
+            NotImplementedError: a Dropout module is in training mode.
         """
         self._follow_wrapped()
+        self._refuse_dropout()
         if x is not None:
             x = (x,) if isinstance(x, Tensor) else tuple(x)
-            if self._uses_batch_statistics() and not self._is_clean_batch(x):
-                self.forward(*x)
+            if not reuse_statistics and self._uses_batch_statistics():
+                with sharing.without_bookkeeping(self):
+                    super().forward(*x)
         return super().compute_bounds(x, *args, **kwargs)
+
+    def _refuse_dropout(self) -> None:
+        names = active_dropout(self.wrapped)
+        if names:
+            raise NotImplementedError(
+                f"Dropout draws a new mask at every pass ({', '.join(names)}), and bounds of one mask say nothing of "
+                "the next: put these modules in evaluation mode, or take them out"
+            )
 
     def _uses_batch_statistics(self) -> bool:
         return any(
             node.training and node.bn_mode == "forward"
             for node in self._modules.values()
             if isinstance(node, sharing.BoundBatchNormalization)
-        )
-
-    def _is_clean_batch(self, x: tuple[Any, ...]) -> bool:
-        """Whether the last forward pass was on the very tensors ``x``, with the present weights."""
-        return (
-            len(x) == len(self._clean_inputs)
-            and all(
-                new.data_ptr() == old.data_ptr()
-                and new.shape == old.shape
-                and new.stride() == old.stride()
-                and -1 != _version(old) == version
-                for new, (old, version) in zip(x, self._clean_inputs, strict=True)
-            )
-            and self._clean_weights == self._weights_state()
-        )
-
-    def _weights_state(self) -> tuple[Any, ...]:
-        # Statistics taken without gradient are of no use to a bound that is to be differentiated.
-        return (
-            torch.is_grad_enabled(),
-            *((p.data_ptr(), _version(p)) for p in self.wrapped.parameters()),
         )

@@ -1,4 +1,4 @@
-"""Convolutions that an installed engine has no operator for, bounded by the same two formulas.
+"""Operators where an installed engine has none, or one that fails.
 
 Release 0.3 knows two-dimensional convolutions only, and transposed ones only without padding; 0.7
 adds one-dimensional ones. Everything else that PyTorch exports as ``Conv`` or ``ConvTranspose`` is
@@ -7,6 +7,8 @@ bounded here: IBP by centre and radius, W·c ± |W|·r, CROWN by the adjoint of 
 
 from __future__ import annotations
 
+import inspect
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +20,9 @@ from lirpa_fastwarmup.engine.compat import engine
 Bound: Any = engine.bound_general.Bound
 BoundConv: Any = engine.bound_general.BoundConv
 BoundConvTranspose: Any = engine.bound_general.BoundConvTranspose
+BoundLinear: Any = engine.bound_general.BoundLinear
+BoundMatMul: Any = engine.bound_general.BoundMatMul
+BoundConcat: Any = engine.bound_general.BoundConcat
 
 _CONVOLUTION: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _TRANSPOSED: dict[int, Callable[..., Tensor]] = {
@@ -102,10 +107,21 @@ class BoundConvNd(Bound):
         return [(lA, uA), *[(None, None)] * (len(x) - 1)], lower_bias, upper_bias
 
 
+def _automatic_padding(attr: Any) -> list[int]:
+    """The padding that ``padding="same"`` stands for, which neither engine works out."""
+    rank = len(attr["kernel_shape"])
+    if attr.get("auto_pad") not in ("SAME_UPPER", b"SAME_UPPER"):
+        return [0] * (2 * rank)
+    # "same" comes with stride 1 only; an odd total, of an even kernel, is padded at the far end.
+    totals = [d * (k - 1) for d, k in zip(attr["dilations"], attr["kernel_shape"], strict=True)]
+    return [total // 2 for total in totals] + [total - total // 2 for total in totals]
+
+
 def _engine_first(engine_operator: Any, *, transposed: bool) -> Callable[..., Any]:
     """An operator factory: the engine's own node where it takes these attributes, else ours."""
 
     def build(attr: Any, inputs: Any, output_index: int, options: Any) -> Any:
+        attr = {"pads": _automatic_padding(attr), **attr}
         # 0.7 builds a three-dimensional convolution without complaint, and then runs conv2d.
         if len(attr["kernel_shape"]) < 3:
             try:
@@ -121,3 +137,30 @@ CUSTOM_OPERATORS: dict[str, Callable[..., Any]] = {
     "onnx::Conv": _engine_first(BoundConv, transposed=False),
     "onnx::ConvTranspose": _engine_first(BoundConvTranspose, transposed=True),
 }
+
+
+class MarginMatMul(BoundMatMul):
+    """A linear layer without bias whose interval bound takes a margin matrix (0.3's takes none)."""
+
+    def interval_propagate(self, *v: Any, C: Tensor | None = None) -> Any:
+        return BoundLinear.interval_propagate(self, *v, C=C)
+
+
+class LinfConcat(BoundConcat):
+    """Concatenation of intervals, also where one is the input box, at which 0.7's stumbles."""
+
+    def interval_propagate(self, *v: Any) -> Any:
+        perturbations = [getattr(interval, "ptb", None) for interval in v]
+        if all(ptb is None or getattr(ptb, "norm", None) == math.inf for ptb in perturbations):
+            return self.forward(*(interval[0] for interval in v)), self.forward(*(interval[1] for interval in v))
+        return super().interval_propagate(*v)
+
+
+def mend_operators(bounded: Any) -> None:
+    """Put the classes above in place of the engine's, where they are needed."""
+    takes_margins = "C" in inspect.signature(BoundMatMul.interval_propagate).parameters
+    for node in bounded._modules.values():
+        if type(node) is BoundMatMul and not takes_margins:
+            node.__class__ = MarginMatMul
+        elif type(node) is BoundConcat:
+            node.__class__ = LinfConcat

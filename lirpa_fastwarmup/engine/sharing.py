@@ -7,7 +7,8 @@ The node classes here read the model's own modules instead.
 
 from __future__ import annotations
 
-import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +20,6 @@ from lirpa_fastwarmup.engine.compat import engine
 _bound: Any = engine.bound_general
 BoundParams: Any = _bound.BoundParams
 BoundBuffers: Any = _bound.BoundBuffers
-BoundLinear: Any = _bound.BoundLinear
-BoundMatMul: Any = _bound.BoundMatMul
 BoundBatchNormalization: Any = _bound.BoundBatchNormalization
 
 
@@ -34,27 +33,41 @@ class SharedParameter(BoundParams):
 class SharedBatchNorm(BoundBatchNormalization):
     """BatchNorm that keeps the books of the nn.Module it was traced from.
 
-    ``owner`` holds that module, in a tuple, so that it is not registered as a child of the node.
+    Attributes:
+        owner: that module, in a tuple, so that it is not registered as a child of the node.
+        keeps_books: whether a pass in training mode moves the running statistics.
     """
 
     owner: tuple[_BatchNorm]
+    keeps_books: bool
+    eps: float
+    momentum: float | None
 
     def forward(self, x: Tensor, w: Tensor, b: Tensor, m: Tensor, v: Tensor) -> Tensor:
         module = self.owner[0]
-        if self.training and module.num_batches_tracked is not None:
+        if not self.training:
+            return super().forward(x, w, b, m, v)
+        if not self.keeps_books:
+            return super().forward(x, w, b, m.clone(), v.clone())
+        if module.num_batches_tracked is not None:
             module.num_batches_tracked.add_(1)
-            if module.momentum is None:  # A cumulative average, as nn.BatchNorm computes it.
-                self.momentum = 1.0 / float(module.num_batches_tracked)
-            else:
-                self.momentum = module.momentum
+        if module.momentum is None and module.num_batches_tracked is not None:
+            self.momentum = 1.0 / float(module.num_batches_tracked)  # nn.BatchNorm's cumulative average.
+        else:
+            self.momentum = module.momentum
         return super().forward(x, w, b, m, v)
 
 
-class MarginMatMul(BoundMatMul):
-    """A linear layer without bias whose interval bound takes a margin matrix (0.3's takes none)."""
+class ViewedBatchNorm(SharedBatchNorm):
+    """A shared BatchNorm that is in its module's mode, too, at every moment."""
 
-    def interval_propagate(self, *v: Any, C: Tensor | None = None) -> Any:
-        return BoundLinear.interval_propagate(self, *v, C=C)
+    @property
+    def training(self) -> bool:
+        return self.owner[0].training
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        """The mode is the module's alone."""
 
 
 @dataclass(frozen=True)
@@ -74,11 +87,14 @@ class StateLink:
 
 
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str] | None:
+    """The module and attribute of the model's parameter or buffer ``name``, if it has one."""
     prefix, _, attribute = name.rpartition(".")
     try:
-        return model.get_submodule(prefix), attribute
+        module = model.get_submodule(prefix)
     except AttributeError:
         return None
+    known = attribute in module._parameters or attribute in module._buffers
+    return (module, attribute) if known else None
 
 
 def state_links(bounded: Any, model: nn.Module) -> list[StateLink]:
@@ -87,23 +103,21 @@ def state_links(bounded: Any, model: nn.Module) -> list[StateLink]:
     for node in bounded._modules.values():
         if isinstance(node, BoundParams | BoundBuffers):
             owner = _owner(model, node.ori_name)
-            if owner is not None and owner[1] in {**owner[0]._parameters, **owner[0]._buffers}:
+            if owner is not None:
                 links.append(StateLink(node, *owner))
     return links
 
 
-def adopt_batchnorm(bounded: Any, model: nn.Module) -> list[Any]:
-    """Turn each BatchNorm node traced from a module of ``model`` into a :class:`SharedBatchNorm`."""
-    adopted = []
+def adopt_batchnorm(bounded: Any, model: nn.Module, kind: type[SharedBatchNorm]) -> None:
+    """Turn each BatchNorm node traced from a module of ``model`` into one of class ``kind``."""
     for node in bounded._modules.values():
         if not isinstance(node, BoundBatchNormalization):
             continue
         owner = _owner(model, getattr(node.inputs[3], "ori_name", ""))
         if owner is not None and isinstance(owner[0], _BatchNorm):
-            node.__class__ = SharedBatchNorm
+            node.__class__ = kind
             object.__setattr__(node, "owner", (owner[0],))
-            adopted.append(node)
-    return adopted
+            node.keeps_books = True
 
 
 def adopt_parameters(bounded: Any) -> None:
@@ -111,15 +125,6 @@ def adopt_parameters(bounded: Any) -> None:
     for node in bounded._modules.values():
         if type(node) is BoundParams:
             node.__class__ = SharedParameter
-
-
-def adopt_matmul(bounded: Any) -> None:
-    """Let linear layers without bias take a margin matrix, where the engine's take none."""
-    if "C" in inspect.signature(BoundMatMul.interval_propagate).parameters:
-        return
-    for node in bounded._modules.values():
-        if type(node) is BoundMatMul:
-            node.__class__ = MarginMatMul
 
 
 def share_batchnorm_state(bounded: Any, model: nn.Module) -> list[str]:
@@ -137,22 +142,41 @@ def share_batchnorm_state(bounded: Any, model: nn.Module) -> list[str]:
         The names of the model's buffers that are now shared.
 
     Raises:
-        ValueError: ``bounded`` has BatchNorm, but not of ``model``.
+        ValueError: ``bounded`` was built from another module.
     """
-    adopted = adopt_batchnorm(bounded, model)
-    links = [link for link in state_links(bounded, model) if isinstance(link.node, BoundBuffers)]
-    has_batchnorm = any(isinstance(node, BoundBatchNormalization) for node in bounded._modules.values())
-    if has_batchnorm and not adopted:
-        raise ValueError(
-            "none of the BatchNorm statistics in this BoundedModule belong to the given model: "
-            "pass the nn.Module that the BoundedModule was built from"
-        )
-    for link in links:
+    links = state_links(bounded, model)
+    parameters = [node for node in bounded._modules.values() if isinstance(node, BoundParams)]
+    linked = {id(link.node): link for link in links}
+    for node in parameters:
+        link = linked.get(id(node))
+        if link is None or link.owner._parameters.get(link.attribute) is not node.param:
+            raise ValueError(
+                f"the parameter {node.ori_name!r} of this BoundedModule is not one of the given model's: pass the "
+                "nn.Module that the BoundedModule was built from, not a copy of it"
+            )
+    adopt_batchnorm(bounded, model, SharedBatchNorm)
+    shared = [link for link in links if isinstance(link.node, BoundBuffers)]
+    for link in shared:
         link.refresh()
-    return [link.node.ori_name for link in links]
+    return [link.node.ori_name for link in shared]
 
 
-def follow_mode(bounded: Any, training: bool) -> None:
-    """Put every node in the given mode, and each BatchNorm node in that of its own module."""
+def follow_modules(bounded: Any, training: bool) -> None:
+    """Put every node in the given mode; BatchNorm nodes take mode and eps from their own module."""
     for node in bounded._modules.values():
-        node.training = node.owner[0].training if isinstance(node, SharedBatchNorm) else training
+        node.training = training
+        if isinstance(node, SharedBatchNorm):
+            node.eps = node.owner[0].eps
+
+
+@contextmanager
+def without_bookkeeping(bounded: Any) -> Iterator[None]:
+    """Let passes in training mode take batch statistics without moving the running ones."""
+    nodes = [node for node in bounded._modules.values() if isinstance(node, SharedBatchNorm)]
+    for node in nodes:
+        node.keeps_books = False
+    try:
+        yield
+    finally:
+        for node in nodes:
+            node.keeps_books = True

@@ -8,10 +8,13 @@ import logging
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 from torch.overrides import TorchFunctionMode
 
 from lirpa_fastwarmup.engine.compat import (
@@ -21,34 +24,108 @@ from lirpa_fastwarmup.engine.compat import (
     silenced_warnings,
 )
 
-# Reading a tensor's value into Python: what a trace cannot follow.
-_READS_A_VALUE = {"__bool__", "__int__", "__float__", "__index__", "__complex__", "item", "tolist", "numpy"}
+# Reading a tensor's value into Python, or into a shape: what a trace cannot follow.
+_READS_A_VALUE = {
+    *("__bool__", "__int__", "__float__", "__index__", "__complex__", "item", "tolist", "numpy", "is_nonzero"),
+    *("equal", "allclose", "nonzero", "argwhere", "unique", "unique_consecutive", "masked_select"),
+}
 
 
-class DataDependentControlFlowWarning(UserWarning):
-    """The network reads tensor values in Python; bounds hold for the path that the example took."""
+class TracedPathWarning(UserWarning):
+    """The network can take several paths; bounds hold for the one that was traced."""
 
 
-class _ValueReads(TorchFunctionMode):
-    """Notes the places of user code where the value of a tensor is read into Python."""
+@dataclass(frozen=True)
+class Observation:
+    """What one run of a network did.
 
-    def __init__(self) -> None:
+    Attributes:
+        output: what it returned.
+        value_reads: ``file:line`` of each place of user code where a tensor's value was read.
+        operations: names of the torch functions called, in order; calls of BatchNorm's counter left out.
+        calls: how often each module was called, by name.
+    """
+
+    output: Any
+    value_reads: list[str]
+    operations: list[str]
+    calls: dict[str, int]
+
+
+class _Recorder(TorchFunctionMode):
+    def __init__(self, counters: set[int]) -> None:
         super().__init__()
-        self.places: list[str] = []
+        self._counters = counters
+        self.value_reads: list[str] = []
+        self.operations: list[str] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") in _READS_A_VALUE:
-            frame = traceback.extract_stack(limit=2)[0]
-            self.places.append(f"{frame.filename}:{frame.lineno}")
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if not (args and id(args[0]) in self._counters):
+            name = getattr(func, "__name__", str(func))
+            if name in _READS_A_VALUE:
+                frame = traceback.extract_stack(limit=2)[0]
+                self.value_reads.append(f"{frame.filename}:{frame.lineno}")
+            # Dropout in evaluation mode is called too, and does nothing.
+            active = kwargs.get("training", True) if "dropout" in name else None
+            self.operations.append(name if active is None else f"{name} {active}")
+        return func(*args, **kwargs)
 
 
 @torch.no_grad()
-def value_reads(model: nn.Module, inputs: Sequence[Tensor]) -> list[str]:
-    """Run ``model`` once; return ``file:line`` of each place where it reads a tensor's value."""
-    with _ValueReads() as reads:
-        model(*inputs)
-    return list(dict.fromkeys(reads.places))
+def observe(model: nn.Module, inputs: Sequence[Tensor]) -> Observation:
+    """Run ``model`` once, in the mode that it is in, and note what it does."""
+    counters = {id(m.num_batches_tracked) for m in model.modules() if isinstance(m, _BatchNorm)}
+    calls: dict[str, int] = {}
+
+    def count(name: str) -> Any:
+        return lambda *_: calls.__setitem__(name, calls.get(name, 0) + 1)
+
+    handles = [module.register_forward_pre_hook(count(name)) for name, module in model.named_modules()]
+    try:
+        with _Recorder(counters) as recorder:
+            output = model(*inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return Observation(output, list(dict.fromkeys(recorder.value_reads)), recorder.operations, calls)
+
+
+def untraceable(model: nn.Module, inputs: Sequence[Tensor]) -> tuple[Observation, list[str]]:
+    """Observe ``model`` in evaluation mode; also return why a trace would not hold for every input and mode.
+
+    Changes the mode of ``model`` and its statistics: call it under :func:`unchanged`.
+
+    Raises:
+        NotImplementedError: BatchNorm without running statistics, of which there is no bound.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and module.running_mean is None:
+            raise NotImplementedError(
+                f"{name!r} normalises every batch by itself, also in evaluation (track_running_stats=False): the "
+                "output for one input then depends on the others, and has no bound of its own. Use running statistics"
+            )
+    if any(len(x) == 1 for x in inputs):
+        inputs = [torch.cat([x, x]) for x in inputs]  # BatchNorm cannot be trained on one sample.
+    observed = observe(model.eval(), inputs)
+    reasons = [f"it reads the value of a tensor at {place}" for place in observed.value_reads]
+    model.train()
+    for module in model.modules():
+        if isinstance(module, _DropoutNd):
+            module.eval()  # Known, and refused where it is active.
+    if observe(model, inputs).operations != observed.operations:
+        reasons.append("it computes something else in training mode")
+    model.eval()
+    return observed, reasons
+
+
+def active_dropout(model: nn.Module) -> list[str]:
+    """Names of the Dropout modules that are drawing masks at present."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, _DropoutNd) and module.training and module.p
+    ]
 
 
 @contextmanager
@@ -103,8 +180,8 @@ def quiet_conversion() -> Iterator[None]:
         raise NotImplementedError(_unsupported(collector.messages, error)) from error
     except (AssertionError, IndexError, KeyError, AttributeError) as error:
         raise NotImplementedError(
-            f"auto_LiRPA {ENGINE_VERSION} failed while converting the network "
-            f"({type(error).__name__}: {error}). Its operators are: {', '.join(supported_operators())}."
+            f"auto_LiRPA {ENGINE_VERSION} failed while converting the network ({type(error).__name__}: {error}); it is "
+            "built from an operator in a form that this release does not expect"
         ) from error
     finally:
         log.removeHandler(collector)

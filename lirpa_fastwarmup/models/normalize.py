@@ -29,5 +29,5 @@ class Normalize(nn.Module):
         self.register_buffer("std", torch.tensor(std, dtype=torch.get_default_dtype()))
 
     def forward(self, x: Tensor) -> Tensor:
-        shape = (1, -1, *[1] * (x.ndim - 2))
+        shape = (-1, *[1] * (x.ndim - 2))  # No batch dimension, which the engine would ask about.
         return (x - self.mean.view(shape)) / self.std.view(shape)

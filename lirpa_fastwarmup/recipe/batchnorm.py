@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lirpa_fastwarmup.engine.graph import AffineLayer, NetworkGraph, StructureError, read_graph
 from lirpa_fastwarmup.engine.module import BoundedModule
-from lirpa_fastwarmup.engine.tracing import unchanged, value_reads
+from lirpa_fastwarmup.engine.tracing import Observation, unchanged, untraceable
 
 logger = logging.getLogger(__name__)
 
@@ -52,33 +52,55 @@ def insert_batchnorm(model: nn.Module, *example_inputs: Tensor) -> list[str]:
             channel dimension to normalise. The model is then unchanged.
         NotImplementedError: the engine has no bounds for an operator of the network.
     """
-    graph = _structure(model, example_inputs)
+    observed = _observe(model, example_inputs)
+    graph = read_graph(BoundedModule(model, tuple(example_inputs)))
     final = {id(layer) for layer in graph.classification_layers()}
     layers = [layer for layer in graph.affine if id(layer) not in final and not graph.has_batchnorm(layer)]
-    repeated = set(graph.called_more_than_once()) & {layer.name for layer in layers}
+    names = {layer.name for layer in layers}
+    repeated = names & {*graph.called_more_than_once(), *(name for name, count in observed.calls.items() if count > 1)}
     if repeated:
         raise StructureError(
             f"{', '.join(sorted(repeated))}: called in several places of the network, and one BatchNorm cannot hold "
             "the statistics of both. Give each place a module of its own, or add BatchNorm yourself"
         )
     modules = [(layer.name, model.get_submodule(layer.name), _batchnorm_for(model, graph, layer)) for layer in layers]
-    for name, module, batchnorm in modules:
+    hooks = []
+    for _, module, batchnorm in modules:
         module.add_module(_CHILD, batchnorm)
-        module.register_forward_hook(_normalise_output)
+        hooks.append(module.register_forward_hook(_normalise_output))
+    missed = _without_effect(model, example_inputs, names)
+    if missed:
+        for (_, module, _), hook in zip(modules, hooks, strict=True):
+            hook.remove()
+            delattr(module, _CHILD)
+        raise StructureError(
+            f"{', '.join(missed)}: what the module returns is not the plain output of its weight, or other code uses "
+            "the weight, so that BatchNorm cannot be put right behind it. Add BatchNorm yourself"
+        )
+    for name, _, batchnorm in modules:
         logger.info("inserted %s after %s", type(batchnorm).__name__, name)
     return [layer.name for layer in layers]
 
 
-def _structure(model: nn.Module, example_inputs: tuple[Tensor, ...]) -> NetworkGraph:
+def _observe(model: nn.Module, example_inputs: tuple[Tensor, ...]) -> Observation:
     with unchanged(model):
-        places = value_reads(model.eval(), example_inputs)
-    if places:
+        observed, reasons = untraceable(model, example_inputs)
+    if reasons:
         raise StructureError(
-            f"the network reads the value of a tensor at {', '.join(places)}: its path may depend on the data, and "
-            "layers off the path of the example would be left without BatchNorm. Use tensor operations (torch.where) "
-            "instead, or add BatchNorm yourself"
+            f"the network's path is not fixed: {'; '.join(reasons)}. Layers off the path of the example would be left "
+            "without BatchNorm: use tensor operations (torch.where) instead, or add BatchNorm yourself"
         )
-    return read_graph(BoundedModule(model, tuple(example_inputs)))
+    return observed
+
+
+def _without_effect(model: nn.Module, example_inputs: tuple[Tensor, ...], names: set[str]) -> list[str]:
+    """Those of the layers ``names`` that BatchNorm does not come right after, now that it was inserted."""
+    try:
+        graph = read_graph(BoundedModule(model, tuple(example_inputs)))
+    except Exception:  # Whatever the network does with an output that is no plain tensor.
+        logger.debug("the network fails with BatchNorm inserted", exc_info=True)
+        return sorted(names)
+    return [layer.name for layer in graph.affine if layer.name in names and not graph.has_batchnorm(layer)]
 
 
 def _batchnorm_for(model: nn.Module, graph: NetworkGraph, layer: AffineLayer) -> nn.Module:

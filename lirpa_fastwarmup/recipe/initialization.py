@@ -6,7 +6,6 @@ For a layer with weights N(0, σ²) that reads a ReLU, the expected gain in inte
 
 from __future__ import annotations
 
-import logging
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -14,11 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lirpa_fastwarmup.engine.bounds import check_eps, input_box
+from lirpa_fastwarmup.engine.bounds import input_box
 from lirpa_fastwarmup.engine.graph import AffineLayer, StructureError, read_graph, weight_of
+from lirpa_fastwarmup.engine.inputs import check_eps
 from lirpa_fastwarmup.engine.layers import width_gain
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -69,19 +67,29 @@ def ibp_init_(
         What each initialised layer got, in order of execution.
 
     Raises:
-        StructureError: the weight of a layer is computed by a parametrisation, or is there twice.
-        ValueError: ``eps`` is negative or not finite.
+        StructureError: the weight of a layer is computed by a parametrisation.
+        ValueError: ``eps`` is negative or not finite, or a gain that no rescaling brings to 1.
+
+        No weight has changed then.
     """
     graph = read_graph(bounded)
-    final = {id(layer) for layer in graph.classification_layers()}
-    layers = [layer for layer in graph.affine if id(layer) not in final]
+    final = {layer.parameter for layer in graph.classification_layers()}
+    # A weight that serves in several places is initialised for the first of them.
+    layers = list({layer.parameter: layer for layer in reversed(graph.affine) if layer.parameter not in final}.values())
+    layers.reverse()
     _check_structure(layers)
     halved = {id(layer) for layer in layers if graph.reads_relu_of_sum(layer)}
-    for layer in layers:
-        weight_of(layer).normal_(0.0, _std(layer, id(layer) in halved), generator=generator)
+    before = [weight_of(layer).clone() for layer in layers]
     scales = [1.0] * len(layers)
-    if calibrate is not None:
-        scales = _calibrate(bounded, layers, calibrate, eps)
+    try:
+        for layer in layers:
+            weight_of(layer).normal_(0.0, _std(layer, id(layer) in halved), generator=generator)
+        if calibrate is not None:
+            scales = _calibrate(bounded, layers, calibrate, eps)
+    except Exception:
+        for layer, weight in zip(layers, before, strict=True):
+            weight_of(layer).copy_(weight)
+        raise
     return [
         LayerInit(layer.name, layer.fan_in, _std(layer, id(layer) in halved) * scale, id(layer) in halved)
         for layer, scale in zip(layers, scales, strict=True)
@@ -99,12 +107,6 @@ def _check_structure(layers: list[AffineLayer]) -> None:
                 f"the weight of {layer.name!r} is computed from {layer.parameter!r} by a parametrisation, so that "
                 "its values cannot be drawn: initialise before the parametrisation is registered"
             )
-    parameters = [layer.parameter for layer in layers]
-    if len(set(parameters)) < len(parameters):
-        twice = sorted({name for name in parameters if parameters.count(name) > 1})
-        logger.warning(
-            "%s serve(s) in several places and was drawn once for each; the last draw stays", ", ".join(twice)
-        )
 
 
 def _calibrate(

@@ -18,8 +18,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lirpa_fastwarmup.engine.bounds import Epsilon, InputRange, broadcast_to_batch, ibp_margins, input_box
+from lirpa_fastwarmup.engine.bounds import ibp_margins, input_box, proved
 from lirpa_fastwarmup.engine.graph import StructureError, read_graph
+from lirpa_fastwarmup.engine.inputs import (
+    Epsilon,
+    InputRange,
+    check_shapes,
+    inputs_error,
+    inputs_fit,
+    labels_error,
+    labels_fit,
+)
 from lirpa_fastwarmup.engine.module import BoundedModule
 from lirpa_fastwarmup.recipe import regularizers as builtin
 from lirpa_fastwarmup.recipe.checks import ValueChecks
@@ -27,6 +36,7 @@ from lirpa_fastwarmup.recipe.regularizers import Regularizer
 from lirpa_fastwarmup.recipe.schedule import Schedule
 
 _STEP = "step"
+_BUILT_IN = {"tightness": builtin.tightness, "relu_balance": builtin.relu_balance}
 
 
 class NonFiniteLossError(FloatingPointError):
@@ -110,7 +120,13 @@ class ShortWarmup(nn.Module):
             raise ValueError(
                 f"expected reg_weight ≥ 0, tol > 0 and min_eps ≥ 0; found {reg_weight}, {tol} and {min_eps}"
             )
+        if not callable(getattr(schedule, "fraction", None)):
+            raise TypeError(
+                "expected a schedule such as SmoothedEpsilon(max_eps, start, length, steps_per_epoch), or "
+                f"ConstantEpsilon(eps) for a radius that stays the same; found {schedule!r}"
+            )
         self.classes = _class_count(bounded)
+        self._input_shape = bounded.example[0].shape[1:]
         # Kept out of the registered modules: it is a view of `model`, which is registered.
         object.__setattr__(self, "bounded", bounded)
         self.model = bounded.wrapped
@@ -121,15 +137,17 @@ class ShortWarmup(nn.Module):
         self.min_eps = min_eps
         self.input_range = input_range
         self.regularizers = _named(regularizers, tol)
-        if self.regularizers and not read_graph(bounded).relus:
+        self.regularised = bool(self.regularizers) and reg_weight > 0
+        built_in = [name for name in self.regularizers if name in _BUILT_IN]
+        if self.regularised and built_in and not read_graph(bounded).relus:
             raise StructureError(
-                f"the network has no ReLU, whose bounds {' and '.join(self.regularizers)} are computed from: pass "
+                f"the network has no ReLU, whose bounds {' and '.join(built_in)} are computed from: pass "
                 "regularizers=() to train it without"
             )
         self.steps_done = 0
         self._checks = ValueChecks()
         self.register_load_state_dict_pre_hook(_to_own_keys)
-        super().train(self.model.training)
+        self.training = self.model.training
 
     bounded: BoundedModule
 
@@ -158,8 +176,10 @@ class ShortWarmup(nn.Module):
         Off the CPU, errors about values are kept for :meth:`raise_pending_errors`.
         """
         self._check_batch(x, y)
+        if y.device.type != "cpu":
+            y = y.clamp(0, self.classes - 1)  # A wrong label would kill the device's context before it is told.
         fraction = self.fraction
-        regularised = bool(self.regularizers) and self.reg_weight > 0 and fraction < 1
+        regularised = self.regularised and fraction < 1
         logits = self.bounded(x)
         clean_loss = F.cross_entropy(logits, y)
         nan = torch.full((), torch.nan, device=x.device, dtype=logits.dtype)
@@ -167,10 +187,10 @@ class ShortWarmup(nn.Module):
         eps = self._radius(fraction, at_least=self.min_eps if regularised else 0.0)
         if regularised or fraction > 0:
             box = input_box(x, eps, self.input_range)
-            margins = ibp_margins(self.bounded, box, y, self.classes)
+            margins = ibp_margins(self.bounded, box, y, self.classes, reuse_statistics=True)
             # CE(−m, y) with m_y = 0, y put first.
             robust_loss = F.pad(-margins, (1, 0)).logsumexp(1).mean()
-            verified_error = (margins < 0).any(1).to(logits.dtype).mean()
+            verified_error = 1 - proved(margins).to(logits.dtype).mean()
         loss = robust_loss if fraction > 0 else clean_loss
         terms = dict.fromkeys(self.regularizers, nan)
         if regularised:
@@ -200,34 +220,18 @@ class ShortWarmup(nn.Module):
         return eps.clamp(min=at_least) if isinstance(eps, Tensor) else max(eps, at_least)
 
     def _check_batch(self, x: Tensor, y: Tensor) -> None:
-        if y.dtype != torch.int64:
-            raise TypeError(f"labels must be class numbers of dtype int64, found {y.dtype}: pass y.long()")
-        if y.shape != x.shape[:1] or len(x) == 0:
+        check_shapes(x, y)
+        if x.shape[1:] != self._input_shape:
             raise ValueError(
-                f"expected inputs (batch, ...) and labels (batch,) of one length ≥ 1; found {tuple(x.shape)} and "
-                f"{tuple(y.shape)}"
+                f"the network was wrapped for inputs of shape {tuple(self._input_shape)}, found {tuple(x.shape[1:])}"
             )
         if len(x) == 1 and any(isinstance(m, _BatchNorm) and m.training for m in self.model.modules()):
             raise ValueError(
                 "a batch of one sample cannot train BatchNorm, whose statistics it would determine alone: drop it, or "
                 "use larger batches"
             )
-        in_classes = (y >= 0) & (y < self.classes)
-        self._checks.require(
-            "labels",
-            in_classes.all(),
-            lambda: ValueError(
-                f"labels must be between 0 and {self.classes - 1}, for a network of {self.classes} outputs; found "
-                f"{int(y.min())} to {int(y.max())}"
-            ),
-        )
-        if self.input_range is not None:
-            low, high = (broadcast_to_batch(end, x, "input_range") for end in self.input_range)
-            self._checks.require(
-                "inputs", ((x >= low) & (x <= high)).all(), partial(_out_of_range, x, self.input_range)
-            )
-        else:
-            self._checks.require("inputs", x.isfinite().all(), partial(_out_of_range, x, None))
+        self._checks.require("labels", labels_fit(y, self.classes), partial(labels_error, y, self.classes))
+        self._checks.require("inputs", inputs_fit(x, self.input_range), partial(inputs_error, x, self.input_range))
 
     def _check_loss(self, loss: Tensor, eps: Epsilon) -> None:
         step = self.steps_done
@@ -282,27 +286,12 @@ def _class_count(bounded: BoundedModule) -> int:
 
 
 def _named(regularizers: Sequence[str | Regularizer], tol: float) -> dict[str, Regularizer]:
-    known: dict[str, Regularizer] = {
-        "tightness": partial(builtin.tightness, tol=tol),
-        "relu_balance": partial(builtin.relu_balance, tol=tol),
-    }
     named: dict[str, Regularizer] = {}
     for item in regularizers:
-        if isinstance(item, str) and item not in known:
-            raise ValueError(f"unknown regulariser {item!r}; known are {', '.join(known)}, or pass a function")
+        if isinstance(item, str) and item not in _BUILT_IN:
+            raise ValueError(f"unknown regulariser {item!r}; known are {', '.join(_BUILT_IN)}, or pass a function")
         name = item if isinstance(item, str) else getattr(item, "__name__", type(item).__name__)
         if name in named:
             raise ValueError(f"two regularisers are called {name!r}, under which the step would report both")
-        named[name] = known[item] if isinstance(item, str) else item
+        named[name] = partial(_BUILT_IN[item], tol=tol) if isinstance(item, str) else item
     return named
-
-
-def _out_of_range(x: Tensor, input_range: InputRange | None) -> ValueError:
-    found = f"found values from {float(x.min()):.6g} to {float(x.max()):.6g}"
-    if input_range is None:
-        return ValueError(f"inputs must be finite; {found}")
-    return ValueError(
-        f"inputs must lie in input_range {input_range}, to which the box is clipped; {found}. Keep the data in its "
-        "own units and make normalisation the network's first layer (lirpa_fastwarmup.models.Normalize), pass the "
-        "data's range as input_range, or None for data without one"
-    )

@@ -22,9 +22,9 @@ class OutputExistsError(FileExistsError):
 
 
 def prepare(folder: Path, *, overwrite: bool) -> None:
-    """Make ``folder`` ready to be written to, before anything is computed.
+    """See, before anything is computed, that ``folder`` can be written to; make it if absent.
 
-    With ``overwrite``, the files of an earlier run in it are removed, and no others.
+    An earlier run in it stays until :func:`remove_earlier_run`.
 
     Raises:
         OutputExistsError: it exists, is not empty, and ``overwrite`` is off.
@@ -41,12 +41,16 @@ def prepare(folder: Path, *, overwrite: bool) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
-        for name in _WRITTEN:
-            (folder / name).unlink(missing_ok=True)
     except OutputExistsError:
         raise
     except OSError as error:
         raise type(error)(f"cannot write to {folder}: {error.strerror or error}. Name another folder") from error
+
+
+def remove_earlier_run(folder: Path) -> None:
+    """Remove what an earlier run wrote to ``folder``, and nothing else."""
+    for name in _WRITTEN:
+        (folder / name).unlink(missing_ok=True)
 
 
 def write_atomically(path: Path, content: bytes) -> None:

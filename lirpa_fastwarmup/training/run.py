@@ -89,6 +89,8 @@ def train(
     for epoch in range(1, settings.epochs + 1):
         progress.epoch_started(epoch, len(run.train_batches))
         row = _train_epoch(run, epoch, progress, out)
+        if epoch == 1:
+            files.remove_earlier_run(out)  # Not before there is something to put in its place.
         history.append(row)
         files.write_history(out / files.HISTORY, history)
         _save(run, epoch, out / files.MODEL)
@@ -161,6 +163,7 @@ def _train_epoch(run: _Run, epoch: int, progress: Progress, out: Path) -> dict[s
                 progress.step_done({"eps": float(step.eps), **means.read()})
             else:
                 progress.step_done({})
+        _require_finite(run)
     except NonFiniteLossError as error:
         kept = f"{out / files.MODEL} holds epoch {epoch - 1}" if epoch > 1 else "no epoch had been finished"
         raise NonFiniteLossError(f"training stopped in epoch {epoch}: {error}. {kept}") from error
@@ -176,6 +179,15 @@ def _train_epoch(run: _Run, epoch: int, progress: Progress, out: Path) -> dict[s
         "verified_error": verified_error(run.bounded, run.test_batches, run.settings.eps),
         "seconds": seconds,
     }
+
+
+@torch.no_grad()
+def _require_finite(run: _Run) -> None:
+    """See that the last step of an epoch, after which no loss was taken, left a network to be kept."""
+    model = run.bounded.wrapped.eval()
+    x, _ = next(iter(run.test_batches))
+    if not all(bool(value.isfinite().all()) for value in (*model.state_dict().values(), model(x))):
+        raise NonFiniteLossError("the network's weights or outputs are no longer finite: lower the learning rate")
 
 
 def _save(run: _Run, epoch: int, path: Path) -> None:

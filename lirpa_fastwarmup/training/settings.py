@@ -63,12 +63,14 @@ class Settings:
         for name in ("batch_size", "epochs", "width", "hidden", "ramp_start"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
-        for name in ("ramp_length", "pgd_steps", "pgd_restarts", "reg_weight", "seed"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must be at least 0, found {getattr(self, name)}")
+        for name in ("ramp_length", "pgd_steps", "pgd_restarts", "reg_weight"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be finite and at least 0, found {getattr(self, name)}")
         for name in ("lr", "lr_factor", "grad_clip", "tol"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, found {getattr(self, name)}")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be finite and above 0, found {getattr(self, name)}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be from 0 to 2^63 − 1, found {self.seed}")
 
     def replace(self, **changes: Any) -> Settings:
         """The same with some values changed."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lirpa_fastwarmup.engine.bounds import Epsilon, InputRange, broadcast_to_batch, check_eps
+from lirpa_fastwarmup.engine.bounds import box_ends
+from lirpa_fastwarmup.engine.inputs import Epsilon, InputRange, broadcast_to_batch, check_eps, inputs_error, inputs_fit
 
 
 def pgd(
@@ -40,16 +41,16 @@ def pgd(
         For each sample a misclassified point of the box where one was found, and ``x`` elsewhere.
 
     Raises:
-        ValueError: ``model`` is in training mode, or ``eps`` is negative or not finite.
+        ValueError: ``model`` is in training mode, ``eps`` is negative or not finite, or ``x`` lies outside
+            its range.
     """
     if model.training:
         raise ValueError("the network is in training mode, in which BatchNorm follows the attack: call model.eval()")
     check_eps(eps)
+    if not bool(inputs_fit(x, input_range)):
+        raise inputs_error(x, input_range)
     eps = broadcast_to_batch(eps, x, "eps")
-    lower, upper = x - eps, x + eps
-    if input_range is not None:
-        low, high = (broadcast_to_batch(end, x, "input_range") for end in input_range)
-        lower, upper = lower.clamp(min=low), upper.clamp(max=high)
+    lower, upper = box_ends(x, eps, input_range)
     found = x.clone()
     with torch.no_grad():
         open_samples = (model(x).argmax(1) == y).nonzero().squeeze(1)

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lirpa_fastwarmup.engine.bounds import Epsilon, InputRange, check_eps, ibp_margins, input_box
+from lirpa_fastwarmup.engine.bounds import ibp_margins, input_box, proved
+from lirpa_fastwarmup.engine.inputs import Epsilon, InputRange, check_batch, check_eps
 from lirpa_fastwarmup.engine.module import BoundedModule
 from lirpa_fastwarmup.verification.attacks import pgd
 
@@ -58,15 +59,21 @@ def standard_error(model: nn.Module, loader: Loader) -> float:
 def verified_error(
     bounded: BoundedModule, loader: Loader, eps: Epsilon, *, input_range: InputRange | None = (0.0, 1.0)
 ) -> float:
-    """The share of samples with an IBP margin z_y − z_j that is not proved positive over the box."""
+    """The share of samples with an IBP margin z_y − z_j that is not proved positive over the box.
+
+    Raises:
+        TypeError: labels are not int64.
+        ValueError: ``eps`` is negative or not finite, labels are no classes of the network, inputs lie
+            outside their range, or there are no samples.
+    """
     check_eps(eps)
+    classes = int(bounded.final_shape[1])
+    flags = []
     with _evaluating(bounded):
-        return _share([unverified(bounded, input_box(x, eps, input_range), y) for x, y in loader])
-
-
-def unverified(bounded: BoundedModule, box: Tensor, y: Tensor) -> Tensor:
-    """For each sample of the box, whether IBP leaves a margin that may be 0 or less."""
-    return (ibp_margins(bounded, box, y, bounded.final_shape[1]) <= 0).any(1)
+        for x, y in loader:
+            check_batch(x, y, classes, input_range)
+            flags.append(~proved(ibp_margins(bounded, input_box(x, eps, input_range), y, classes)))
+        return _share(flags)
 
 
 def pgd_error(

@@ -1,0 +1,112 @@
+"""What a radius, an input range, a batch and its labels must be, and the errors when they are not."""
+
+from __future__ import annotations
+
+import math
+import numbers
+
+import torch
+from torch import Tensor
+
+Epsilon = float | Tensor
+InputRange = tuple[float | Tensor, float | Tensor]
+
+
+def check_eps(eps: Epsilon) -> None:
+    """Refuse a radius that no box can have.
+
+    Raises:
+        TypeError: ``eps`` is neither a number nor a tensor.
+        ValueError: ``eps`` is negative, infinite, NaN or empty.
+    """
+    if not isinstance(eps, numbers.Real | Tensor):
+        raise TypeError(f"eps must be a number or a tensor, in units of the input; found {type(eps).__name__}")
+    values = eps.detach().flatten().tolist() if isinstance(eps, Tensor) else [float(eps)]
+    if not values or not all(math.isfinite(value) and value >= 0 for value in values):
+        raise ValueError(f"eps must be finite and at least 0, in units of the input; found {eps}")
+
+
+def broadcast_to_batch(value: float | Tensor, x: Tensor, what: str) -> float | Tensor:
+    """``value`` in a shape that broadcasts over the batch ``x`` of shape (batch, *input).
+
+    A vector is one value per channel (per feature, where inputs are vectors).
+
+    Raises:
+        ValueError: a tensor of a shape that does not fit.
+    """
+    if not isinstance(value, Tensor) or value.ndim == 0:
+        return value
+    shape = (len(value), *[1] * (x.ndim - 2)) if value.ndim == 1 else value.shape
+    try:
+        fits = len(shape) >= x.ndim - 1 and torch.broadcast_shapes(shape, x.shape) == x.shape
+    except RuntimeError:
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"{what} has shape {tuple(value.shape)}, which does not fit inputs of shape {tuple(x.shape[1:])}: give a "
+            "number, one value per channel, or a tensor of the input's shape"
+        )
+    return value.to(x).view(shape)
+
+
+def labels_fit(y: Tensor, classes: int) -> Tensor:
+    """Whether all labels are class numbers; a 0-dim tensor on their device."""
+    return ((y >= 0) & (y < classes)).all()
+
+
+def labels_error(y: Tensor, classes: int) -> ValueError:
+    """What to say where :func:`labels_fit` does not hold."""
+    return ValueError(
+        f"labels must be between 0 and {classes - 1}, for a network of {classes} outputs; found {int(y.min())} to "
+        f"{int(y.max())}"
+    )
+
+
+def inputs_fit(x: Tensor, input_range: InputRange | None) -> Tensor:
+    """Whether all inputs are finite and within their range; a 0-dim tensor on their device."""
+    if input_range is None:
+        return x.isfinite().all()
+    low, high = (broadcast_to_batch(end, x, "input_range") for end in input_range)
+    return ((x >= low) & (x <= high)).all()
+
+
+def inputs_error(x: Tensor, input_range: InputRange | None) -> ValueError:
+    """What to say where :func:`inputs_fit` does not hold."""
+    found = f"found values from {float(x.min()):.6g} to {float(x.max()):.6g}"
+    if input_range is None:
+        return ValueError(f"inputs must be finite; {found}")
+    return ValueError(
+        f"inputs must lie in input_range {input_range}, to which the box is clipped; {found}. Keep the data in its "
+        "own units and make normalisation the network's first layer (lirpa_fastwarmup.models.Normalize), pass the "
+        "data's range as input_range, or None for data without one"
+    )
+
+
+def check_batch(x: Tensor, y: Tensor, classes: int, input_range: InputRange | None) -> None:
+    """Refuse a batch of which no error could be taken; this waits for the device.
+
+    Raises:
+        TypeError: labels are not int64.
+        ValueError: lengths differ, labels are no classes, or inputs lie outside their range.
+    """
+    check_shapes(x, y)
+    if not bool(labels_fit(y, classes)):
+        raise labels_error(y, classes)
+    if not bool(inputs_fit(x, input_range)):
+        raise inputs_error(x, input_range)
+
+
+def check_shapes(x: Tensor, y: Tensor) -> None:
+    """Refuse a batch by what is known without its values.
+
+    Raises:
+        TypeError: labels are not int64.
+        ValueError: the batch is empty, or there is not one label for each input.
+    """
+    if y.dtype != torch.int64:
+        raise TypeError(f"labels must be class numbers of dtype int64, found {y.dtype}: pass y.long()")
+    if y.shape != x.shape[:1] or len(x) == 0:
+        raise ValueError(
+            f"expected inputs (batch, ...) and labels (batch,) of one length ≥ 1; found {tuple(x.shape)} and "
+            f"{tuple(y.shape)}"
+        )
