@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from hypothesis import given
@@ -162,6 +164,31 @@ def test_convolutions_of_every_rank(rank, transposed, groups):
     with torch.enable_grad():
         (slope,) = torch.autograd.grad(conv(probe).flatten(1)[:, 0].sum(), probe)
     assert torch.allclose(lower[:, 0], conv(x - 0.1 * slope.sign()).flatten(1)[:, 0], atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["CROWN-IBP", "CROWN"])
+@pytest.mark.parametrize("shape", [(1, 2, 1, 1), (2, 1, 1), (1,), (), (1, 6, 6), (2, 6, 6)])
+@pytest.mark.parametrize("operation", ["sub", "add", "mul", "div"])
+@torch.no_grad()
+def test_buffers_in_arithmetic(operation, shape, method):
+    # On an affine network CROWN and IBP are both exact. A plain auto_LiRPA 0.3 is wrong here.
+    class Shifted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("constant", torch.rand(shape) + 0.5)
+
+        def forward(self, x):
+            return getattr(torch, operation)(x, self.constant)
+
+    x = torch.rand(3, 2, 6, 6)
+    bounded = fw.BoundedModule(nn.Sequential(Shifted(), nn.Flatten(), nn.Linear(72, 3)).eval(), x)
+    box = fw.input_box(x, 0.1)
+    exact = bounded.compute_bounds(x=(box,), method="IBP")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # 0.7 remarks on constants with a batch dimension.
+        found = bounded.compute_bounds(x=(box,), method=method)
+    for end, right in zip(found, exact, strict=True):
+        assert torch.allclose(end, right, atol=1e-5)
 
 
 def test_box_is_clipped_and_takes_radii_per_channel_and_feature():

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 # Okabe and Ito's palette: told apart by the colour-blind; line styles tell them apart in grey.
-_BLUE, _ORANGE, _GREEN, _BLACK = "#0072B2", "#D55E00", "#009E73", "#000000"
+_BLUE, _ORANGE, _GREEN, _PURPLE, _BLACK = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000"
 
 History = Sequence[Mapping[str, float]]
 
@@ -24,9 +24,13 @@ def draw_losses(axes: Axes, history: History) -> None:
     axes.plot(epochs, _column(history, "loss"), color=_BLACK, label="objective")
     axes.plot(epochs, _column(history, "robust_loss"), color=_ORANGE, linestyle="--", label="robust cross-entropy")
     axes.plot(epochs, _column(history, "clean_loss"), color=_BLUE, linestyle=":", label="clean cross-entropy")
-    for name, label, marker in (("tightness", "tightness", "o"), ("relu_balance", "ReLU balance", "s")):
-        axes.plot(epochs, _column(history, name), color=_GREEN, marker=marker, markersize=3, linewidth=0.8, label=label)
-    axes.set(xlabel="epoch", ylabel="mean over the training set (nats)", yscale="log")
+    for name, label, color, marker in (
+        ("tightness", "tightness", _GREEN, "o"),
+        ("relu_balance", "ReLU balance", _PURPLE, "s"),
+    ):
+        axes.plot(epochs, _column(history, name), color=color, marker=marker, markersize=3, linewidth=0.8, label=label)
+    axes.set(xlabel="epoch", ylabel="mean over the training set")
+    axes.set_ylim(bottom=-0.02)
     axes.legend(fontsize="small", frameon=False)
 
 
@@ -38,7 +42,7 @@ def draw_errors(axes: Axes, history: History) -> None:
         ("standard_error", _BLUE, "-", "standard error"),
     ):
         axes.plot(epochs, [100 * value for value in _column(history, name)], color=color, linestyle=style, label=label)
-    axes.set(xlabel="epoch", ylabel="error on the test set (%)", ylim=(0, 100))
+    axes.set(xlabel="epoch", ylabel="error on the test set (%)", ylim=(0, 102))
     axes.legend(fontsize="small", frameon=False)
 
 
