@@ -27,6 +27,11 @@ from lirpa_fastwarmup.engine.tracing import (
 BoundConstant: Any = engine.bound_general.BoundConstant
 
 
+def _like(model: nn.Module) -> Tensor:
+    """A tensor of the device and dtype that ``model`` works on."""
+    return next(model.parameters(), next(model.buffers(), torch.empty(0)))
+
+
 class BoundedModule(engine.BoundedModule):
     """``auto_LiRPA.BoundedModule``, with one state for the wrapped model and its bounded view.
 
@@ -68,6 +73,7 @@ class BoundedModule(engine.BoundedModule):
         custom_ops: Mapping[str, Any] | None = None,
     ) -> None:
         example = (global_input,) if isinstance(global_input, Tensor) else tuple(global_input)
+        example = tuple(x.to(_like(model).device) for x in example)
         self.__dict__["example"] = example
         self.__dict__["_arguments"] = (dict(bound_opts or {}), device, verbose, dict(custom_ops or {}))
         if isinstance(model, engine.BoundedModule):
@@ -98,7 +104,7 @@ class BoundedModule(engine.BoundedModule):
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Copies and pickles are built anew from their copy of the model: nodes hold graphs of the last pass.
-        like = next(self.wrapped.parameters(), torch.empty(0))
+        like = _like(self.wrapped)
         example = tuple(x.to(like) if x.is_floating_point() else x.to(like.device) for x in self.example)
         return type(self), (self.wrapped, example, *self._arguments)
 
@@ -171,9 +177,7 @@ class BoundedModule(engine.BoundedModule):
         for node in self._modules.values():
             if isinstance(node, BoundConstant) and isinstance(node.value, Tensor):
                 node.value = fn(node.value)
-        first = next(self.wrapped.parameters(), None)
-        if first is not None:
-            self.device = first.device
+        self.device = _like(self.wrapped).device
         self._follow_wrapped()
         return self
 

@@ -145,8 +145,9 @@ def unchanged(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(requires_grad)
         with torch.no_grad():
             for name, buffer in model.named_buffers():
-                if not torch.equal(buffer, buffers[name]):
-                    buffer.copy_(buffers[name])
+                saved = buffers[name].to(buffer.device)
+                if not torch.equal(buffer, saved):
+                    buffer.copy_(saved)
 
 
 class _Collector(logging.Handler):

@@ -81,10 +81,11 @@ def train(
     progress = progress or Silent()
     files.prepare(out, overwrite=overwrite)
     started = time.perf_counter()
+    device = torch.device(device)
     # Everything random hangs on the seed, and the caller's random state stays as it is.
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(settings.seed)
-        run = _build(settings, torch.device(device))
+        run = _build(settings, device)
     history: list[dict[str, float]] = []
     for epoch in range(1, settings.epochs + 1):
         progress.epoch_started(epoch, len(run.train_batches))
