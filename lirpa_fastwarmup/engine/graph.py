@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from lirpa_fastwarmup.engine.arithmetic import BoundConstantArithmetic
 from lirpa_fastwarmup.engine.compat import engine, node_classes
 from lirpa_fastwarmup.engine.operators import BoundConvNd
 
@@ -120,7 +121,7 @@ class NetworkGraph:
             return data == [True, False]
         if isinstance(node, (*_PRODUCT, *_AFFINE)):  # By a constant, or by a matrix that is not trained.
             return sum(data) == 1
-        return isinstance(node, _LINEAR_PASSAGE)
+        return isinstance(node, (*_LINEAR_PASSAGE, BoundConstantArithmetic))
 
     def _above(self, node: Any, crosses: Callable[[Any], bool]) -> list[AffineLayer]:
         """The nearest affine layers at or above ``node``, going up through what ``crosses`` allows."""
@@ -158,7 +159,7 @@ class NetworkGraph:
             node = waiting.pop()
             if isinstance(node, _BATCHNORM):
                 return True
-            if isinstance(node, (*_SUM, *_RESHAPING)):
+            if isinstance(node, (*_SUM, *_RESHAPING)) or (isinstance(node, BoundConstantArithmetic) and node.is_shift):
                 waiting += self._users[id(node)]
         return False
 

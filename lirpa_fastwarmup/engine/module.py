@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lirpa_fastwarmup.engine import sharing
+from lirpa_fastwarmup.engine.arithmetic import simplify_arithmetic
 from lirpa_fastwarmup.engine.compat import engine
 from lirpa_fastwarmup.engine.operators import CUSTOM_OPERATORS, mend_operators
 from lirpa_fastwarmup.engine.tracing import (
@@ -98,6 +99,7 @@ class BoundedModule(engine.BoundedModule):
         sharing.adopt_batchnorm(self, model, sharing.ViewedBatchNorm)
         sharing.adopt_parameters(self)
         mend_operators(self)
+        simplify_arithmetic(self)
         self._links = sharing.state_links(self, model)
         self._built = True
         self._follow_wrapped()
@@ -219,12 +221,12 @@ class BoundedModule(engine.BoundedModule):
         """
         self._follow_wrapped()
         self._refuse_dropout()
-        if x is not None:
-            x = (x,) if isinstance(x, Tensor) else tuple(x)
-            if not reuse_statistics and self._uses_batch_statistics():
-                with sharing.without_bookkeeping(self):
+        with sharing.without_bookkeeping(self):
+            if x is not None:
+                x = (x,) if isinstance(x, Tensor) else tuple(x)
+                if not reuse_statistics and self._uses_batch_statistics():
                     super().forward(*x)
-        return super().compute_bounds(x, *args, **kwargs)
+            return super().compute_bounds(x, *args, **kwargs)
 
     def _refuse_dropout(self) -> None:
         names = active_dropout(self.wrapped)

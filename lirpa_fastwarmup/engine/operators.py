@@ -1,4 +1,4 @@
-"""Operators where an installed engine has none, or one that fails or is wrong.
+"""Operators where an installed engine has none, or one that fails.
 
 Release 0.3 knows two-dimensional convolutions only, and transposed ones only without padding; 0.7
 adds one-dimensional ones. Everything else that PyTorch exports as ``Conv`` or ``ConvTranspose`` is
@@ -23,9 +23,6 @@ BoundConvTranspose: Any = engine.bound_general.BoundConvTranspose
 BoundLinear: Any = engine.bound_general.BoundLinear
 BoundMatMul: Any = engine.bound_general.BoundMatMul
 BoundConcat: Any = engine.bound_general.BoundConcat
-BoundInput: Any = engine.bound_general.BoundInput
-BoundBuffers: Any = engine.bound_general.BoundBuffers
-BoundParams: Any = engine.bound_general.BoundParams
 
 _CONVOLUTION: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _TRANSPOSED: dict[int, Callable[..., Tensor]] = {
@@ -47,6 +44,7 @@ class BoundConvNd(Bound):
         if attr["pads"][: self.rank] != attr["pads"][self.rank :]:
             raise NotImplementedError(f"a convolution padded differently at its two ends: {attr['pads']}")
         self.transposed = transposed
+        self.patches_start = False
         self.stride: list[int] = attr["strides"]
         self.padding: list[int] = attr["pads"][: self.rank]
         self.dilation: list[int] = attr["dilations"]
@@ -159,30 +157,8 @@ class LinfConcat(BoundConcat):
         return super().interval_propagate(*v)
 
 
-def _is_constant(node: Any) -> bool:
-    if isinstance(node, BoundInput):
-        return isinstance(node, BoundBuffers | BoundParams)
-    return all(_is_constant(source) for source in node.inputs)
-
-
-def _mend_constants(bounded: Any) -> None:
-    """Tell what is computed from buffers alone apart from what is computed from the inputs.
-
-    0.3 takes buffers for inputs with a batch dimension. Where one is broadcast that has none, CROWN then
-    adds up coefficients over the batch, and its bounds are wrong.
-    """
-    waiting = [node for node in bounded._modules.values() if isinstance(node, BoundBuffers) and node.from_input]
-    while waiting:
-        node = waiting.pop()
-        users = [bounded._modules[name] for name in node.output_name]
-        if any(len(user.output_shape or ()) > len(node.output_shape or ()) for user in users):
-            node.from_input, node.batch_dim = False, -1
-        waiting += [user for user in users if user.from_input and all(_is_constant(i) for i in user.inputs)]
-
-
 def mend_operators(bounded: Any) -> None:
-    """Put the classes above in place of the engine's, where they are needed, and mend what it marked wrongly."""
-    _mend_constants(bounded)
+    """Put the classes above in place of the engine's, where they are needed."""
     takes_margins = "C" in inspect.signature(BoundMatMul.interval_propagate).parameters
     for node in bounded._modules.values():
         if type(node) is BoundMatMul and not takes_margins:
