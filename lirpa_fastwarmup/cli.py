@@ -111,8 +111,8 @@ def _device(name: str | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
     return device
 
@@ -124,6 +124,11 @@ class _Console:
         self._epochs = epochs
         self._bar: Any = None
 
+    def close(self) -> None:
+        """Leave the line of the bar, so that what comes next has one of its own."""
+        if self._bar is not None:
+            self._bar.close()
+
     def epoch_started(self, epoch: int, batches: int) -> None:
         self._bar = tqdm(total=batches, desc=f"epoch {epoch}/{self._epochs}", leave=False, disable=None)
 
@@ -134,7 +139,7 @@ class _Console:
             self._bar.set_postfix({name: f"{means[name]:.4g}" for name in shown}, refresh=False)
 
     def epoch_done(self, row: Mapping[str, float]) -> None:
-        self._bar.close()
+        self.close()
         print(
             f"epoch {row['epoch']:>{len(str(self._epochs))}}/{self._epochs}  eps {row['eps']:.4f}  "
             f"loss {row['loss']:7.4f}  standard error {row['standard_error']:6.2%}  "
@@ -150,13 +155,13 @@ def _train(options: argparse.Namespace) -> int:
         return 0
     if options.out is None:
         raise ValueError("name the folder for the results with --out DIR")
-    summary = train(
-        settings,
-        options.out,
-        overwrite=options.overwrite,
-        device=_device(options.device),
-        progress=_Console(settings.epochs),
-    )
+    console = _Console(settings.epochs)
+    try:
+        summary = train(
+            settings, options.out, overwrite=options.overwrite, device=_device(options.device), progress=console
+        )
+    finally:
+        console.close()
     print(_table(summary))
     print(f"written to {options.out}")
     return 0

@@ -135,8 +135,7 @@ def _through_torch_save(model):
     return torch.load(buffer, weights_only=False)
 
 
-def test_onnx_export_holds_the_batchnorms(x):
-    # The exporter behind dynamo=True needs a package of its own; the TorchScript one is in torch.
+def test_a_trace_holds_the_batchnorms(x):
     model = networks.SmallResNet()
     fw.insert_batchnorm(model, x)
     trace, _ = torch.jit._get_trace_graph(model.eval(), (x,))

@@ -105,7 +105,9 @@ def width_gain(bounded: Any, layer: AffineLayer, box: tuple[Any, ...]) -> float:
         bounded.compute_bounds(x=box, method="IBP", final_node_name=layer.node.name)
         read = [other.node for other in graph.read_by(layer)] or [layer.source]
         before = torch.stack([_mean_width(node, graph) for node in read]).mean()
-        return float(_mean_width(layer.node, graph) / before)
+        gain = float(_mean_width(layer.node, graph) / before)
+        bounded.forward(*box)  # Clears bounds that hold for this layer's prefix of another network.
+        return gain
 
 
 def _mean_width(node: Any, graph: NetworkGraph) -> Tensor:

@@ -76,7 +76,8 @@ class BoundedModule(engine.BoundedModule):
         example = (global_input,) if isinstance(global_input, Tensor) else tuple(global_input)
         example = tuple(x.to(_like(model).device) for x in example)
         self.__dict__["example"] = example
-        self.__dict__["_arguments"] = (dict(bound_opts or {}), device, verbose, dict(custom_ops or {}))
+        # Copies are built on the device of the model, wherever it has been moved to.
+        self.__dict__["_arguments"] = (dict(bound_opts or {}), "auto", verbose, dict(custom_ops or {}))
         if isinstance(model, engine.BoundedModule):
             raise TypeError(
                 "expected a plain nn.Module, found a BoundedModule. Wrap the network itself; for a plain "

@@ -26,8 +26,9 @@ from lirpa_fastwarmup.engine.compat import (
 
 # Reading a tensor's value into Python, or into a shape: what a trace cannot follow.
 _READS_A_VALUE = {
-    *("__bool__", "__int__", "__float__", "__index__", "__complex__", "item", "tolist", "numpy", "is_nonzero"),
-    *("equal", "allclose", "nonzero", "argwhere", "unique", "unique_consecutive", "masked_select"),
+    *("__bool__", "__int__", "__float__", "__index__", "__complex__", "__contains__", "__array__"),
+    *("item", "tolist", "numpy", "is_nonzero", "equal", "allclose"),
+    *("nonzero", "argwhere", "unique", "unique_consecutive", "masked_select"),
 }
 
 
@@ -43,39 +44,52 @@ class Observation:
         output: what it returned.
         value_reads: ``file:line`` of each place of user code where a tensor's value was read.
         operations: names of the torch functions called, in order; calls of BatchNorm's counter left out.
+        norm_modes: of each functional batch_norm, whether it used the statistics of the batch.
         calls: how often each module was called, by name.
     """
 
     output: Any
     value_reads: list[str]
     operations: list[str]
+    norm_modes: list[bool]
     calls: dict[str, int]
 
 
 class _Recorder(TorchFunctionMode):
-    def __init__(self, counters: set[int]) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self._counters = counters
+        norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+        self._counters = {id(module.num_batches_tracked) for module in norms}
+        self._statistics = {id(module.running_mean) for module in norms}
+        self._constants = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
         self.value_reads: list[str] = []
         self.operations: list[str] = []
+        self.norm_modes: list[bool] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if not (args and id(args[0]) in self._counters):
+        first = id(args[0]) if args else None
+        if first not in self._counters:
             name = getattr(func, "__name__", str(func))
-            if name in _READS_A_VALUE:
+            if first not in self._constants and self._reads_a_value(name, args):
                 frame = traceback.extract_stack(limit=2)[0]
                 self.value_reads.append(f"{frame.filename}:{frame.lineno}")
+            if name == "batch_norm" and id(args[1] if len(args) > 1 else None) not in self._statistics:
+                self.norm_modes.append(bool(args[5] if len(args) > 5 else kwargs.get("training", False)))
             # Dropout in evaluation mode is called too, and does nothing.
             active = kwargs.get("training", True) if "dropout" in name else None
             self.operations.append(name if active is None else f"{name} {active}")
         return func(*args, **kwargs)
 
+    @staticmethod
+    def _reads_a_value(name: str, args: Any) -> bool:
+        masks = name == "__getitem__" and isinstance(args[1], Tensor) and args[1].dtype == torch.bool
+        return name in _READS_A_VALUE or masks or (name == "where" and len(args) == 1)
+
 
 @torch.no_grad()
 def observe(model: nn.Module, inputs: Sequence[Tensor]) -> Observation:
     """Run ``model`` once, in the mode that it is in, and note what it does."""
-    counters = {id(m.num_batches_tracked) for m in model.modules() if isinstance(m, _BatchNorm)}
     calls: dict[str, int] = {}
 
     def count(name: str) -> Any:
@@ -83,12 +97,13 @@ def observe(model: nn.Module, inputs: Sequence[Tensor]) -> Observation:
 
     handles = [module.register_forward_pre_hook(count(name)) for name, module in model.named_modules()]
     try:
-        with _Recorder(counters) as recorder:
+        with _Recorder(model) as recorder:
             output = model(*inputs)
     finally:
         for handle in handles:
             handle.remove()
-    return Observation(output, list(dict.fromkeys(recorder.value_reads)), recorder.operations, calls)
+    reads = list(dict.fromkeys(recorder.value_reads))
+    return Observation(output, reads, recorder.operations, recorder.norm_modes, calls)
 
 
 def untraceable(model: nn.Module, inputs: Sequence[Tensor]) -> tuple[Observation, list[str]]:
@@ -105,18 +120,30 @@ def untraceable(model: nn.Module, inputs: Sequence[Tensor]) -> tuple[Observation
                 f"{name!r} normalises every batch by itself, also in evaluation (track_running_stats=False): the "
                 "output for one input then depends on the others, and has no bound of its own. Use running statistics"
             )
-    if any(len(x) == 1 for x in inputs):
-        inputs = [torch.cat([x, x]) for x in inputs]  # BatchNorm cannot be trained on one sample.
-    observed = observe(model.eval(), inputs)
+    observe(model.eval(), inputs)  # What the network builds at its first call is built now.
+    observed = observe(model, inputs)
     reasons = [f"it reads the value of a tensor at {place}" for place in observed.value_reads]
-    model.train()
-    for module in model.modules():
-        if isinstance(module, _DropoutNd):
-            module.eval()  # Known, and refused where it is active.
-    if observe(model, inputs).operations != observed.operations:
+    if _differs_in_training(model, inputs):
         reasons.append("it computes something else in training mode")
     model.eval()
     return observed, reasons
+
+
+def _differs_in_training(model: nn.Module, inputs: Sequence[Tensor]) -> bool:
+    if any(len(x) == 1 for x in inputs):
+        inputs = [torch.cat([x, x]) for x in inputs]  # BatchNorm cannot be trained on one sample.
+    try:
+        evaluating = observe(model.eval(), inputs)
+        model.train()
+        for module in model.modules():
+            if isinstance(module, _DropoutNd):
+                module.eval()  # Known, and refused where it is active.
+        training = observe(model, inputs)
+    except (RuntimeError, ValueError):
+        return False  # It takes one sample only, and cannot be trained on it.
+    # A functional batch_norm is bounded in the model's mode, whatever it was told.
+    norms_follow = not any(evaluating.norm_modes) and all(training.norm_modes)
+    return training.operations != evaluating.operations or not norms_follow
 
 
 def active_dropout(model: nn.Module) -> list[str]:
@@ -145,8 +172,8 @@ def unchanged(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(requires_grad)
         with torch.no_grad():
             for name, buffer in model.named_buffers():
-                saved = buffers[name].to(buffer.device)
-                if not torch.equal(buffer, saved):
+                saved = buffers.get(name)  # A buffer that the first call registered has no earlier state.
+                if saved is not None and not torch.equal(buffer, saved.to(buffer.device)):
                     buffer.copy_(saved)
 
 

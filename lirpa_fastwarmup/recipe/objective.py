@@ -260,6 +260,15 @@ class ShortWarmup(nn.Module):
         destination[prefix + _STEP] = torch.tensor(self.steps_done)
         return self.model.state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
 
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Load a step count and a state dict of the wrapped model; where that fails, the step stays."""
+        before = self.steps_done
+        try:
+            return super().load_state_dict(state_dict, *args, **kwargs)
+        except Exception:
+            self.steps_done = before
+            raise
+
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         self.bounded._apply(fn, recurse)
         return self

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import pickle
 import subprocess
 import time
 from dataclasses import dataclass
@@ -86,6 +87,12 @@ def train(
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(settings.seed)
         run = _build(settings, device)
+    ramp_end = settings.ramp_start + settings.ramp_length - 1
+    if ramp_end > settings.epochs:
+        logger.warning(
+            "eps reaches %g only after %d epochs, and training ends after %d: the network is never trained at it",
+            *(settings.eps, ramp_end, settings.epochs),
+        )
     history: list[dict[str, float]] = []
     for epoch in range(1, settings.epochs + 1):
         progress.epoch_started(epoch, len(run.train_batches))
@@ -108,7 +115,9 @@ def _build(settings: Settings, device: torch.device) -> _Run:
     if settings.data_limit is not None:
         samples = data.limited(samples, settings.data_limit, seed=settings.seed)
     shuffle = torch.Generator().manual_seed(settings.seed)
-    train_batches = data.Batches(samples.to(device), settings.batch_size, generator=shuffle, drop_single=True)
+    train_batches = data.Batches(
+        samples.to(device), settings.batch_size, generator=shuffle, drop_single=settings.batchnorm
+    )
     architecture: dict[str, Any] = {
         "in_shape": dataset.in_shape,
         "classes": dataset.classes,
@@ -208,7 +217,10 @@ def load_model(path: Path) -> nn.Module:
     Raises:
         ValueError: the file is no such checkpoint, or of a format that this version does not know.
     """
-    content = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, KeyError, EOFError) as error:
+        raise ValueError(f"{path} is no model written by lirpa_fastwarmup, or a damaged one") from error
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         found = content.get("format") if isinstance(content, dict) else type(content).__name__
         raise ValueError(f"{path} is no model of format {_FORMAT} written by lirpa_fastwarmup; found {found}")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lirpa_fastwarmup.engine.bounds import box_ends
-from lirpa_fastwarmup.engine.inputs import Epsilon, InputRange, broadcast_to_batch, check_eps, inputs_error, inputs_fit
+from lirpa_fastwarmup.engine.inputs import Epsilon, InputRange, broadcast_to_batch, check_batch, check_eps
 
 
 def pgd(
@@ -41,19 +41,20 @@ def pgd(
         For each sample a misclassified point of the box where one was found, and ``x`` elsewhere.
 
     Raises:
-        ValueError: ``model`` is in training mode, ``eps`` is negative or not finite, or ``x`` lies outside
-            its range.
+        TypeError: labels are not int64.
+        ValueError: ``model`` is in training mode, ``eps`` is negative or not finite, labels are no classes,
+            or ``x`` lies outside its range.
     """
     if model.training:
         raise ValueError("the network is in training mode, in which BatchNorm follows the attack: call model.eval()")
     check_eps(eps)
-    if not bool(inputs_fit(x, input_range)):
-        raise inputs_error(x, input_range)
+    with torch.no_grad():
+        logits = model(x)
+    check_batch(x, y, logits.shape[1], input_range)
     eps = broadcast_to_batch(eps, x, "eps")
     lower, upper = box_ends(x, eps, input_range)
     found = x.clone()
-    with torch.no_grad():
-        open_samples = (model(x).argmax(1) == y).nonzero().squeeze(1)
+    open_samples = (logits.argmax(1) == y).nonzero().squeeze(1)
     for _ in range(restarts):
         if len(open_samples) == 0:
             break
@@ -76,8 +77,9 @@ def _descend(
     for step in range(steps + 1):
         point = point.detach().requires_grad_(True)
         with torch.enable_grad():
-            margins = _margins(model(point), y)
-        new = (margins.detach() <= 0) & ~succeeded
+            logits = model(point)
+            margins = _margins(logits, y)
+        new = (logits.detach().argmax(1) != y) & ~succeeded
         worst[new] = point.detach()[new]
         succeeded |= new
         if step == steps or bool(succeeded.all()):

@@ -50,9 +50,14 @@ def _share(flags: list[Tensor]) -> float:
 
 @torch.no_grad()
 def standard_error(model: nn.Module, loader: Loader) -> float:
-    """The share of samples that ``model`` misclassifies."""
+    """The share of samples that ``model`` misclassifies; NaN inputs and wrong labels are refused."""
+    flags = []
     with _evaluating(model):
-        return _share([model(x).argmax(1) != y for x, y in loader])
+        for x, y in loader:
+            logits = model(x)
+            check_batch(x, y, logits.shape[1], None)
+            flags.append(logits.argmax(1) != y)
+        return _share(flags)
 
 
 @torch.no_grad()
