@@ -74,6 +74,7 @@ def test_show_prints_the_settings_after_the_overrides(capsys):
         (["train", "mnist5k", "--out", "x", "--eps", "-0.1"], "eps must be above 0"),
         (["train", "mnist5k", "--out", "x", "--eps", "nan"], "eps must be above 0"),
         (["train", "mnist5k", "--out", "x", "--device", "tpu"], "device 'tpu' cannot be used here"),
+        (["train", "mnist5k", "--out", "x", "--device", "meta"], "device 'meta' cannot be used here"),
         (["train", "mnist5k", "--out", "{tmp}/x", "--data-limit", "0"], "cannot limit it to 0"),
         (["train", "mnist5k", "--out", "{tmp}/x", "--data-limit", "1"], "leave no batch of two"),
         (

@@ -136,6 +136,8 @@ def test_calibration_holds_on_residual_networks(batchnorm, x):
     bounded = fw.BoundedModule(model, x)
     before = copy.deepcopy({k: v for k, v in model.state_dict().items() if "bn" in k})
     fw.ibp_init_(bounded, calibrate=x, eps=0.05)
+    with pytest.raises(RuntimeError, match="holds no layer bounds"):
+        fw.relu_bounds(bounded)
     assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
     plain = networks.SmallResNet(batchnorm=False)
     plain.load_state_dict({k: v for k, v in model.state_dict().items() if "bn" not in k})

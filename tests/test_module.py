@@ -8,6 +8,7 @@ import pickle
 import warnings
 
 import auto_LiRPA
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -386,3 +387,87 @@ def test_the_input_concatenated_with_features(method, x):
 def test_a_plain_module_is_told_to_be_wrapped(x):
     with pytest.raises(TypeError, match=r"wrap the network first, bounded = lirpa_fastwarmup\.BoundedModule"):
         fw.ibp_init_(networks.convolutional())
+
+
+class Reads(nn.Module):
+    """A linear layer, and code around it that looks at tensors."""
+
+    def __init__(self, read):
+        super().__init__()
+        self.fc, self.read, self.mask = nn.Linear(64, 3), read, None
+        self.register_buffer("scale", torch.tensor(2.0))
+
+    def forward(self, x):
+        self.read(self, x)
+        return self.fc(x.flatten(1))
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda s, x: torch.equal(x, x),
+        lambda s, x: len(x[x > 0.5]),
+        lambda s, x: len(torch.where(x > 0.5)[0]),
+        lambda s, x: 0.123 in x,
+        lambda s, x: np.asarray(x.detach().mean()),
+        lambda s, x: F.batch_norm(x, torch.zeros(1), torch.ones(1), training=False),
+        lambda s, x: F.batch_norm(x, torch.zeros(1), torch.ones(1), training=True),
+    ],
+)
+def test_whatever_a_trace_would_freeze_warns(read, x):
+    with pytest.warns(fw.TracedPathWarning):
+        fw.BoundedModule(Reads(read), x)
+
+
+def build_mask(model, x):
+    if model.mask is None:
+        model.mask = torch.ones(8, 8)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda s, x: float(s.scale),
+        lambda s, x: build_mask(s, x),
+        lambda s, x: x.shape[0] > 1,
+        lambda s, x: F.batch_norm(x, torch.zeros(1), torch.ones(1), training=s.training),
+    ],
+)
+def test_harmless_code_does_not_warn(read, x):
+    fw.BoundedModule(Reads(read), x)
+    fw.BoundedModule(Reads(read), x[:1])
+
+
+@pytest.mark.parametrize("method", ["IBP", "CROWN-IBP", "CROWN"])
+def test_no_method_moves_the_running_statistics(method, x):
+    class Both(networks.TwoInputs):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(5)
+
+        def forward(self, image, vector):
+            return super().forward(image, self.norm(vector))
+
+    vector = torch.rand(8, 5)
+    pairs = [
+        (networks.multilayer(), (x,), (fw.input_box(x, 0.01),)),
+        (Both(), (x, vector), (fw.input_box(x, 0.01), vector)),
+    ]
+    for model, inputs, box in pairs:
+        bounded = fw.BoundedModule(model, inputs)
+        bounded(*inputs)
+        before = state(model)
+        bounded.compute_bounds(x=box, method=method)
+        assert same(state(model), before)
+
+
+def test_optimised_bounds_in_evaluation(x):
+    model = networks.convolutional().eval()
+    # Without this option 0.3 fails wherever a neuron is stable over the whole batch.
+    bounded = fw.BoundedModule(model, x, bound_opts={"sparse_features_alpha": False})
+    before = state(model)
+    crown, _ = bounded.compute_bounds(x=(fw.input_box(x, 0.1),), method="CROWN")
+    optimised, _ = bounded.compute_bounds(x=(fw.input_box(x, 0.1),), method="alpha-CROWN")
+    assert same(state(model), before)
+    assert bool((optimised >= crown - 1e-4).all())
+    assert bool((optimised <= model(x) + 1e-4).all())

@@ -152,6 +152,9 @@ def test_state_dict_is_the_step_and_the_models_own_keys(x, y):
     assert list(around.state_dict()) == [f"objective.{name}" for name in saved]
     with pytest.raises(RuntimeError, match="step"):
         other.load_state_dict(plain.state_dict())
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        other.load_state_dict({**saved, "step": torch.tensor(99), "0.bias": torch.zeros(9)})
+    assert other.steps_done == 3
 
 
 def test_moves_and_copies_as_one(x, y):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -103,6 +104,19 @@ def test_a_file_that_is_no_model(tmp_path):
     torch.save({"format": 99}, tmp_path / "model.pt")
     with pytest.raises(ValueError, match=r"no model of format 1.*found 99"):
         load_model(tmp_path / "model.pt")
+    for content in (b"", b"text", b"PK\x03\x04 cut off", pickle.dumps(Path)):
+        (tmp_path / "model.pt").write_bytes(content)
+        with pytest.raises(ValueError, match="no model written by lirpa_fastwarmup"):
+            load_model(tmp_path / "model.pt")
+
+
+def test_a_ramp_that_outlasts_training_warns(tmp_path, caplog):
+    train(SMALL.replace(epochs=1, ramp_length=5, data_limit=70), tmp_path / "run")
+    assert "eps reaches 0.1 only after 5 epochs, and training ends after 1" in caplog.text
+
+
+def test_a_batch_of_one_is_fine_without_batchnorm(tmp_path):
+    train(SMALL.replace(epochs=1, data_limit=3, batch_size=1, batchnorm=False), tmp_path / "run")
 
 
 def test_same_seed_same_run_and_the_callers_random_state_untouched(finished, tmp_path):

@@ -98,3 +98,27 @@ def test_bad_input(x, y):
         verification.standard_error(model, [])
     with pytest.raises(ValueError, match="eps must be finite"):
         verification.verified_error(fw.BoundedModule(model, x), [(x, y)], float("nan"))
+
+
+def test_ties_are_no_success_of_the_attack(x):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 3)).eval()
+    nn.init.zeros_(model[1].weight)
+    nn.init.zeros_(model[1].bias)
+    y = torch.zeros(8, dtype=torch.long)  # What argmax answers where all logits are equal.
+    assert torch.equal(verification.pgd(model, x, y, 0.1, steps=2), x)
+
+
+@pytest.mark.parametrize("error", ["standard_error", "pgd_error", "verified_error", "evaluate"])
+def test_labels_are_checked_everywhere(error, x, y):
+    function = getattr(verification, error)
+    model = networks.convolutional().eval()
+    arguments = () if error == "standard_error" else (0.1,)
+    subject = fw.BoundedModule(model, x) if error in ("verified_error", "evaluate") else model
+    for labels, kind in (
+        (y + 9, ValueError),
+        (y.float(), TypeError),
+        (y.unsqueeze(1), ValueError),
+        (y[:3], ValueError),
+    ):
+        with pytest.raises(kind, match="labels"):
+            function(subject, [(x, labels)], *arguments)

@@ -63,6 +63,7 @@ class BoundedModule(engine.BoundedModule):
     example: tuple[Tensor, ...]
     _arguments: tuple[Any, ...]
     _built = False
+    _bounding = False
 
     def __init__(
         self,
@@ -220,14 +221,20 @@ class BoundedModule(engine.BoundedModule):
         Raises:
             NotImplementedError: a Dropout module is in training mode.
         """
+        if self._bounding:  # The engine optimises bounds by calling this again and again.
+            return super().compute_bounds(x, *args, **kwargs)
         self._follow_wrapped()
         self._refuse_dropout()
-        with sharing.without_bookkeeping(self):
-            if x is not None:
-                x = (x,) if isinstance(x, Tensor) else tuple(x)
-                if not reuse_statistics and self._uses_batch_statistics():
-                    super().forward(*x)
-            return super().compute_bounds(x, *args, **kwargs)
+        self._bounding = True
+        try:
+            with sharing.without_bookkeeping(self):
+                if x is not None:
+                    x = (x,) if isinstance(x, Tensor) else tuple(x)
+                    if not reuse_statistics and self._uses_batch_statistics():
+                        super().forward(*x)
+                return super().compute_bounds(x, *args, **kwargs)
+        finally:
+            self._bounding = False
 
     def _refuse_dropout(self) -> None:
         names = active_dropout(self.wrapped)
