@@ -70,7 +70,9 @@ class NetworkGraph:
     Attributes:
         inputs: the nodes of the network's inputs.
         affine: the affine layers, in order of execution.
-        relus: the ReLU nodes, in order of execution.
+        relus: the ReLU nodes, in order of execution, each after its name: that of the affine layer that
+            feeds it (the nearest above, of a sum the last one).
+        first_sources: the nodes that the first affine layers read: the inputs, after any normalisation.
     """
 
     def __init__(self, bounded: Any) -> None:
@@ -89,7 +91,9 @@ class NetworkGraph:
                 self._users[id(source)].append(node)
         self.affine = [layer for layer in map(self._affine_layer, self.nodes) if layer is not None]
         self._affine_at = {id(layer.node): layer for layer in self.affine}
-        self.relus = [node for node in self.nodes if self._is_relu(node)]
+        self.relus = [(self._relu_name(node), node) for node in self.nodes if self._is_relu(node)]
+        first = {id(layer.source): layer.source for layer in self.affine if not self.read_by(layer)}
+        self.first_sources = list(first.values())
 
     def _is_relu(self, node: Any) -> bool:
         return isinstance(node, _RELU) and not isinstance(node, _OTHER_PIECEWISE) and id(node) in self._data
@@ -136,11 +140,6 @@ class NetworkGraph:
         """The affine layers whose outputs ``layer`` reads, through whatever lies between."""
         return self._above(layer.source, lambda _: True)
 
-    def first_sources(self) -> list[Any]:
-        """The nodes that the first affine layers read: the inputs, after any normalisation."""
-        sources = {id(layer.source): layer.source for layer in self.affine if not self.read_by(layer)}
-        return list(sources.values())
-
     def classification_layers(self) -> list[AffineLayer]:
         """The affine layers whose output reaches the network's output without a non-linearity."""
 
@@ -176,8 +175,7 @@ class NetworkGraph:
             node = node.inputs[0]
         return self._is_data_sum(node)
 
-    def relu_name(self, relu: Any) -> str:
-        """The name of the affine layer that feeds ``relu``: the nearest above, of a sum the last one."""
+    def _relu_name(self, relu: Any) -> str:
         above = self._above(relu.inputs[0], self._passes_linearly) or self._above(relu.inputs[0], lambda _: True)
         return above[-1].name if above else "input"
 

@@ -49,7 +49,7 @@ def relu_bounds(bounded: Any) -> list[LayerBounds]:
         raise StructureError(
             "the network has no ReLU, whose inputs the regularisers are defined on: leave them out (regularizers=())"
         )
-    return [LayerBounds(graph.relu_name(relu), *_bounds_at(relu.inputs[0], graph)) for relu in graph.relus]
+    return [LayerBounds(name, *_bounds_at(relu.inputs[0], graph)) for name, relu in graph.relus]
 
 
 def input_half_width(bounded: Any) -> Tensor:
@@ -60,7 +60,7 @@ def input_half_width(bounded: Any) -> Tensor:
     """
     widths = []
     graph = read_graph(bounded)
-    for node in graph.first_sources():
+    for node in graph.first_sources:
         lower, upper = _bounds_at(node, graph)
         widths.append((upper - lower).flatten())
     return torch.cat(widths).mean() / 2
