@@ -60,16 +60,39 @@ def margin_matrix(labels: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
     return eye[labels].unsqueeze(1) - eye[others]
 
 
-def ibp_margins(bounded: Any, box: Any, labels: Tensor, classes: int, *, reuse_statistics: bool = False) -> Tensor:
-    """IBP lower bounds on z_y − z_j for j ≠ y over the box, shape (batch, classes − 1).
+def ibp_margin_bounds(
+    bounded: Any, box: Any, labels: Tensor, classes: int, *, reuse_statistics: bool = False
+) -> tuple[Tensor, Tensor]:
+    """IBP lower and upper bounds on z_y − z_j for j ≠ y over the box, each of shape (batch, classes − 1).
 
     ``reuse_statistics`` as in :meth:`lirpa_fastwarmup.BoundedModule.compute_bounds`.
     """
     matrix = margin_matrix(labels, classes, box.dtype)
-    lower, _ = bounded.compute_bounds(
-        x=(box,), C=matrix, method="IBP", bound_upper=False, reuse_statistics=reuse_statistics
-    )
-    return lower
+    lower, upper = bounded.compute_bounds(x=(box,), C=matrix, method="IBP", reuse_statistics=reuse_statistics)
+    return lower, upper
+
+
+def ibp_margins(bounded: Any, box: Any, labels: Tensor, classes: int, *, reuse_statistics: bool = False) -> Tensor:
+    """The lower bounds of :func:`ibp_margin_bounds`."""
+    return ibp_margin_bounds(bounded, box, labels, classes, reuse_statistics=reuse_statistics)[0]
+
+
+def crown_lower(bounded: Any, directions: Tensor) -> Tensor:
+    """CROWN's lower bounds on ``directions`` @ logits, from the last IBP pass: its box, its intermediate bounds.
+
+    Args:
+        bounded: a BoundedModule whose last pass was an IBP pass.
+        directions: (batch, rows, classes).
+
+    Returns:
+        Shape (batch, rows).
+    """
+    return bounded.compute_bounds(x=None, C=directions, IBP=False, method="CROWN", bound_upper=False)[0]
+
+
+def crown_upper(bounded: Any, directions: Tensor) -> Tensor:
+    """As :func:`crown_lower`, upper bounds."""
+    return bounded.compute_bounds(x=None, C=directions, IBP=False, method="CROWN", bound_lower=False)[1]
 
 
 def proved(margins: Tensor) -> Tensor:

@@ -213,6 +213,12 @@ def weight_of(layer: AffineLayer) -> nn.Parameter:
     return _parameter_behind(weight).param
 
 
+def affine_weights(bounded: Any) -> list[nn.Parameter]:
+    """The weights of all affine layers of ``bounded``, each once, in order of execution."""
+    weights = {layer.parameter: weight_of(layer) for layer in read_graph(bounded).affine}
+    return list(weights.values())
+
+
 def _reached(start: Any, neighbours: Callable[[Any], Iterable[Any]]) -> set[int]:
     seen = {id(start)}
     waiting = [start]

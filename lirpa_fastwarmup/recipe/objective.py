@@ -1,4 +1,4 @@
-"""The training objective: robust cross-entropy over IBP bounds, with the warmup regularisers.
+"""The training objective: robust cross-entropy over bounds, with the warmup regularisers.
 
 loss = L_robust + λ·(1 − ε/ε_max)·(L_tight + L_relu)    (Shi et al., NeurIPS 2021, section 3.3)
 
@@ -7,6 +7,7 @@ Before the ramp, at ε = 0, the clean cross-entropy takes the place of L_robust.
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lirpa_fastwarmup.engine.bounds import ibp_margins, input_box, proved
+from lirpa_fastwarmup.engine.bounds import input_box
 from lirpa_fastwarmup.engine.graph import StructureError, read_graph
 from lirpa_fastwarmup.engine.inputs import (
     Epsilon,
@@ -30,13 +31,13 @@ from lirpa_fastwarmup.engine.inputs import (
     labels_fit,
 )
 from lirpa_fastwarmup.engine.module import BoundedModule
-from lirpa_fastwarmup.recipe import regularizers as builtin
 from lirpa_fastwarmup.recipe.checks import ValueChecks
-from lirpa_fastwarmup.recipe.regularizers import Regularizer
+from lirpa_fastwarmup.recipe.regularizers import BUILT_IN, Regularizer, relu_balance, tightness
+from lirpa_fastwarmup.recipe.robust import LOSSES, ibp
 from lirpa_fastwarmup.recipe.schedule import Schedule
 
 _STEP = "step"
-_BUILT_IN = {"tightness": builtin.tightness, "relu_balance": builtin.relu_balance}
+_WITH_TOLERANCE = (tightness, relu_balance)
 
 
 class NonFiniteLossError(FloatingPointError):
@@ -50,13 +51,13 @@ class StepLoss:
     Attributes:
         loss: the objective, to be differentiated.
         clean_loss: cross-entropy of the clean batch.
-        robust_loss: cross-entropy of the worst margins over the box.
+        robust_loss: upper bound on the cross-entropy over the box.
         tightness: the tightness regulariser, before its weight.
         relu_balance: the ReLU-balance regulariser, before its weight.
         eps: radius of the step, in units of the input (the largest, where it varies).
         clean_error: share of the batch misclassified.
         verified_error: share of the batch not verified over the step's box.
-        terms: every regulariser by name, those of the user's own included.
+        terms: every regulariser and penalty by name, before its weight, the user's own included.
     """
 
     loss: Tensor
@@ -83,13 +84,20 @@ class ShortWarmup(nn.Module):
     Args:
         bounded: the network, a :class:`lirpa_fastwarmup.BoundedModule` of a classifier.
         schedule: the radius over the steps, such as :class:`lirpa_fastwarmup.SmoothedEpsilon`.
+        bound: what bounds the loss: "ibp", "crown-ibp" (CROWN-IBP and IBP margins mixed with weights 1 − ε/ε_max and
+            ε/ε_max), or "crown-ibp-fused" (the same with loss fusion: a step costs the same for any number of
+            classes).
+        kappa: weight of the clean loss at the end of the ramp, κ·clean + (1 − κ)·robust with κ falling from 1 by
+            ε/ε_max (Gowal et al., 2018); ``None`` for the robust loss alone.
         reg_weight: λ, the weight of the regularisers while ε is below its maximum.
-        tol: τ of both built-in regularisers.
-        regularizers: any of "tightness" and "relu_balance", and functions of one's own that make a
-            0-dim tensor from the BoundedModule after an IBP pass.
+        tol: τ of "tightness" and "relu_balance".
+        regularizers: terms of the warmup, weighted λ·(1 − ε/ε_max): names of functions of
+            :mod:`lirpa_fastwarmup.regularizers`, and functions of one's own that make a 0-dim tensor from the
+            BoundedModule after an IBP pass.
+        penalties: terms like those, each with a weight of its own that stays the same throughout training.
         input_range: lowest and highest valid input, numbers or tensors, to which the box is clipped;
             ``None`` for data without bounds.
-        min_eps: the smallest radius of the box while the regularisers are on. A smaller box is below
+        min_eps: the smallest radius of the box while regularisers or penalties are on. A smaller box is below
             the resolution of float32.
 
     Raises:
@@ -104,9 +112,12 @@ class ShortWarmup(nn.Module):
         bounded: BoundedModule,
         schedule: Schedule,
         *,
+        bound: str = "ibp",
+        kappa: float | None = None,
         reg_weight: float = 0.5,
         tol: float = 0.5,
         regularizers: Sequence[str | Regularizer] = ("tightness", "relu_balance"),
+        penalties: Mapping[str | Regularizer, float] | None = None,
         input_range: InputRange | None = (0.0, 1.0),
         min_eps: float = 1e-6,
     ) -> None:
@@ -116,10 +127,9 @@ class ShortWarmup(nn.Module):
                 f"expected a lirpa_fastwarmup.BoundedModule, found {type(bounded).__name__}. Build it from your "
                 "network: bounded = lirpa_fastwarmup.BoundedModule(model, example_inputs)"
             )
-        if not (reg_weight >= 0 and tol > 0 and min_eps >= 0):
-            raise ValueError(
-                f"expected reg_weight ≥ 0, tol > 0 and min_eps ≥ 0; found {reg_weight}, {tol} and {min_eps}"
-            )
+        _check_weights(reg_weight, tol, min_eps, kappa, penalties or {})
+        if bound not in LOSSES:
+            raise ValueError(f"unknown bound {bound!r}; known are {', '.join(LOSSES)}")
         if not callable(getattr(schedule, "fraction", None)):
             raise TypeError(
                 "expected a schedule such as SmoothedEpsilon(max_eps, start, length, steps_per_epoch), or "
@@ -133,13 +143,20 @@ class ShortWarmup(nn.Module):
         if _STEP in self.model.state_dict():
             raise ValueError(f"the network has an entry called {_STEP!r}, the key of the step count: rename it")
         self.schedule = schedule
+        self.kappa = kappa
         self.reg_weight = reg_weight
         self.min_eps = min_eps
         self.input_range = input_range
-        self.regularizers = _named(regularizers, tol)
-        self.regularised = bool(self.regularizers) and reg_weight > 0
-        built_in = [name for name in self.regularizers if name in _BUILT_IN]
-        if self.regularised and built_in and not read_graph(bounded).relus:
+        penalties = penalties or {}
+        named = _named([*regularizers, *penalties], tol)  # Together: two of one name could not be told apart.
+        extra = dict(list(named.items())[len(regularizers) :])
+        self.penalties = {
+            name: (term, weight) for (name, term), weight in zip(extra.items(), penalties.values(), strict=True)
+        }
+        self.regularizers = {name: term for name, term in named.items() if name not in extra and reg_weight > 0}
+        self._robust_loss = LOSSES[bound]
+        built_in = [name for name in (*self.regularizers, *self.penalties) if name in BUILT_IN and name != "weight_l1"]
+        if built_in and not read_graph(bounded).relus:
             raise StructureError(
                 f"the network has no ReLU, whose bounds {' and '.join(built_in)} are computed from: pass "
                 "regularizers=() to train it without"
@@ -179,23 +196,26 @@ class ShortWarmup(nn.Module):
         if y.device.type != "cpu":
             y = y.clamp(0, self.classes - 1)  # A wrong label would kill the device's context before it is told.
         fraction = self.fraction
-        regularised = self.regularised and fraction < 1
+        fading = self.regularizers if fraction < 1 else {}
+        constant = self.penalties if self.training else {}
         logits = self.bounded(x)
         clean_loss = F.cross_entropy(logits, y)
         nan = torch.full((), torch.nan, device=x.device, dtype=logits.dtype)
         robust_loss, verified_error = nan, nan
-        eps = self._radius(fraction, at_least=self.min_eps if regularised else 0.0)
-        if regularised or fraction > 0:
-            box = input_box(x, eps, self.input_range)
-            margins = ibp_margins(self.bounded, box, y, self.classes, reuse_statistics=True)
-            # CE(−m, y) with m_y = 0, y put first.
-            robust_loss = F.pad(-margins, (1, 0)).logsumexp(1).mean()
-            verified_error = 1 - proved(margins).to(logits.dtype).mean()
-        loss = robust_loss if fraction > 0 else clean_loss
-        terms = dict.fromkeys(self.regularizers, nan)
-        if regularised:
-            terms = {name: regularizer(self.bounded) for name, regularizer in self.regularizers.items()}
-            loss = loss + self.reg_weight * (1 - fraction) * sum(terms.values())
+        needs_bounds = bool(fading or constant)
+        eps = self._radius(fraction, at_least=self.min_eps if needs_bounds else 0.0)
+        if needs_bounds or fraction > 0:
+            bound = self._robust_loss if fraction > 0 else ibp
+            robust = bound(self.bounded, input_box(x, eps, self.input_range), y, self.classes, fraction)
+            robust_loss, verified_error = robust.loss, 1 - robust.proved.to(logits.dtype).mean()
+        terms = {**dict.fromkeys(self.regularizers, nan), **dict.fromkeys(self.penalties, nan)}
+        terms |= {name: term(self.bounded) for name, term in fading.items()}
+        terms |= {name: term(self.bounded) for name, (term, _) in constant.items()}
+        loss = self._classification_loss(clean_loss, robust_loss, fraction)
+        if fading:
+            loss = loss + self.reg_weight * (1 - fraction) * sum(terms[name] for name in fading)
+        for name, (_, weight) in constant.items():
+            loss = loss + weight * terms[name]
         eps_now = torch.as_tensor(eps, dtype=logits.dtype).max().to(x.device)
         self._check_loss(loss, eps)
         return StepLoss(
@@ -213,6 +233,14 @@ class ShortWarmup(nn.Module):
     def raise_pending_errors(self) -> None:
         """Raise what the checks of values found off the CPU since the last call; this waits for the device."""
         self._checks.raise_pending()
+
+    def _classification_loss(self, clean: Tensor, robust: Tensor, fraction: float) -> Tensor:
+        if fraction == 0:
+            return clean
+        if self.kappa is None or not self.training:
+            return robust
+        kappa = 1 - (1 - self.kappa) * fraction
+        return kappa * clean + (1 - kappa) * robust
 
     def _radius(self, fraction: float, *, at_least: float) -> Epsilon:
         largest = self.schedule.max_eps
@@ -294,13 +322,25 @@ def _class_count(bounded: BoundedModule) -> int:
     return int(shape[1])
 
 
-def _named(regularizers: Sequence[str | Regularizer], tol: float) -> dict[str, Regularizer]:
+def _check_weights(
+    reg_weight: float, tol: float, min_eps: float, kappa: float | None, penalties: Mapping[Any, float]
+) -> None:
+    if not (reg_weight >= 0 and tol > 0 and min_eps >= 0):
+        raise ValueError(f"expected reg_weight ≥ 0, tol > 0 and min_eps ≥ 0; found {reg_weight}, {tol} and {min_eps}")
+    if kappa is not None and not 0 <= kappa <= 1:
+        raise ValueError(f"kappa, the clean loss's weight at the end of the ramp, must be from 0 to 1; found {kappa}")
+    if not all(math.isfinite(weight) and weight >= 0 for weight in penalties.values()):
+        raise ValueError(f"weights of penalties must be finite and at least 0; found {list(penalties.values())}")
+
+
+def _named(terms: Sequence[str | Regularizer], tol: float) -> dict[str, Regularizer]:
     named: dict[str, Regularizer] = {}
-    for item in regularizers:
-        if isinstance(item, str) and item not in _BUILT_IN:
-            raise ValueError(f"unknown regulariser {item!r}; known are {', '.join(_BUILT_IN)}, or pass a function")
+    for item in terms:
+        if isinstance(item, str) and item not in BUILT_IN:
+            raise ValueError(f"unknown regulariser {item!r}; known are {', '.join(BUILT_IN)}, or pass a function")
         name = item if isinstance(item, str) else getattr(item, "__name__", type(item).__name__)
         if name in named:
             raise ValueError(f"two regularisers are called {name!r}, under which the step would report both")
-        named[name] = partial(_BUILT_IN[item], tol=tol) if isinstance(item, str) else item
+        function = BUILT_IN[item] if isinstance(item, str) else item
+        named[name] = partial(function, tol=tol) if isinstance(item, str) and function in _WITH_TOLERANCE else function
     return named

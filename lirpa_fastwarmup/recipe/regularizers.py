@@ -1,6 +1,7 @@
-"""The warmup regularisers, from the bounds that the last IBP pass left at every ReLU's input.
+"""Regularisers, from the bounds that the last IBP pass left at every ReLU's input.
 
-Notation of Shi et al. (NeurIPS 2021), section 3.3: [l, u] bounds a ReLU layer's input on a batch,
+The paper's two for the warmup, :func:`tightness` and :func:`relu_balance`, and others of the literature to compare
+with. Notation of Shi et al. (NeurIPS 2021), section 3.3: [l, u] bounds a ReLU layer's input on a batch,
 c = (l + u)/2, Δ is the mean of (u − l)/2 over batch and neurons, Δ_0 that of what the first affine
 layer reads, m the number of ReLU layers.
 """
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lirpa_fastwarmup.engine.graph import affine_weights
 from lirpa_fastwarmup.engine.layers import input_half_width, relu_bounds
 
 Regularizer = Callable[[Any], Tensor]
@@ -76,3 +78,32 @@ def _balance(active: Tensor, inactive: Tensor) -> Tensor:
     """min(r, 1/r) for r = active/inactive, both at least 0, with a gradient that is always finite."""
     smaller, larger = torch.minimum(active, inactive), torch.maximum(active, inactive)
     return smaller / torch.where(larger > 0, larger, torch.ones_like(larger))
+
+
+def relu_stability(bounded: Any) -> Tensor:
+    """ReLU stability: −Σ_i mean over the batch of Σ over neurons of tanh(1 + l·u) (Xiao et al., ICLR 2019).
+
+    It is small where few neurons change their state within the box. Arguments and errors as :func:`tightness`.
+    """
+    return -torch.stack(
+        [(1 + layer.lower * layer.upper).tanh().flatten(1).sum(1).mean() for layer in relu_bounds(bounded)]
+    ).sum()
+
+
+def volume(bounded: Any) -> Tensor:
+    """Relaxation volume: Σ_i mean of max(0, −l)·max(0, u) (Balunović and Vechev, ICLR 2020).
+
+    Twice the mean area of the triangle that relaxes each ReLU. Arguments and errors as :func:`tightness`.
+    """
+    layers = relu_bounds(bounded)
+    return torch.stack([((-layer.lower).clamp(min=0) * layer.upper.clamp(min=0)).mean() for layer in layers]).sum()
+
+
+def weight_l1(bounded: Any) -> Tensor:
+    """The sum of the absolute values of all affine weights (used by Xiao et al., ICLR 2019)."""
+    return torch.stack([weight.abs().sum() for weight in affine_weights(bounded)]).sum()
+
+
+BUILT_IN: dict[str, Regularizer] = {
+    function.__name__: function for function in (tightness, relu_balance, relu_stability, volume, weight_l1)
+}
