@@ -132,6 +132,30 @@ class BoundedModule(engine.BoundedModule):
                 stacklevel=3,
             )
 
+    @property
+    def ablated(self) -> tuple[str, ...]:
+        """What ``bound_opts={"bn": {"mean": False, …}}`` leaves out of BatchNorm, of mean, var and affine.
+
+        The bounded network then computes another function than the wrapped one; see :meth:`require_same_function`.
+        """
+        options = self.bound_opts.get("bn", {})
+        if not any(isinstance(node, sharing.BoundBatchNormalization) for node in self._modules.values()):
+            return ()
+        return tuple(part for part in ("mean", "var", "affine") if not options.get(part, True))
+
+    def require_same_function(self, purpose: str) -> None:
+        """Refuse what is done with the wrapped model in place of the bounded network, where the two differ.
+
+        Raises:
+            NotImplementedError: BatchNorm is ablated; ``purpose`` is in the text.
+        """
+        if self.ablated:
+            raise NotImplementedError(
+                f"{purpose} uses the plain network, whose BatchNorm has its {', '.join(self.ablated)}; the bounded one "
+                "was built without (bound_opts['bn']), so that the two compute different functions. Use full "
+                "BatchNorm, or the bounded network's own outputs and bounds"
+            )
+
     # One state and one mode with the wrapped model.
 
     @property

@@ -1,4 +1,4 @@
-"""IBP initialisation: weights under which interval bounds neither explode nor vanish.
+"""Initialisations: the paper's, under which interval bounds neither explode nor vanish, and others by name.
 
 For a layer with weights N(0, σ²) that reads a ReLU, the expected gain in interval width is
 (n/2)·E|W| = (n/2)·σ·√(2/π); it is 1 for σ = √(2π)/n (Shi et al., NeurIPS 2021, section 3.1).
@@ -7,16 +7,25 @@ For a layer with weights N(0, σ²) that reads a ReLU, the expected gain in inte
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lirpa_fastwarmup.engine.bounds import input_box
-from lirpa_fastwarmup.engine.graph import AffineLayer, StructureError, read_graph, weight_of
+from lirpa_fastwarmup.engine.graph import AffineLayer, StructureError, affine_weights, read_graph, weight_of
 from lirpa_fastwarmup.engine.inputs import check_eps
 from lirpa_fastwarmup.engine.layers import width_gain
+
+_LITERATURE: dict[str, Callable[..., Tensor]] = {
+    "kaiming": partial(nn.init.kaiming_normal_, nonlinearity="relu"),
+    "xavier": nn.init.xavier_normal_,
+    "orthogonal": nn.init.orthogonal_,
+}
+INITIALIZATIONS = ("default", *_LITERATURE, "ibp", "ibp-calibrated")
 
 
 @dataclass(frozen=True)
@@ -94,6 +103,42 @@ def ibp_init_(
         LayerInit(layer.name, layer.fan_in, _std(layer, id(layer) in halved) * scale, id(layer) in halved)
         for layer, scale in zip(layers, scales, strict=True)
     ]
+
+
+@torch.no_grad()
+def initialize_(
+    bounded: Any,
+    scheme: str,
+    *,
+    generator: torch.Generator | None = None,
+    calibrate: Tensor | None = None,
+    eps: float | Tensor = 8 / 255,
+) -> None:
+    """Initialise the weights of ``bounded`` in place by a scheme's name; biases and BatchNorm stay.
+
+    Args:
+        bounded: a BoundedModule of either engine.
+        scheme: "default" leaves the network as its author made it; "kaiming" (normal, He et al., 2015), "xavier"
+            (normal, Glorot and Bengio, 2010) and "orthogonal" (Saxe et al., 2014) draw every affine weight, by
+            torch.nn.init; "ibp" is :func:`ibp_init_`, "ibp-calibrated" that with ``calibrate``.
+        generator: source of the random numbers; by default torch's own.
+        calibrate, eps: of "ibp-calibrated", as in :func:`ibp_init_`.
+
+    Raises:
+        StructureError: the weight of a layer is computed by a parametrisation.
+        ValueError: an unknown scheme, or "ibp-calibrated" without inputs to calibrate on.
+    """
+    if scheme not in INITIALIZATIONS:
+        raise ValueError(f"unknown initialisation {scheme!r}; known are {', '.join(INITIALIZATIONS)}")
+    if scheme == "ibp-calibrated" and calibrate is None:
+        raise ValueError("the initialisation ibp-calibrated measures on inputs: pass a batch of them as calibrate")
+    if scheme in _LITERATURE:
+        layers = read_graph(bounded).affine
+        _check_structure(layers)
+        for weight in affine_weights(bounded):
+            _LITERATURE[scheme](weight, generator=generator)
+    elif scheme != "default":
+        ibp_init_(bounded, generator=generator, calibrate=calibrate if scheme == "ibp-calibrated" else None, eps=eps)
 
 
 def _std(layer: AffineLayer, halved: bool) -> float:
