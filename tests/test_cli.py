@@ -62,8 +62,8 @@ def test_train_prints_a_line_per_epoch_and_a_table(capsys, tmp_path):
 def test_show_prints_the_settings_after_the_overrides(capsys):
     status, out, _ = run(capsys, "train", "mnist5k", "--show", "--no-bn", "--lr-milestones", 3, 4, "--data-limit", 10)
     assert status == 0
-    for line in ("batchnorm      False", "init           True", "lr_milestones  [3, 4]", "data_limit     10"):
-        assert line in out
+    for name, value in (("batchnorm", False), ("init", "ibp"), ("lr_milestones", [3, 4]), ("data_limit", 10)):
+        assert f"{name:<17} {value}\n" in out
 
 
 @pytest.mark.parametrize(

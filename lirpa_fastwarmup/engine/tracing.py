@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import re
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -222,8 +223,15 @@ def supported_operators() -> list[str]:
     return sorted(name for name in names if not name.endswith(("Grad", "Input", "Params", "Buffers", "Activation")))
 
 
+def _operator(message: str) -> str:
+    """The operator that a line of the engine's log, "Name: …, Attr: {…}", is about."""
+    # What ONNX has no name for is exported as ATen, with its own name among the attributes.
+    hidden = re.search(r"'operator': '(\w+)'", message)
+    return f"aten::{hidden[1]}" if hidden else message.split(",")[0].removeprefix("Name: ")
+
+
 def _unsupported(messages: list[str], error: NotImplementedError) -> str:
-    operators = sorted({m.split(",")[0].removeprefix("Name: ") for m in messages if m.startswith("Name: ")})
+    operators = sorted({_operator(m) for m in messages if m.startswith("Name: ")})
     if not operators:
         return f"auto_LiRPA {ENGINE_VERSION} could not convert the network: {error}"
     return (

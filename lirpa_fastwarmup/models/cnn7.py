@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from lirpa_fastwarmup.models.normalize import Normalize
+from lirpa_fastwarmup.models.blocks import check_sizes, head, normalisation
 
 
 def cnn7(
@@ -35,19 +35,12 @@ def cnn7(
     Raises:
         ValueError: a size is not positive, or only one of ``mean`` and ``std`` is given.
     """
-    if min(*in_shape, classes, width, hidden) < 1:
-        raise ValueError(
-            f"sizes must be positive; found in_shape={in_shape}, classes={classes}, width={width}, hidden={hidden}"
-        )
-    if (mean is None) != (std is None):
-        raise ValueError("give mean and std together, or neither")
+    check_sizes(in_shape, classes, width, hidden)
     channels, height, breadth = in_shape
-    layers: list[nn.Module] = [Normalize(mean, std)] if mean is not None and std is not None else []
+    layers = normalisation(mean, std)
     last_stride = 2 if height >= 64 else 1
     for out, stride in ((width, 1), (width, 1), (2 * width, 2), (2 * width, 1), (2 * width, last_stride)):
         layers.append(nn.Conv2d(channels, out, 3, stride, padding=1))
         layers += [nn.BatchNorm2d(out), nn.ReLU()] if batchnorm else [nn.ReLU()]
         channels, height, breadth = out, (height - 1) // stride + 1, (breadth - 1) // stride + 1
-    layers += [nn.Flatten(), nn.Linear(channels * height * breadth, hidden)]
-    layers += [nn.BatchNorm1d(hidden), nn.ReLU()] if batchnorm else [nn.ReLU()]
-    return nn.Sequential(*layers, nn.Linear(hidden, classes))
+    return nn.Sequential(*layers, *head(channels * height * breadth, hidden, classes, batchnorm=batchnorm))

@@ -128,3 +128,6 @@ class SmoothedEpsilon(_Ramp):
         if done < join:
             return float(at_join * (done / join) ** self.beta)
         return at_join + (1 - at_join) * (done - join) / (total - join)
+
+
+SCHEDULES: dict[str, type[LinearEpsilon | SmoothedEpsilon]] = {"smoothed": SmoothedEpsilon, "linear": LinearEpsilon}

@@ -1,7 +1,19 @@
 """The training loop and the files that a run leaves."""
 
 from lirpa_fastwarmup.training.files import OutputExistsError
-from lirpa_fastwarmup.training.run import load_model, train
+from lirpa_fastwarmup.training.interrupt import TrainingInterrupted
+from lirpa_fastwarmup.training.methods import METHODS
+from lirpa_fastwarmup.training.network import load_model
+from lirpa_fastwarmup.training.run import resume, settings_of_run, train
 from lirpa_fastwarmup.training.settings import Settings
 
-__all__ = ["OutputExistsError", "Settings", "load_model", "train"]
+__all__ = [
+    "METHODS",
+    "OutputExistsError",
+    "Settings",
+    "TrainingInterrupted",
+    "load_model",
+    "resume",
+    "settings_of_run",
+    "train",
+]

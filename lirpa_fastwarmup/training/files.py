@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
-MODEL, HISTORY, SUMMARY, CURVES = "model.pt", "history.csv", "summary.json", "curves.png"
-_WRITTEN = (MODEL, HISTORY, SUMMARY, CURVES)
+MODEL, CHECKPOINT, HISTORY, SUMMARY = "model.pt", "checkpoint.pt", "history.csv", "summary.json"
+CURVES, TENSORBOARD = "curves.png", "tensorboard"
+_WRITTEN = (MODEL, CHECKPOINT, HISTORY, SUMMARY, CURVES)
 
 
 class OutputExistsError(FileExistsError):
@@ -34,9 +35,10 @@ def prepare(folder: Path, *, overwrite: bool) -> None:
         if folder.exists() and not folder.is_dir():
             raise NotADirectoryError(f"{folder} is a file")
         if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+            unfinished = (folder / CHECKPOINT).is_file() and not (folder / SUMMARY).is_file()
             raise OutputExistsError(
                 f"{folder} exists and is not empty; nothing in it was touched. Name another folder, or replace the "
-                "run in it with --overwrite"
+                f"run in it with --overwrite{', or go on with it by --resume' if unfinished else ''}"
             )
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -51,6 +53,8 @@ def remove_earlier_run(folder: Path) -> None:
     """Remove what an earlier run wrote to ``folder``, and nothing else."""
     for name in _WRITTEN:
         (folder / name).unlink(missing_ok=True)
+    for events in (folder / TENSORBOARD).glob("events.out.tfevents.*"):
+        events.unlink()
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -80,8 +84,33 @@ def write_history(path: Path, rows: Sequence[Mapping[str, float]]) -> None:
     write_atomically(path, text.getvalue().encode())
 
 
-def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
+def write_tensors(path: Path, content: Mapping[str, Any]) -> None:
     """Write tensors and plain values with ``torch.save``."""
     buffer = io.BytesIO()
     torch.save(dict(content), buffer)
     write_atomically(path, buffer.getvalue())
+
+
+def read_tensors(path: Path, version: int) -> dict[str, Any]:
+    """Read what :func:`write_tensors` wrote, on the CPU, where its entry ``format`` is ``version``.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is damaged, of another program, or of another version of this one.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # torch.load fails in many ways on what is none of its files.
+        raise ValueError(
+            f"{path} was not written by lirpa_fastwarmup, or is damaged (truncated, perhaps): restore it from a copy, "
+            "or train anew"
+        ) from error
+    if not isinstance(content, dict) or content.get("format") != version:
+        found = content.get("format") if isinstance(content, dict) else type(content).__name__
+        raise ValueError(
+            f"{path} is of format {found}, and this version of lirpa_fastwarmup reads format {version}: use the "
+            "version that wrote it, or train anew"
+        )
+    return content

@@ -4,9 +4,47 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
+
+from lirpa_fastwarmup.recipe.initialization import INITIALIZATIONS
+from lirpa_fastwarmup.recipe.robust import LOSSES
+from lirpa_fastwarmup.recipe.schedule import SCHEDULES
+from lirpa_fastwarmup.training.methods import Method, settings_of
+
+Optimizer = Literal["adam", "sgd"]
+Select = Literal["last", "validation", "test"]
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "method": get_args(Method),
+    "bound": tuple(LOSSES),
+    "init": INITIALIZATIONS,
+    "schedule": tuple(SCHEDULES),
+    "optimizer": get_args(Optimizer),
+    "select": get_args(Select),
+}
+# Names, what their values must be, and whether a value is that.
+_RULES: list[tuple[tuple[str, ...], str, Callable[[Any], bool]]] = [
+    (("eps",), "above 0 and at most 1, the width of the input range [0, 1]", lambda value: 0 < value <= 1),
+    (
+        ("batch_size", "accumulate", "epochs", "hidden", "ramp_start", "width"),
+        "at least 1",
+        lambda value: value >= 1,
+    ),
+    (
+        (
+            *("ramp_length", "pgd_steps", "pgd_restarts", "reg_weight", "grad_clip", "momentum", "weight_decay"),
+            *("stability_weight", "l1_weight", "volume_weight", "validation", "crop_padding"),
+        ),
+        "finite and at least 0",
+        lambda value: 0 <= value < math.inf,
+    ),
+    (("lr", "lr_factor", "tol"), "finite and above 0", lambda value: 0 < value < math.inf),
+    (("kappa", "average_decay"), "from 0 to 1", lambda value: 0 <= value <= 1),
+    (("seed",), "from 0 to 2^63 − 1", lambda value: 0 <= value < 2**63),
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,20 +53,36 @@ class Settings:
 
     Attributes:
         preset: name of the preset that the others were taken from.
+        method: name of the method that the objective's settings were taken from; see :meth:`with_method`.
         dataset: name of the dataset.
         data_dir: folder of its files; ``None`` for the default.
         data_limit: samples drawn from the training set; ``None`` for all.
+        validation: samples of these held out for choosing the best epoch.
+        select: whose weights are kept: those of the last epoch, or of the best by verified error on the held-out
+            samples, or on the test set (which makes the reported error optimistic).
+        flip, crop_padding: augmentation: random mirroring; random windows of the image padded by so many pixels.
+        model: name of the network, or ``package.module:factory``.
+        width, hidden: its size; ``width=None`` for the paper's.
         eps: target radius, in units of the input (pixels from 0 to 1).
-        batch_size, epochs: samples in a batch, passes over the training set.
-        ramp_start: epoch, counted from 1, at whose start ε begins to grow.
-        ramp_length: epochs that it grows for.
-        lr, lr_milestones, lr_factor: Adam's learning rate, multiplied after so many finished epochs.
-        grad_clip: largest norm of the gradient.
-        reg_weight, tol: λ and τ of the regularisers.
-        width, hidden: size of the CNN-7.
-        init, batchnorm, regularizers: the three remedies.
+        batch_size: samples in an optimiser's step.
+        accumulate: parts that a batch is computed in, each with BatchNorm statistics of its own.
+        epochs: passes over the training set.
+        schedule, ramp_start, ramp_length: how ε grows, from the start of which epoch (counted from 1), for how many.
+        optimizer, lr, momentum, weight_decay: "adam" or "sgd" (which alone has momentum), and its learning rate.
+        lr_milestones, lr_factor: the rate is multiplied after so many finished epochs.
+        grad_clip: largest norm of the gradient; 0 for no limit.
+        average_decay: decay of the exponential average of weights that is evaluated and kept; ``None`` for none.
+        precise_bn: recompute BatchNorm's population statistics over the training set before the last evaluation.
+        init: initialisation; see :func:`lirpa_fastwarmup.recipe.initialization.initialize_`.
+        batchnorm: full BatchNorm.
+        bn_mean, bn_var, bn_affine: ablations of BatchNorm: what of it is used.
+        regularizers: the paper's two regularisers, in the warmup.
+        reg_weight, tol: their λ and τ.
+        bound: what bounds the loss; see :class:`lirpa_fastwarmup.ShortWarmup`.
+        kappa: weight of the clean loss at the end of the ramp; ``None`` for none.
+        stability_weight, l1_weight, volume_weight: of the literature's regularisers, throughout training.
         pgd_steps, pgd_restarts: the attack after training.
-        seed: of weights, order of samples and attack.
+        seed: of weights, order of samples, augmentation and attack.
     """
 
     preset: str
@@ -39,42 +93,86 @@ class Settings:
     ramp_start: int
     ramp_length: int
     lr_milestones: tuple[int, ...]
-    width: int
-    hidden: int
+    method: Method = "fast"
     data_dir: Path | None = None
     data_limit: int | None = None
+    validation: int = 0
+    select: Select = "last"
+    flip: bool = False
+    crop_padding: int = 0
+    model: str = "cnn7"
+    width: int | None = None
+    hidden: int = 512
+    accumulate: int = 1
+    schedule: str = "smoothed"
+    optimizer: Optimizer = "adam"
     lr: float = 5e-4
+    momentum: float = 0.9
+    weight_decay: float = 0.0
     lr_factor: float = 0.2
     grad_clip: float = 10.0
+    average_decay: float | None = None
+    precise_bn: bool = False
+    init: str = "ibp"
+    batchnorm: bool = True
+    bn_mean: bool = True
+    bn_var: bool = True
+    bn_affine: bool = True
+    regularizers: bool = True
     reg_weight: float = 0.5
     tol: float = 0.5
-    init: bool = True
-    batchnorm: bool = True
-    regularizers: bool = True
+    bound: str = "ibp"
+    kappa: float | None = None
+    stability_weight: float = 0.0
+    l1_weight: float = 0.0
+    volume_weight: float = 0.0
     pgd_steps: int = 50
     pgd_restarts: int = 3
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.eps) and 0 < self.eps <= 1):
+        self._check_ranges()
+        if self.select == "validation" and not self.validation:
+            raise ValueError("choosing the best epoch on held-out samples needs some: give their number as validation")
+        if self.ablates_batchnorm and not self.batchnorm:
+            raise ValueError("bn_mean, bn_var and bn_affine ablate BatchNorm, which batchnorm=False leaves out whole")
+        if self.ablates_batchnorm and self.precise_bn:
             raise ValueError(
-                f"eps must be above 0 and at most 1, the width of the input range [0, 1]; found {self.eps}"
+                "precise_bn recomputes statistics with the plain network, which computes another function than the "
+                "ablated one (bn_mean, bn_var, bn_affine): use one of the two"
             )
-        for name in ("batch_size", "epochs", "width", "hidden", "ramp_start"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
-        for name in ("ramp_length", "pgd_steps", "pgd_restarts", "reg_weight"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be finite and at least 0, found {getattr(self, name)}")
-        for name in ("lr", "lr_factor", "grad_clip", "tol"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be finite and above 0, found {getattr(self, name)}")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed must be from 0 to 2^63 − 1, found {self.seed}")
+
+    @property
+    def ablates_batchnorm(self) -> bool:
+        """Whether part of BatchNorm is left out."""
+        return not (self.bn_mean and self.bn_var and self.bn_affine)
+
+    def _check_ranges(self) -> None:
+        for name, known in _CHOICES.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"unknown {name} {getattr(self, name)!r}; known are {', '.join(known)}")
+        for names, rule, holds in _RULES:
+            for name in names:
+                value = getattr(self, name)
+                if value is not None and not holds(value):
+                    raise ValueError(f"{name} must be {rule}; found {value}")
 
     def replace(self, **changes: Any) -> Settings:
         """The same with some values changed."""
         return dataclasses.replace(self, **changes)
+
+    def with_method(self, method: str) -> Settings:
+        """The same with the objective's settings as ``method`` has them.
+
+        Raises:
+            ValueError: no method has that name.
+        """
+        return self.replace(**settings_of(method))
+
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """The names of all settings."""
+        return tuple(field.name for field in dataclasses.fields(cls))
 
     def as_dict(self) -> dict[str, Any]:
         """The settings as plain values, for JSON and for checkpoints."""
@@ -82,6 +180,17 @@ class Settings:
         values["data_dir"] = None if self.data_dir is None else str(self.data_dir)
         values["lr_milestones"] = list(self.lr_milestones)
         return values
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Settings:
+        """What :meth:`as_dict` was made from.
+
+        Raises:
+            TypeError: names that this version does not know, or missing ones.
+            ValueError: a value out of its range.
+        """
+        data_dir = None if values.get("data_dir") is None else Path(values["data_dir"])
+        return cls(**{**values, "data_dir": data_dir, "lr_milestones": tuple(values.get("lr_milestones", ()))})
 
     def __str__(self) -> str:
         values = self.as_dict()

@@ -6,6 +6,8 @@ proved. All three are taken in evaluation mode and restore the mode that they fo
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,12 +20,17 @@ from lirpa_fastwarmup.engine.inputs import Epsilon, InputRange, check_batch, che
 from lirpa_fastwarmup.engine.module import BoundedModule
 from lirpa_fastwarmup.verification.attacks import pgd
 
+logger = logging.getLogger(__name__)
+
 Loader = Iterable[tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
 class Errors:
-    """Shares of the samples: misclassified, misclassified under attack, not verified."""
+    """Shares of the samples: misclassified, misclassified under attack, not verified.
+
+    ``pgd`` is NaN where the attack could not be made; see :func:`evaluate`.
+    """
 
     standard: float
     pgd: float
@@ -91,7 +98,14 @@ def pgd_error(
     input_range: InputRange | None = (0.0, 1.0),
     generator: torch.Generator | None = None,
 ) -> float:
-    """The share of samples misclassified at some point that PGD found; steps are of eps/10."""
+    """The share of samples misclassified at some point that PGD found; steps are of eps/10.
+
+    Raises:
+        NotImplementedError: ``model`` is a BoundedModule with ablated BatchNorm.
+    """
+    if isinstance(model, BoundedModule):
+        model.require_same_function("PGD")
+        model = model.wrapped
     with _evaluating(model):
         flags = []
         for x, y in loader:
@@ -113,21 +127,29 @@ def evaluate(
 ) -> Errors:
     """All three errors over the same samples.
 
+    Where the network was bounded with BatchNorm ablated, the plain network computes another function: the
+    standard error is then that of the bounded one, and PGD is left out, with a warning in the log.
+
     Args:
         bounded: the network.
         loader: batches (x, y), gone through three times.
         eps: radius of the box, in units of the input.
     """
-    return Errors(
-        standard=standard_error(bounded.wrapped, loader),
-        pgd=pgd_error(
-            bounded.wrapped,
+    try:
+        attacked = pgd_error(
+            bounded,
             loader,
             eps,
             steps=pgd_steps,
             restarts=pgd_restarts,
             input_range=input_range,
             generator=generator,
-        ),
+        )
+    except NotImplementedError as error:
+        logger.warning("no PGD error: %s", error)
+        attacked = math.nan
+    return Errors(
+        standard=standard_error(bounded if bounded.ablated else bounded.wrapped, loader),
+        pgd=attacked,
         verified=verified_error(bounded, loader, eps, input_range=input_range),
     )

@@ -1,0 +1,51 @@
+"""The command ``lirpa-fastwarmup``."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import shlex
+import sys
+from collections.abc import Sequence
+
+import lirpa_fastwarmup as fw
+from lirpa_fastwarmup.cli import compare, info, train
+from lirpa_fastwarmup.recipe.objective import NonFiniteLossError
+from lirpa_fastwarmup.training import TrainingInterrupted
+
+_PROGRAM = "lirpa-fastwarmup"
+# Mistakes of the user and of the world: told in one line, without a traceback.
+_EXPECTED = (ValueError, TypeError, OSError, ImportError, NotImplementedError, NonFiniteLossError)
+_BY_SIGNAL = 128  # What a shell adds to the signal's number.
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status."""
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING, stream=sys.stderr)
+    options = _parser().parse_args(arguments)
+    try:
+        return int(options.command(options))
+    except TrainingInterrupted as stopped:
+        command = shlex.join([_PROGRAM, "train", "--resume", "--out", str(stopped.out)])
+        print(f"{_PROGRAM}: {stopped}. To go on:\n    {command}", file=sys.stderr)
+        return _BY_SIGNAL + stopped.signal_number
+    except KeyboardInterrupt:
+        print(f"{_PROGRAM}: interrupted", file=sys.stderr)
+        return 130
+    except _EXPECTED as error:
+        if options.traceback:
+            raise
+        print(f"{_PROGRAM}: error: {error}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=_PROGRAM, description="Fast certified robust training with short warmup, on auto_LiRPA."
+    )
+    parser.add_argument("--traceback", action="store_true", help="show where an error came from")
+    parser.add_argument("--version", action="version", version=fw.__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for command in (train, compare, info):
+        command.add_to(commands)
+    return parser

@@ -1,0 +1,107 @@
+"""A table over finished runs: one row for runs that differ in their seed alone, with mean and deviation."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+# What may differ between the runs of a row.
+_NO_DIFFERENCE = ("seed", "data_dir")
+_FIGURES = ("standard_error", "pgd_error", "verified_error")
+_HEADS = ("standard", "PGD", "verified")
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """The ``summary.json`` of the run in ``folder``.
+
+    Raises:
+        FileNotFoundError: there is none, because the run is not finished or the folder holds no run.
+        ValueError: it is no summary of a run.
+    """
+    path = folder / "summary.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} holds no finished run (no {path.name})")
+    try:
+        summary = json.loads(path.read_text())
+        missing = [name for name in (*_FIGURES, "dataset", "seed", "settings") if name not in summary]
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} cannot be read as the summary of a run: {error}") from error
+    if missing:
+        raise ValueError(f"{path} is not the summary of a run: it lacks {', '.join(missing)}")
+    return dict(summary)
+
+
+def comparison(folders: Sequence[Path]) -> list[tuple[str, ...]]:
+    """The rows of the table over the runs in ``folders``, its heading first; errors are in percent.
+
+    Runs whose settings agree but for the seed (and the place of the data) share a row, "mean ± standard deviation"
+    (of the sample). Columns tell the settings that differ between rows.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`read_summary`.
+    """
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for folder in folders:
+        summary = read_summary(folder)
+        groups.setdefault(_key(summary), []).append(summary)
+    rows = list(groups.values())
+    columns = _differing([summaries[0] for summaries in rows])
+    table = [("dataset", *columns, "seeds", *(f"{head} %" for head in _HEADS))]
+    for summaries in rows:
+        first = summaries[0]
+        table.append(
+            (
+                str(first["dataset"]),
+                *(_setting(first, name) for name in columns),
+                ", ".join(str(summary["seed"]) for summary in sorted(summaries, key=lambda run: int(run["seed"]))),
+                *(_figure([summary[name] for summary in summaries]) for name in _FIGURES),
+            )
+        )
+    return table
+
+
+def _key(summary: Mapping[str, Any]) -> str:
+    settings = {name: value for name, value in summary["settings"].items() if name not in _NO_DIFFERENCE}
+    return json.dumps([summary["dataset"], settings], sort_keys=True)
+
+
+def _differing(summaries: Sequence[Mapping[str, Any]]) -> list[str]:
+    names = dict.fromkeys(name for summary in summaries for name in summary["settings"])
+    return [
+        name
+        for name in names
+        if name not in (*_NO_DIFFERENCE, "dataset")
+        and len({json.dumps(summary["settings"].get(name)) for summary in summaries}) > 1
+    ]
+
+
+def _setting(summary: Mapping[str, Any], name: str) -> str:
+    value = summary["settings"].get(name)
+    if isinstance(value, list):
+        return " ".join(map(str, value))
+    return f"{value:.4g}" if isinstance(value, float) else "–" if value is None else str(value)
+
+
+def _figure(values: Sequence[float | None]) -> str:
+    known = [100 * value for value in values if value is not None]
+    if len(known) < len(values):
+        return "–"
+    spread = f" ± {statistics.stdev(known):.2f}" if len(known) > 1 else ""
+    return f"{statistics.fmean(known):.2f}{spread}"
+
+
+def as_text(table: Sequence[Sequence[str]]) -> str:
+    """The table in columns of equal width."""
+    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table
+    )
+
+
+def as_markdown(table: Sequence[Sequence[str]]) -> str:
+    """The table in GitHub's Markdown."""
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in table]
+    return "\n".join([lines[0], "|" + " --- |" * len(table[0]), *lines[1:]])

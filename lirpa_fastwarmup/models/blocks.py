@@ -1,0 +1,54 @@
+"""What the networks share: checks of their arguments, the first layer, BatchNorm where wanted, the head."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from lirpa_fastwarmup.models.normalize import Normalize
+
+
+def check_sizes(in_shape: Sequence[int], classes: int, width: int, hidden: int) -> None:
+    """Refuse sizes that no network can have.
+
+    Raises:
+        ValueError: a size is not positive.
+    """
+    if min(*in_shape, classes, width, hidden) < 1:
+        raise ValueError(
+            f"sizes must be positive; found in_shape={tuple(in_shape)}, classes={classes}, width={width}, "
+            f"hidden={hidden}"
+        )
+
+
+def normalisation(mean: Sequence[float] | None, std: Sequence[float] | None) -> list[nn.Module]:
+    """A leading :class:`Normalize`, where its figures are given.
+
+    Raises:
+        ValueError: only one of them is given.
+    """
+    if (mean is None) != (std is None):
+        raise ValueError("give mean and std together, or neither")
+    return [Normalize(mean, std)] if mean is not None and std is not None else []
+
+
+def convolution(
+    channels: int, out: int, kernel: int, stride: int = 1, *, batchnorm: bool, groups: int = 1
+) -> nn.Sequential:
+    """A convolution that keeps the size but for its stride, and BatchNorm if wanted."""
+    layers: list[nn.Module] = [nn.Conv2d(channels, out, kernel, stride, padding=kernel // 2, groups=groups)]
+    return nn.Sequential(*layers, *([nn.BatchNorm2d(out)] if batchnorm else []))
+
+
+def shortcut(channels: int, out: int, stride: int, *, batchnorm: bool) -> nn.Module:
+    """The identity, or a 1×1 convolution where shapes differ."""
+    if channels == out and stride == 1:
+        return nn.Identity()
+    return convolution(channels, out, 1, stride, batchnorm=batchnorm)
+
+
+def head(features: int, hidden: int, classes: int, *, batchnorm: bool) -> list[nn.Module]:
+    """Flatten, a hidden linear layer, and the classification layer."""
+    norm = [nn.BatchNorm1d(hidden)] if batchnorm else []
+    return [nn.Flatten(), nn.Linear(features, hidden), *norm, nn.ReLU(), nn.Linear(hidden, classes)]

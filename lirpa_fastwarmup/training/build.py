@@ -1,0 +1,163 @@
+"""From settings to what a run is made of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.optim import SGD, Adam, Optimizer
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from lirpa_fastwarmup import data
+from lirpa_fastwarmup.engine.module import BoundedModule
+from lirpa_fastwarmup.recipe.initialization import initialize_
+from lirpa_fastwarmup.recipe.objective import ShortWarmup
+from lirpa_fastwarmup.recipe.schedule import SCHEDULES
+from lirpa_fastwarmup.training.network import architecture_of, build_network
+from lirpa_fastwarmup.training.settings import Settings
+
+_EVALUATION_BATCH = 250
+_CALIBRATION_SAMPLES = 128
+_AUGMENTATION = 1  # The stream of random numbers beside the one that shuffles.
+
+
+@dataclass
+class Run:
+    """What a run is made of, on its device.
+
+    Attributes:
+        settings: what to run.
+        architecture: what the network is built from.
+        dataset_name: the name that results are reported under.
+        train: the training samples, those held out excepted.
+        train_batches, validation_batches, test_batches: of these, of the samples held out, of the test set.
+        objective: the loss on the trained network.
+        optimizer: of its weights.
+        average: the average of its weights, where one is kept.
+        evaluated: the network whose errors are taken and whose weights are kept: the average, or the trained one.
+    """
+
+    settings: Settings
+    architecture: dict[str, Any]
+    dataset_name: str
+    train: data.Split
+    train_batches: data.Batches
+    validation_batches: data.Batches | None
+    test_batches: data.Batches
+    objective: ShortWarmup
+    optimizer: Optimizer
+    average: AveragedModel | None
+    evaluated: BoundedModule
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.objective.parameters()).device
+
+    @property
+    def plain(self) -> nn.Module:
+        """What gives the evaluated network's outputs: the plain network, where that computes the same function."""
+        return self.evaluated if self.evaluated.ablated else self.evaluated.wrapped
+
+
+def build_run(settings: Settings, device: torch.device) -> Run:
+    """Everything that ``settings`` stand for, with freshly drawn weights.
+
+    Raises:
+        OSError: data files are missing or cannot be read.
+        ValueError, TypeError, ImportError, NotImplementedError: what the settings name does not fit together; the
+            text says what.
+    """
+    dataset = data.load(settings.dataset, settings.data_dir)
+    train, held_out = _training_samples(settings, dataset)
+    train_batches = _training_batches(settings, data.place(train, device), device)
+    architecture = architecture_of(settings, dataset)
+    # Everything random hangs on the seed, and the caller's random state stays as it is.
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(settings.seed)
+        bounded = _bounded(settings, build_network(architecture).to(device), dataset.in_shape)
+        some = data.limited(train, min(_CALIBRATION_SAMPLES, len(train)), seed=settings.seed).to(device)
+        initialize_(bounded, settings.init, calibrate=some.images.float() / 255, eps=settings.eps)
+    objective = _objective(settings, bounded, len(train_batches))
+    average = None
+    if settings.average_decay is not None:
+        average = AveragedModel(
+            bounded.wrapped, multi_avg_fn=get_ema_multi_avg_fn(settings.average_decay), use_buffers=True
+        )
+    return Run(
+        settings=settings,
+        architecture=architecture,
+        dataset_name=dataset.name,
+        train=train_batches.split,
+        train_batches=train_batches,
+        validation_batches=_evaluation_batches(held_out, device) if held_out is not None else None,
+        test_batches=_evaluation_batches(dataset.test, device),
+        objective=objective,
+        optimizer=_optimizer(settings, objective),
+        average=average,
+        evaluated=bounded if average is None else _bounded(settings, average.module.eval(), dataset.in_shape),
+    )
+
+
+def _training_samples(settings: Settings, dataset: data.Dataset) -> tuple[data.Split, data.Split | None]:
+    samples = dataset.train
+    if settings.data_limit is not None:
+        samples = data.limited(samples, settings.data_limit, seed=settings.seed)
+    return data.held_out(samples, settings.validation, seed=settings.seed) if settings.validation else (samples, None)
+
+
+def _training_batches(settings: Settings, samples: data.Split, device: torch.device) -> data.Batches:
+    augmentation = None
+    if settings.flip or settings.crop_padding:
+        seed = int(
+            np.random.SeedSequence([settings.seed, _AUGMENTATION]).generate_state(1, np.uint64)[0] >> np.uint64(1)
+        )
+        augmentation = data.Augmentation(
+            flip=settings.flip, crop_padding=settings.crop_padding, generator=torch.Generator().manual_seed(seed)
+        )
+    return data.Batches(
+        samples,
+        settings.batch_size,
+        generator=torch.Generator().manual_seed(settings.seed),
+        drop_single=settings.batchnorm,
+        augment=augmentation,
+        device=device,
+    )
+
+
+def _evaluation_batches(samples: data.Split, device: torch.device) -> data.Batches:
+    return data.Batches(data.place(samples, device), _EVALUATION_BATCH, device=device)
+
+
+def _bounded(settings: Settings, model: nn.Module, in_shape: tuple[int, int, int]) -> BoundedModule:
+    options = {"bn": {"mean": settings.bn_mean, "var": settings.bn_var, "affine": settings.bn_affine}}
+    example = torch.zeros(2, *in_shape, device=next(model.parameters()).device)
+    return BoundedModule(model, example, bound_opts=options if settings.ablates_batchnorm else None)
+
+
+def _objective(settings: Settings, bounded: BoundedModule, steps_per_epoch: int) -> ShortWarmup:
+    weights = {
+        "relu_stability": settings.stability_weight,
+        "weight_l1": settings.l1_weight,
+        "volume": settings.volume_weight,
+    }
+    return ShortWarmup(
+        bounded,
+        SCHEDULES[settings.schedule](settings.eps, settings.ramp_start, settings.ramp_length, steps_per_epoch),
+        bound=settings.bound,
+        kappa=settings.kappa,
+        reg_weight=settings.reg_weight,
+        tol=settings.tol,
+        regularizers=("tightness", "relu_balance") if settings.regularizers else (),
+        penalties={name: weight for name, weight in weights.items() if weight},
+    )
+
+
+def _optimizer(settings: Settings, objective: ShortWarmup) -> Optimizer:
+    if settings.optimizer == "sgd":
+        return SGD(
+            objective.parameters(), lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
+        )
+    return Adam(objective.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)

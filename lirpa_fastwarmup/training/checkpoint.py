@@ -1,0 +1,75 @@
+"""Everything that a run needs to go on as if it had never stopped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lirpa_fastwarmup.training import files
+from lirpa_fastwarmup.training.build import Run
+from lirpa_fastwarmup.training.loop import Position
+from lirpa_fastwarmup.training.network import load_weights
+from lirpa_fastwarmup.training.settings import Settings
+
+_FORMAT = 1
+
+
+def save(path: Path, run: Run, position: Position) -> None:
+    """Write the state of ``run`` at ``position``; until that is done, an earlier checkpoint stays whole."""
+    files.write_tensors(
+        path,
+        {
+            "format": _FORMAT,
+            "settings": run.settings.as_dict(),
+            "train_samples": len(run.train),
+            "objective": run.objective.state_dict(),
+            "optimizer": run.optimizer.state_dict(),
+            "batches": run.train_batches.state_dict(),
+            "average": None if run.average is None else run.average.state_dict(),
+            "position": {**vars(position), "means": position.means.state_dict()},
+        },
+    )
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The content of a checkpoint; ``settings`` in it as :class:`Settings`.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is damaged, or of another version.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path.parent} holds no checkpoint ({path.name}) to go on from: start a run there first"
+        )
+    content = files.read_tensors(path, _FORMAT)
+    try:
+        content["settings"] = Settings.from_dict(content["settings"])
+    except (TypeError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"the settings in {path} are not such as this version of lirpa_fastwarmup knows ({error}): use the version "
+            "that wrote it, or train anew"
+        ) from error
+    return content
+
+
+def restore(content: dict[str, Any], run: Run, position: Position, path: Path) -> None:
+    """Put ``run`` and ``position`` in the state that :func:`read` found in ``path``.
+
+    Raises:
+        ValueError: the network or the data is another than that of the checkpoint.
+    """
+    if content["train_samples"] != len(run.train):
+        raise ValueError(
+            f"{path} is of a run on {content['train_samples']} training samples, and {run.dataset_name} has "
+            f"{len(run.train)} now: give it the same data"
+        )
+    load_weights(run.objective, content["objective"], path)
+    run.optimizer.load_state_dict(content["optimizer"])
+    run.train_batches.load_state_dict(content["batches"])
+    if run.average is not None:
+        load_weights(run.average, content["average"], path)
+    saved = dict(content["position"])
+    position.means.load_state_dict(saved.pop("means"))
+    for name, value in saved.items():
+        setattr(position, name, value)

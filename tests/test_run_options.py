@@ -1,0 +1,319 @@
+"""What the settings of a run change, and what is said of settings that cannot be run."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import lirpa_fastwarmup as fw
+from lirpa_fastwarmup import cli
+from lirpa_fastwarmup.presets import preset
+from lirpa_fastwarmup.training import METHODS, load_model, train
+from lirpa_fastwarmup.training.build import build_run
+from lirpa_fastwarmup.training.interrupt import StopRequest
+from lirpa_fastwarmup.training.loop import train_epoch
+from lirpa_fastwarmup.training.progress import Listeners
+from lirpa_fastwarmup.training.run import _start
+
+CPU = torch.device("cpu")
+SMALL = preset("mnist5k").replace(
+    **{"width": 2, "hidden": 8, "epochs": 1, "ramp_length": 1, "data_limit": 96, "batch_size": 48},
+    **{"lr_milestones": (), "pgd_steps": 1, "pgd_restarts": 1},
+)
+
+
+def history(out):
+    with (out / "history.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def one_epoch(settings, tmp_path):
+    """The run after an epoch's steps, and its network before them."""
+    run = build_run(settings, CPU)
+    before = copy.deepcopy(run.objective.model)
+    train_epoch(run, _start(run), Listeners(), StopRequest(tmp_path))
+    return run, before
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains(method, tmp_path):
+    summary = train(SMALL.with_method(method), tmp_path)
+    assert summary["method"] == method
+    assert 0 <= summary["verified_error"] <= 1
+    (row,) = history(tmp_path)
+    terms = {"fast": {"tightness", "relu_balance"}, "xiao": {"relu_stability", "weight_l1"}, "colt": {"volume"}}
+    for name in ("tightness", "relu_balance", "relu_stability", "weight_l1", "volume"):
+        assert (row.get(name, "nan") != "nan") is (name in terms.get(method, ()))
+
+
+@pytest.mark.parametrize("method", ["gowal", "crown-ibp"])
+def test_remedies_can_be_added_to_any_method(method, tmp_path):
+    settings = SMALL.with_method(method).replace(regularizers=True, init="ibp")
+    train(settings, tmp_path)
+    assert history(tmp_path)[0]["tightness"] != "nan"
+    weight = build_run(settings, CPU).objective.model[0].weight
+    fast = build_run(SMALL, CPU).objective.model[0].weight
+    assert torch.equal(weight, fast)
+
+
+@pytest.mark.parametrize("init", ["default", "kaiming", "xavier", "orthogonal", "ibp", "ibp-calibrated"])
+def test_initialisations_by_name(init):
+    model = build_run(SMALL.replace(init=init, width=16, hidden=64), CPU).objective.model
+    weights = [module.weight.detach() for module in model if isinstance(module, nn.Conv2d | nn.Linear)]
+    second, hidden, last = weights[1], weights[-2], weights[-1]  # Fan-ins 16·9, 14²·32, 64.
+    fan_in, fan_out = 16 * 9, 16 * 9
+    expected = {
+        "default": (1 / (3 * fan_in)) ** 0.5,
+        "kaiming": (2 / fan_in) ** 0.5,
+        "xavier": (2 / (fan_in + fan_out)) ** 0.5,
+        "ibp": (2 * torch.pi) ** 0.5 / fan_in,
+    }
+    if init in expected:
+        assert float(second.std()) == pytest.approx(expected[init], rel=0.1)
+    if init == "orthogonal":
+        assert torch.allclose(hidden @ hidden.T, torch.eye(64), atol=1e-4)
+        assert torch.allclose(last @ last.T, torch.eye(10), atol=1e-4)
+    if init == "ibp-calibrated":  # The formula's up to a factor, measured on the data.
+        plain = build_run(SMALL.replace(init="ibp", width=16, hidden=64), CPU).objective.model
+        ratio = second / [module.weight for module in plain if isinstance(module, nn.Conv2d)][1].detach()
+        assert torch.allclose(ratio, ratio.mean().expand_as(ratio), rtol=1e-4)
+        assert 0.2 < float(ratio.mean()) < 5
+        assert float(ratio.mean()) != pytest.approx(1, rel=1e-3)
+
+
+def test_accumulated_parts_have_their_own_statistics_and_add_up(tmp_path):
+    settings = SMALL.replace(accumulate=2, data_limit=48, optimizer="sgd", momentum=0.0, lr=0.1, grad_clip=0.0)
+    run, before = one_epoch(settings, tmp_path)
+    x, y = _only_batch(settings)
+    warmup = fw.ShortWarmup(fw.BoundedModule(before, x[:2]), run.objective.schedule)
+    loss = (warmup(x[:24], y[:24]).loss + warmup(x[24:], y[24:]).loss) / 2
+    gradients = torch.autograd.grad(loss, list(before.parameters()))
+    for parameter, gradient, new in zip(before.parameters(), gradients, run.objective.model.parameters(), strict=True):
+        assert torch.allclose(new, parameter - 0.1 * gradient, atol=1e-5)
+    # Running statistics have moved twice, as in two passes.
+    assert all(m.num_batches_tracked == 2 for m in run.objective.model if isinstance(m, nn.BatchNorm2d))
+    assert run.objective.steps_done == 1
+
+
+def _only_batch(settings):
+    (batch,) = build_run(settings, CPU).train_batches
+    return batch
+
+
+def test_parts_are_never_of_one_sample(tmp_path):
+    run, _ = one_epoch(SMALL.replace(accumulate=40, data_limit=51), tmp_path)  # Batches of 48 and 3.
+    assert run.objective.steps_done == 2
+
+
+def test_gradients_are_clipped_to_the_norm(tmp_path):
+    base = SMALL.replace(data_limit=48, optimizer="sgd", momentum=0.0, lr=1.0)
+    steps = {}
+    for clip in (0.0, 0.01):
+        run, before = one_epoch(base.replace(grad_clip=clip), tmp_path)
+        pairs = zip(run.objective.model.parameters(), before.parameters(), strict=True)
+        steps[clip] = float(torch.cat([(new - old).detach().flatten() for new, old in pairs]).norm())
+    assert steps[0.01] == pytest.approx(0.01, rel=1e-3)
+    assert steps[0.0] > 0.1
+
+
+def test_sgd_has_momentum_and_decay():
+    optimizer = build_run(SMALL.replace(optimizer="sgd", momentum=0.8, weight_decay=1e-4), CPU).optimizer
+    assert isinstance(optimizer, torch.optim.SGD)
+    assert (optimizer.param_groups[0]["momentum"], optimizer.param_groups[0]["weight_decay"]) == (0.8, 1e-4)
+
+
+def test_the_average_of_weights_is_what_is_evaluated_and_kept(tmp_path):
+    settings = SMALL.replace(average_decay=0.5)
+    run, _ = one_epoch(settings, tmp_path)
+    # Two steps: the first sets the average to the weights w1, the second makes it (w1 + w2)/2.
+    first, _ = one_epoch(settings.replace(data_limit=96), tmp_path / "again")
+    assert torch.equal(first.average.module[0].weight, run.average.module[0].weight)
+    trained = run.objective.model[0].weight
+    average = run.average.module[0].weight
+    assert not torch.equal(average, trained)
+    after_one = 2 * average - trained
+    assert float((after_one - trained).detach().abs().max()) < 2 * settings.lr  # One step of Adam away.
+    summary = train(settings, tmp_path / "run")
+    kept = load_model(tmp_path / "run" / "model.pt")
+    assert torch.equal(kept[0].weight, average)
+    test = fw.data.load("mnist5k").test
+    wrong = (kept(test.images.float() / 255).argmax(1) != test.labels).double().mean()
+    assert float(wrong) == pytest.approx(summary["standard_error"])
+
+
+def test_precise_bn_takes_the_statistics_of_the_training_set(tmp_path):
+    settings = SMALL.replace(precise_bn=True)
+    train(settings, tmp_path / "precise")
+    train(settings.replace(precise_bn=False), tmp_path / "plain")
+    precise, plain = (load_model(tmp_path / name / "model.pt") for name in ("precise", "plain"))
+    assert torch.equal(precise[0].weight, plain[0].weight)
+    samples = build_run(settings, CPU).train.images.float() / 255
+    with torch.no_grad():
+        first = precise[0](samples).transpose(0, 1).flatten(1)
+    assert torch.allclose(precise[1].running_mean, first.mean(1), atol=1e-5)
+    assert torch.allclose(precise[1].running_var, first.var(1), rtol=1e-4)
+    assert not torch.allclose(plain[1].running_var, first.var(1), rtol=1e-2)
+
+
+@pytest.mark.parametrize(("select", "column"), [("validation", "validation_verified_error"), ("test", "verified_error")])
+def test_the_best_epoch_is_kept(select, column, tmp_path):
+    # A rate that wrecks the network later on: the best epoch is not the last.
+    settings = SMALL.replace(epochs=4, lr=0.3, eps=0.01, data_limit=128, validation=32, select=select, seed=1)
+    summary = train(settings, tmp_path)
+    errors = [float(row[column]) for row in history(tmp_path)]
+    best = errors.index(min(errors)) + 1
+    assert summary["selected_epoch"] == best
+    assert (summary["train_samples"], summary["validation_samples"]) == (96, 32)
+    assert ("on the test set itself: these errors are optimistic" in summary["selected_by"]) is (select == "test")
+    assert summary["verified_error"] == float(history(tmp_path)[best - 1]["verified_error"])
+    assert summary["standard_error"] == float(history(tmp_path)[best - 1]["standard_error"])
+    assert torch.load(tmp_path / "model.pt", weights_only=True)["epoch"] == best
+
+
+def test_held_out_samples_are_not_trained_on():
+    run = build_run(SMALL.replace(validation=20), CPU)
+    trained = {image.numpy().tobytes() for image in run.train.images}
+    held_out = {image.numpy().tobytes() for image in run.validation_batches.split.images}
+    assert (len(trained), len(held_out)) == (76, 20)
+    assert not trained & held_out
+
+
+@pytest.mark.parametrize("part", ["mean", "var", "affine"])
+def test_ablated_batchnorm_is_bounded_but_not_taken_for_the_plain_network(part, tmp_path, caplog):
+    settings = SMALL.replace(**{f"bn_{part}": False})
+    summary = train(settings, tmp_path)
+    assert summary["pgd_error"] is None
+    assert f"BatchNorm has its {part}" in caplog.text
+    with pytest.raises(NotImplementedError, match="computes another function"):
+        load_model(tmp_path / "model.pt")
+    run, _ = one_epoch(settings, tmp_path)
+    for module in run.objective.model:
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):  # They begin as the identity.
+            nn.init.uniform_(module.weight, 0.5, 2.0)
+            nn.init.uniform_(module.bias)
+    x, y = next(iter(run.test_batches))
+    bounded = run.evaluated.eval()
+    assert bounded.ablated == (part,)
+    assert not torch.allclose(bounded(x), bounded.wrapped(x), atol=1e-4)
+    noise = 0.01 * (2 * torch.rand_like(x) - 1)
+    lower, upper = bounded.compute_bounds(x=(fw.input_box(x, 0.01),), method="IBP")
+    output = bounded((x + noise).clamp(0, 1))
+    assert bool(((output >= lower - 1e-4) & (output <= upper + 1e-4)).all())
+    with pytest.raises(NotImplementedError, match=f"PGD uses the plain network, whose BatchNorm has its {part}"):
+        fw.verification.pgd_error(bounded, [(x, y)], 0.1)
+    assert (cli_text := json.dumps(summary))
+    assert "NaN" not in cli_text
+
+
+def test_tensorboard_gets_the_history(tmp_path, capsys):
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    arguments = ["--width", "2", "--hidden", "8", "--epochs", "2", "--ramp-length", "1", "--data-limit", "96"]
+    attack = ["--pgd-steps", "1", "--pgd-restarts", "1"]
+    assert cli.main(["train", "mnist5k", "--out", str(tmp_path), "--tensorboard", *arguments, *attack]) == 0
+    events = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    logged = [scalar.value for scalar in events.Scalars("verified_error")]
+    assert logged == pytest.approx([float(row["verified_error"]) for row in history(tmp_path)])
+    assert [scalar.step for scalar in events.Scalars("loss")] == [1, 2]
+    assert cli.main(["train", "mnist5k", "--out", str(tmp_path), "--overwrite", *arguments, *attack]) == 0
+    assert not list((tmp_path / "tensorboard").iterdir())
+
+
+MODULE = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, num_classes=10):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 2, 5, stride=3)
+        self.head = nn.Sequential(nn.ReLU(), nn.Flatten(), nn.Linear(128, 8), nn.ReLU(), nn.Linear(8, num_classes))
+
+    def forward(self, x):
+        return self.head(self.conv(x))
+
+class Sines(Net):
+    def forward(self, x):
+        return self.head(torch.linalg.pinv(self.conv(x)))
+
+def seven():
+    return Net(7)
+
+def text():
+    return "net"
+
+def noisy():
+    net = Net()
+    net.head.add_module("last", nn.Dropout())
+    return net
+"""
+
+
+@pytest.fixture
+def own_networks(tmp_path, monkeypatch):
+    (tmp_path / "my_networks.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(tmp_path)
+    return tmp_path
+
+
+def test_a_network_of_ones_own_is_trained_with_all_remedies(own_networks):
+    settings = SMALL.replace(model="my_networks:Net", width=None)
+    summary = train(settings, own_networks / "run")
+    assert summary["model"] == "my_networks:Net"
+    model = load_model(own_networks / "run" / "model.pt")
+    assert type(model).__name__ == "Net"
+    # BatchNorm was inserted, and its statistics are kept.
+    assert int(model.conv.batchnorm.num_batches_tracked) == 2
+    test = fw.data.load("mnist5k").test
+    wrong = (model(test.images.float() / 255).argmax(1) != test.labels).double().mean()
+    assert float(wrong) == pytest.approx(summary["standard_error"])
+    train(settings.replace(batchnorm=False), own_networks / "without")
+    assert not any("batchnorm" in name for name, _ in load_model(own_networks / "without" / "model.pt").named_modules())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "cnn8"], "cnn8"),
+        (["--model", "no_such_module:net"], "no_such_module"),
+        (["--model", "my_networks:nothing"], "nothing"),
+        (["--model", "my_networks:text"], "str"),
+        (["--model", "my_networks:seven"], "(2, 7)"),
+        (["--model", "my_networks:Sines"], "auto_LiRPA"),
+        (["--model", "my_networks:noisy"], "Dropout"),
+        (["--dataset", "cifar10", "--data-dir", "{tmp}"], "data_batch_1"),
+        (["--dataset", "npz", "--data-dir", "{tmp}"], "train.npz"),
+        (["--validation", "96"], "hold"),
+    ],
+)
+def test_what_cannot_be_run_is_told_in_a_line(arguments, message, own_networks, capsys):
+    filled = [argument.format(tmp=own_networks) for argument in arguments]
+    out = own_networks / "run"
+    assert cli.main(["train", "mnist5k", "--out", str(out), "--data-limit", "96", *filled]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("lirpa-fastwarmup: error: ")
+    assert message in err
+    assert "Traceback" not in err
+    assert not list(out.iterdir())
+
+
+def test_a_network_with_an_operator_that_has_no_bounds_names_it(own_networks, capsys):
+    arguments = ["--model", "my_networks:Sines", "--data-limit", "96", "--no-bn"]
+    assert cli.main(["train", "mnist5k", "--out", str(own_networks / "run"), *arguments]) == 1
+    err = capsys.readouterr().err
+    assert "has no bounds for the operator(s) aten::linalg_pinv" in err
+    assert "It supports: " in err
+
+
+@pytest.mark.parametrize("name", ["mnist", "cifar10", "cifar10-70", "tiny-imagenet", "imagenet64"])
+def test_presets_whose_data_is_missing_name_the_files(name, tmp_path, capsys):
+    assert cli.main(["train", name, "--out", str(tmp_path / "run"), "--data-dir", str(tmp_path / "data")]) == 1
+    err = capsys.readouterr().err
+    assert str(tmp_path / "data") in err
+    wanted = {"mnist": "train-images-idx3-ubyte", "tiny-imagenet": "tiny-imagenet-200", "imagenet64": "train_data_batch"}
+    assert wanted.get(name, "data_batch_1") in err
