@@ -6,7 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lirpa_fastwarmup.data import mnist, mnist5k
-from lirpa_fastwarmup.data.dataset import Batches, Dataset, Split, limited
+from lirpa_fastwarmup.data.augmentation import Augmentation
+from lirpa_fastwarmup.data.dataset import Batches, Dataset, Split, generator_of, held_out, limited, place
+from lirpa_fastwarmup.data.mnist import CorruptFileError
 
 LOADERS: dict[str, Callable[[Path | None], Dataset]] = {"mnist5k": mnist5k.load, "mnist": mnist.load}
 
@@ -23,4 +25,16 @@ def load(name: str, data_dir: Path | None = None) -> Dataset:
     return LOADERS[name](data_dir)
 
 
-__all__ = ["LOADERS", "Batches", "Dataset", "Split", "limited", "load"]
+__all__ = [
+    "LOADERS",
+    "Augmentation",
+    "Batches",
+    "CorruptFileError",
+    "Dataset",
+    "Split",
+    "generator_of",
+    "held_out",
+    "limited",
+    "load",
+    "place",
+]

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from lirpa_fastwarmup.data.augmentation import Augmentation
+
+logger = logging.getLogger(__name__)
+
+_HELD_OUT = 1  # The stream of random numbers beside the one that `limited` draws from.
 
 
 @dataclass(frozen=True)
 class Split:
-    """Images (n, channels, height, width), uint8 from 0 to 255, and labels (n,), int64."""
+    """Images (n, channels, height, width), uint8 from 0 to 255, and labels (n,), int64.
+
+    Images may be memory-mapped: batches then read what they need from the file.
+    """
 
     images: Tensor
     labels: Tensor
@@ -41,12 +53,18 @@ class Split:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A training and a test split, and the name that results on them are reported under."""
+    """A training and a test split, and the name that results on them are reported under.
+
+    ``mean`` and ``std`` are those that its pixels, from 0 to 1, are usually normalised by, one per channel; ``None``
+    where they are usually left as they are.
+    """
 
     name: str
     classes: int
     train: Split
     test: Split
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
 
     @property
     def in_shape(self) -> tuple[int, int, int]:
@@ -67,17 +85,53 @@ def limited(split: Split, count: int, *, seed: int) -> Split:
     return split.take(order[:count].to(split.labels.device))
 
 
+def held_out(split: Split, count: int, *, seed: int) -> tuple[Split, Split]:
+    """``split`` without ``count`` of its samples, drawn by ``seed``, and these.
+
+    Raises:
+        ValueError: ``count`` is less than 1, or nothing would be left.
+    """
+    if not 1 <= count < len(split):
+        raise ValueError(f"the training set has {len(split)} samples; cannot hold out {count} of them")
+    order = torch.randperm(len(split), generator=generator_of(seed, _HELD_OUT)).to(split.labels.device)
+    return split.take(order[count:]), split.take(order[:count])
+
+
+def generator_of(seed: int, stream: int) -> torch.Generator:
+    """A generator on the CPU, independent of those of the same seed and other streams."""
+    state = np.random.SeedSequence([seed, stream]).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(state) >> 1)
+
+
+def place(split: Split, device: torch.device) -> Split:
+    """``split`` on ``device``, if its images take less than half of the memory that is free there.
+
+    Otherwise it stays where it is, and its batches travel.
+    """
+    if device.type == "cuda" and split.images.device.type != "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        size = split.images.numel()
+        if size > free / 2:
+            logger.info("images take %.1f GB, and %.1f GB are free on %s: they stay", size / 1e9, free / 1e9, device)
+            return split
+        return split.to(device)
+    return split
+
+
 class Batches:
     """An epoch's batches of a split, as ``(x, y)`` with x float in [0, 1].
 
     The last, shorter batch is kept, unless ``drop_single`` and it is of one sample (which BatchNorm
-    cannot be trained on).
+    cannot be trained on). Going through them can be left off in the middle of an epoch and taken up again from
+    :meth:`state_dict`, with the same batches as if it had not been.
 
     Args:
-        split: the samples, on the device that batches are wanted on.
+        split: the samples.
         batch_size: samples in a batch.
         generator: shuffles every epoch anew; without one, batches come in the split's order.
         drop_single: leave out a last batch of one sample.
+        augment: applied to each batch.
+        device: where batches are wanted; by default where the split is.
 
     Raises:
         ValueError: ``batch_size`` is less than 1, or no batch would be left.
@@ -90,12 +144,16 @@ class Batches:
         *,
         generator: torch.Generator | None = None,
         drop_single: bool = False,
+        augment: Augmentation | None = None,
+        device: torch.device | None = None,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch size must be at least 1, found {batch_size}")
         self.split = split
         self.batch_size = batch_size
         self.generator = generator
+        self.augment = augment
+        self.device = split.labels.device if device is None else device
         whole, rest = divmod(len(split), batch_size)
         keep_rest = rest > 1 or (rest == 1 and not drop_single)
         self._count = whole + keep_rest
@@ -104,16 +162,55 @@ class Batches:
                 f"{len(split)} sample(s) in batches of {batch_size} leave no batch of two, which BatchNorm needs to be "
                 "trained: use more samples or larger batches"
             )
+        self._position = 0  # Batches given out of the present epoch.
+        self._first = 0  # Where the next pass begins, after a state was loaded.
+        self._order_state: Tensor | None = None  # The generator's, before it shuffled the present epoch.
 
     def __len__(self) -> int:
         return self._count
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of a new epoch; right after :meth:`load_state_dict`, those left of the one that was left off."""
+        first, self._first = self._first, 0
+        order = self._order()
+        for batch in range(first, self._count):
+            chosen = order[batch * self.batch_size : (batch + 1) * self.batch_size]
+            images, labels = self.split.images[chosen], self.split.labels[chosen]
+            images, labels = images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+            if self.augment is not None:
+                images = self.augment(images)
+            self._position = batch + 1
+            yield images.float() / 255, labels
+
+    def _order(self) -> Tensor:
         count, device = len(self.split), self.split.labels.device
         if self.generator is None:
-            order = torch.arange(count, device=device)
-        else:
-            order = torch.randperm(count, generator=self.generator).to(device)
-        for batch in range(self._count):
-            chosen = order[batch * self.batch_size : (batch + 1) * self.batch_size]
-            yield self.split.images[chosen].float() / 255, self.split.labels[chosen]
+            return torch.arange(count, device=device)
+        self._order_state = self.generator.get_state()
+        return torch.randperm(count, generator=self.generator).to(device)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where in which epoch the batches stand, as plain values and tensors."""
+        within = 0 < self._position < self._count
+        order = self._order_state if within else _state_of(self.generator)
+        augmentation = None if self.augment is None else _state_of(self.augment.generator)
+        return {"position": self._position if within else 0, "order": order, "augmentation": augmentation}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Let the next pass go on from where :meth:`state_dict` was taken: bit for bit, with the same samples.
+
+        Raises:
+            ValueError: the state is of batches with other sources of random numbers.
+        """
+        sources = {"order": self.generator, "augmentation": None if self.augment is None else self.augment.generator}
+        for name, generator in sources.items():
+            if (state[name] is None) is not (generator is None):
+                raise ValueError(f"the state of these batches does not fit: they differ in their random {name}")
+        for name, generator in sources.items():
+            if generator is not None:
+                generator.set_state(state[name])
+        self._first = self._position = int(state["position"])
+
+
+def _state_of(generator: torch.Generator | None) -> Tensor | None:
+    return None if generator is None else generator.get_state()

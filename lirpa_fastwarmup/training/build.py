@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.optim import SGD, Adam, Optimizer
@@ -21,7 +20,7 @@ from lirpa_fastwarmup.training.settings import Settings
 
 _EVALUATION_BATCH = 250
 _CALIBRATION_SAMPLES = 128
-_AUGMENTATION = 1  # The stream of random numbers beside the one that shuffles.
+_AUGMENTATION = 2  # The stream of random numbers beside the one that shuffles.
 
 
 @dataclass
@@ -111,11 +110,10 @@ def _training_samples(settings: Settings, dataset: data.Dataset) -> tuple[data.S
 def _training_batches(settings: Settings, samples: data.Split, device: torch.device) -> data.Batches:
     augmentation = None
     if settings.flip or settings.crop_padding:
-        seed = int(
-            np.random.SeedSequence([settings.seed, _AUGMENTATION]).generate_state(1, np.uint64)[0] >> np.uint64(1)
-        )
         augmentation = data.Augmentation(
-            flip=settings.flip, crop_padding=settings.crop_padding, generator=torch.Generator().manual_seed(seed)
+            flip=settings.flip,
+            crop_padding=settings.crop_padding,
+            generator=data.generator_of(settings.seed, _AUGMENTATION),
         )
     return data.Batches(
         samples,
