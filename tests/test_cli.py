@@ -79,7 +79,7 @@ def test_show_prints_the_settings_after_the_overrides(capsys):
         (["train", "mnist5k", "--out", "{tmp}/x", "--data-limit", "1"], "leave no batch of two"),
         (
             ["train", "mnist5k", "--out", "{tmp}/x", "--dataset", "mnist", "--data-dir", "{tmp}"],
-            "MNIST needs the files",
+            "MNIST needs train-images-idx3-ubyte",
         ),
     ],
 )

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from lirpa_fastwarmup import data
-from lirpa_fastwarmup.data.mnist import CorruptFileError, read_idx
+from lirpa_fastwarmup.data import CorruptFileError
+from lirpa_fastwarmup.data.mnist import read_idx
 
 FILES = {
     "train-images-idx3-ubyte": (6, 28, 28),
@@ -43,7 +44,7 @@ def test_mnist_from_compressed_and_plain_files(mnist_dir):
 
 def test_missing_files_are_named(mnist_dir):
     (mnist_dir / "t10k-labels-idx1-ubyte.gz").unlink()
-    with pytest.raises(FileNotFoundError, match=r"needs the files t10k-labels-idx1-ubyte \(or .*--data-dir"):
+    with pytest.raises(FileNotFoundError, match=r"needs t10k-labels-idx1-ubyte \(or t10k.*--data-dir"):
         data.load("mnist", mnist_dir)
 
 
@@ -87,52 +88,3 @@ def test_mnist5k_is_split_by_class_and_always_alike():
     held_out = {image.numpy().tobytes() for image in one.test.images}
     assert not held_out & {image.numpy().tobytes() for image in one.train.images}
     assert int(one.train.images.max()) == 255
-
-
-def split(count):
-    return data.Split(torch.arange(count, dtype=torch.uint8).view(-1, 1, 1, 1), torch.arange(count))
-
-
-def test_batches_keep_the_last_and_skip_a_single():
-    sizes = [len(y) for _, y in data.Batches(split(10), 4)]
-    assert sizes == [4, 4, 2]
-    assert [len(y) for _, y in data.Batches(split(9), 4)] == [4, 4, 1]
-    skipping = data.Batches(split(9), 4, drop_single=True)
-    assert [len(y) for _, y in skipping] == [4, 4]
-    assert len(skipping) == 2
-    x, y = next(iter(data.Batches(split(3), 3)))
-    assert x.dtype == torch.float32
-    assert torch.allclose(x.flatten(), y / 255)
-
-
-def test_batches_are_shuffled_anew_and_repeatably():
-    def epochs(seed):
-        batches = data.Batches(split(50), 8, generator=torch.Generator().manual_seed(seed))
-        return [torch.cat([y for _, y in batches]).tolist() for _ in range(2)]
-
-    first, second = epochs(0)
-    assert sorted(first) == list(range(50))
-    assert first != second
-    assert epochs(0) == [first, second]
-    assert epochs(1) != [first, second]
-
-
-def test_limit_is_a_seeded_choice():
-    one = data.limited(split(100), 20, seed=0)
-    assert len(set(one.labels.tolist())) == 20
-    assert torch.equal(one.labels, data.limited(split(100), 20, seed=0).labels)
-    assert not torch.equal(one.labels, data.limited(split(100), 20, seed=1).labels)
-    with pytest.raises(ValueError, match="has 100 samples; cannot limit it to 101"):
-        data.limited(split(100), 101, seed=0)
-
-
-def test_bad_tensors_and_sizes():
-    with pytest.raises(ValueError, match="expected uint8 images"):
-        data.Split(torch.rand(2, 1, 4, 4), torch.arange(2))
-    with pytest.raises(ValueError, match="one for each of 3 images"):
-        data.Split(torch.zeros(3, 1, 4, 4, dtype=torch.uint8), torch.arange(2))
-    with pytest.raises(ValueError, match="batch size"):
-        data.Batches(split(3), 0)
-    for count, size in ((1, 4), (5, 1)):
-        with pytest.raises(ValueError, match="leave no batch of two"):
-            data.Batches(split(count), size, drop_single=True)

@@ -22,8 +22,15 @@ from lirpa_fastwarmup.training.run import _start
 
 CPU = torch.device("cpu")
 SMALL = preset("mnist5k").replace(
-    **{"width": 2, "hidden": 8, "epochs": 1, "ramp_length": 1, "data_limit": 96, "batch_size": 48},
-    **{"lr_milestones": (), "pgd_steps": 1, "pgd_restarts": 1},
+    width=2,
+    hidden=8,
+    epochs=1,
+    ramp_length=1,
+    data_limit=96,
+    batch_size=48,
+    lr_milestones=(),
+    pgd_steps=1,
+    pgd_restarts=1,
 )
 
 
@@ -160,7 +167,9 @@ def test_precise_bn_takes_the_statistics_of_the_training_set(tmp_path):
     assert not torch.allclose(plain[1].running_var, first.var(1), rtol=1e-2)
 
 
-@pytest.mark.parametrize(("select", "column"), [("validation", "validation_verified_error"), ("test", "verified_error")])
+@pytest.mark.parametrize(
+    ("select", "column"), [("validation", "validation_verified_error"), ("test", "verified_error")]
+)
 def test_the_best_epoch_is_kept(select, column, tmp_path):
     # A rate that wrecks the network later on: the best epoch is not the last.
     settings = SMALL.replace(epochs=4, lr=0.3, eps=0.01, data_limit=128, validation=32, select=select, seed=1)
@@ -315,5 +324,9 @@ def test_presets_whose_data_is_missing_name_the_files(name, tmp_path, capsys):
     assert cli.main(["train", name, "--out", str(tmp_path / "run"), "--data-dir", str(tmp_path / "data")]) == 1
     err = capsys.readouterr().err
     assert str(tmp_path / "data") in err
-    wanted = {"mnist": "train-images-idx3-ubyte", "tiny-imagenet": "tiny-imagenet-200", "imagenet64": "train_data_batch"}
+    wanted = {
+        "mnist": "train-images-idx3-ubyte",
+        "tiny-imagenet": "tiny-imagenet-200",
+        "imagenet64": "train_data_batch",
+    }
     assert wanted.get(name, "data_batch_1") in err

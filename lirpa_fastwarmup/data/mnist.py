@@ -7,43 +7,51 @@ import math
 import zlib
 from pathlib import Path
 
-import appdirs
 import numpy as np
 import torch
 from torch import Tensor
 
 from lirpa_fastwarmup.data.dataset import Dataset, Split
+from lirpa_fastwarmup.data.download import CorruptFileError, Source
+from lirpa_fastwarmup.data.files import cache_folder, fetched, missing_files
 
 _FILES = {
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
     "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
 }
+_ADDRESS = "https://ossci-datasets.s3.amazonaws.com/mnist/"
+_CHECKSUMS = {
+    "train-images-idx3-ubyte": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
+    "train-labels-idx1-ubyte": "d53e105ee54ea40749a09fcbcd1e9432",
+    "t10k-images-idx3-ubyte": "9fb629c4189551a2d022fa330f9573f3",
+    "t10k-labels-idx1-ubyte": "ec29112dd5afa0611ce80d1b7f02629c",
+}
+SOURCES = [Source(f"{name}.gz", f"{_ADDRESS}{name}.gz", f"md5:{md5}") for name, md5 in _CHECKSUMS.items()]
 _UNSIGNED_BYTE = 0x08
-
-
-class CorruptFileError(ValueError):
-    """A data file is not what its format says."""
 
 
 def load(data_dir: Path | None = None) -> Dataset:
     """MNIST, 60,000 and 10,000 digits of 28×28.
 
     Args:
-        data_dir: folder of the four files, ``.gz`` or unpacked; by default the user's cache folder.
+        data_dir: folder of the four files, ``.gz`` or unpacked; by default the user's cache, where they are downloaded
+            to.
 
     Raises:
-        FileNotFoundError: files are missing; the text names them and the folder.
+        OSError: files are missing, or cannot be downloaded; the text names them and the folder.
         CorruptFileError: a file is damaged, or not in IDX format.
     """
-    folder = Path(data_dir) if data_dir is not None else Path(appdirs.user_cache_dir("lirpa_fastwarmup")) / "mnist"
-    missing = [name for names in _FILES.values() for name in names if not _find(folder, name).is_file()]
-    if missing:
-        raise FileNotFoundError(
-            f"MNIST needs the files {', '.join(missing)} (or the same with .gz) in {folder}: put them there, or name "
-            "their folder with --data-dir"
-        )
+    folder = Path(data_dir) if data_dir is not None else cache_folder("mnist")
+    missing = _missing(folder)
+    if missing and data_dir is not None:
+        raise missing_files("MNIST", [f"{name} (or {name}.gz)" for name in missing], folder)
+    fetched("MNIST", [source for source in SOURCES if source.name.removesuffix(".gz") in missing], folder)
     splits = {part: _read_split(folder, *names) for part, names in _FILES.items()}
     return Dataset(name="MNIST", classes=10, train=splits["train"], test=splits["test"])
+
+
+def _missing(folder: Path) -> list[str]:
+    return [name for names in _FILES.values() for name in names if not _find(folder, name).is_file()]
 
 
 def _find(folder: Path, name: str) -> Path:
