@@ -39,8 +39,10 @@ def fused_crown_loss(bounded: Any, lower: Tensor, upper: Tensor, labels: Tensor,
     linear = crown_upper(bounded, direction).squeeze(1)
     own = (-shift).exp().squeeze(1)  # The summand of j = y.
     total = own + (at_upper - slope * upper).sum(1) + linear
-    # The sum is never below that summand: a bound that rounding took below it is raised, not believed.
-    return total.clamp(min=own).log() + shift.squeeze(1)
+    # Where rounding decides, the bound is raised: to the error of such a sum, and to what the loss is at least.
+    terms = (own + at_upper.sum(1) + (slope * upper).abs().sum(1) + linear.abs()).detach()
+    loss = torch.maximum(total, torch.finfo(total.dtype).eps * terms).log() + shift.squeeze(1)
+    return torch.maximum(loss, log_sum_exp(lower))
 
 
 def _chord(width: Tensor) -> Tensor:
