@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -41,7 +43,7 @@ def layers_by_hand(name, in_shape):
         for block in range(2 if large else 1):
             inner = 2 * bottleneck
             convolutions += [(before, inner, 1, 1), (inner, inner, 9, 2), (inner, 2 * inner, 1, 1)]
-            # The first block of a stage changes the shape, but for ResNeXt's that keep both channels and size.
+            # Only the first block of a stage changes the shape, and so has a convolution as its shortcut.
             if block == 0:
                 convolutions.append((before, 2 * inner, 1, 1))
             before = 2 * inner
@@ -60,7 +62,12 @@ def test_networks_have_the_papers_size(name, data):
     for batchnorm, count in zip((True, False), pinned, strict=True):
         with torch.device("meta"):
             model = models.build(name, in_shape, classes, batchnorm=batchnorm)
+            assert model(torch.empty(2, *in_shape)).shape == (2, classes)
         assert sum(parameter.numel() for parameter in model.parameters()) == count
+        found = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+        assert [
+            (c.in_channels, c.out_channels, c.kernel_size[0] * c.kernel_size[1], c.groups) for c in found
+        ] == convolutions
 
 
 def small(name, in_shape=(1, 12, 12), classes=3, **arguments):
@@ -73,7 +80,15 @@ def test_batchnorm_comes_after_all_but_the_last(name):
     affine = [module for module in model.modules() if isinstance(module, AFFINE)]
     assert sum(isinstance(module, BATCHNORM) for module in model.modules()) == len(affine) - 1
     assert all(module.bias is not None for module in affine)
-    assert not any(isinstance(module, BATCHNORM) for module in small(name, batchnorm=False).modules())
+    leaves = [module for module in model.modules() if not list(module.children())]
+    for layer, after in itertools.pairwise(leaves):
+        if isinstance(layer, AFFINE):
+            assert isinstance(after, BATCHNORM)
+            assert after.num_features == layer.weight.shape[0]
+    assert leaves[-1] is affine[-1]
+    bare = small(name, batchnorm=False)
+    assert not any(isinstance(module, BATCHNORM) for module in bare.modules())
+    assert all(module.bias is not None for module in bare.modules() if isinstance(module, AFFINE))
     # Nothing is left to insert.
     assert fw.insert_batchnorm(model, torch.zeros(2, 1, 12, 12)) == []
 
@@ -82,13 +97,17 @@ def test_batchnorm_comes_after_all_but_the_last(name):
 def test_networks_without_batchnorm_get_it_inserted(name):
     model = small(name, batchnorm=False)
     inserted = fw.insert_batchnorm(model, torch.zeros(2, 1, 12, 12))
-    assert len(inserted) == sum(isinstance(module, AFFINE) for module in model.modules()) - 1
+    affine = [module_name for module_name, module in model.named_modules() if isinstance(module, AFFINE)]
+    # Nothing had BatchNorm behind it or behind its sum, so that every layer, of either branch, gets its own.
+    assert sorted(inserted) == sorted(affine[:-1])
+    count = sum(isinstance(module, BATCHNORM) for module in model.modules())
+    assert count == sum(isinstance(module, BATCHNORM) for module in small(name).modules())
 
 
-@pytest.mark.parametrize("size", [12, 64])
+@pytest.mark.parametrize(("size", "batchnorm"), [(12, True), (12, False), (64, True)])
 @pytest.mark.parametrize("name", models.MODELS)
-def test_bounds_contain_the_outputs_at_points_of_the_box(name, size):
-    model = small(name, (3, size, size), mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.1)).train()
+def test_bounds_contain_the_outputs_at_points_of_the_box(name, size, batchnorm):
+    model = small(name, (3, size, size), mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.1), batchnorm=batchnorm).train()
     x = torch.rand(4, 3, size, size)
     model(x)
     model.eval()
@@ -116,11 +135,9 @@ def test_residual_networks_have_strides_shortcuts_and_groups(name, groups):
     assert {c.groups for c in convolutions} == groups
     blocks = [m for m in model if hasattr(m, "branch")]
     assert len(blocks) == 3
-    assert [max(c.stride[0] for c in block.branch.modules() if isinstance(c, nn.Conv2d)) for block in blocks] == [
-        1,
-        2,
-        2,
-    ]
+    strides = [[c.stride[0] for c in block.branch.modules() if isinstance(c, nn.Conv2d)] for block in blocks]
+    first, second = ([1, 1], [2, 1]) if name == "wide-resnet8" else ([1, 1, 1], [1, 2, 1])
+    assert strides == [first, second, second]
     # Seen from outside, a block is its branch and its shortcut, and nothing below 0.
     x = torch.randn(2, blocks[1].shortcut[0].in_channels, 6, 6)
     block = blocks[1].eval()
@@ -146,6 +163,8 @@ def test_normalisation_is_the_first_layer():
 def test_bad_sizes(name):
     with pytest.raises(ValueError, match=r"sizes must be positive.*width=0"):
         models.MODELS[name]((1, 28, 28), 10, width=0)
+    with pytest.raises(ValueError, match=r"found in_shape=\(28, 28\), .* give \(channels, height, width\)"):
+        models.MODELS[name]((28, 28), 10)
     with pytest.raises(ValueError, match="mean and std together"):
         small(name, mean=(0.5,))
     with pytest.raises(ValueError, match="one positive std per channel"):
@@ -176,6 +195,9 @@ def everything(in_shape, classes, *, width=7, hidden, batchnorm, mean, std, **kw
 def nothing():
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
 
+def positional(classes, /):
+    return nothing()
+
 def needy(layers, classes):
     return nothing()
 
@@ -187,6 +209,16 @@ def pair():
         def forward(self, x):
             return x, x
     return Pair()
+
+class Modes(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.frozen = nn.BatchNorm2d(1), nn.BatchNorm2d(1).eval()
+        self.out = nn.Linear(64, 3)
+
+    def forward(self, x):
+        assert not self.norm.training
+        return self.out(self.frozen(self.norm(x + 5)).flatten(1))
 
 instance = nothing()
 number = 3
@@ -200,6 +232,7 @@ class inner:
 def _factories(tmp_path, monkeypatch):
     (tmp_path / "factories.py").write_text(FACTORIES)
     (tmp_path / "broken_module.py").write_text("import a_package_that_is_not_there")
+    (tmp_path / "broken_syntax.py").write_text("def net(:")
     monkeypatch.syspath_prepend(tmp_path)
 
 
@@ -213,20 +246,36 @@ def test_a_factory_is_given_what_it_names():
     assert isinstance(models.build("factories:inner.factory", (1, 8, 8), 3), nn.Sequential)
 
 
-def test_the_check_leaves_no_trace():
+def test_the_check_does_not_shift_the_callers_random_numbers():
     torch.manual_seed(0)
-    before = torch.get_rng_state()
     net = models.build("factories:Net", (1, 8, 8), 3)
-    assert net.training
-    assert net.out.training
-    torch.manual_seed(0)
-    assert torch.equal(torch.get_rng_state(), before)
-    # The same weights as without the check, which draws numbers of its own.
+    after = torch.get_rng_state()
     from factories import Net
 
-    twin = Net(3)
-    twin(torch.zeros(2, 1, 8, 8))
-    assert torch.equal(twin.out.weight, net.out.weight)
+    # The check fills in the lazy layer and draws a number of its own, neither of which a factory alone does.
+    torch.manual_seed(0)
+    alone = Net(3)
+    assert torch.equal(torch.get_rng_state(), after)
+    assert torch.equal(alone.out.weight, net.out.weight)
+    assert all(parameter.requires_grad for parameter in net.parameters())
+
+
+def test_the_check_restores_the_mode_of_every_module():
+    net = models.build("factories:Modes", (1, 8, 8), 3)
+    assert [module.training for module in (net, net.norm, net.frozen, net.out)] == [True, True, False, True]
+    assert net.norm.running_mean.item() == 0
+    assert net.norm.num_batches_tracked.item() == 0
+
+
+@pytest.mark.parametrize("name", models.MODELS)
+def test_known_networks_draw_what_their_function_draws(name):
+    torch.manual_seed(0)
+    built = models.build(name, (1, 12, 12), 3, width=2, hidden=6)
+    after = torch.get_rng_state()
+    torch.manual_seed(0)
+    direct = small(name)
+    assert torch.equal(torch.get_rng_state(), after)
+    assert all(torch.equal(a, b) for a, b in zip(built.parameters(), direct.parameters(), strict=True))
 
 
 @pytest.mark.parametrize(
@@ -238,14 +287,18 @@ def test_the_check_leaves_no_trace():
             "unknown network 'cnn8'; known are cnn7, wide-resnet8, resnext, or .*package.module:factory",
         ),
         ("no.such.module:net", ImportError, r"'no\.such\.module:net' cannot be imported.*path"),
+        ("folder/factories.py:net", ImportError, "cannot be imported.*Write it with dots"),
+        (":net", ImportError, "module '' of the network ':net' cannot be imported"),
+        ("broken_syntax:net", ImportError, "cannot be imported .SyntaxError.*imported by itself"),
         ("broken_module:net", ImportError, "a_package_that_is_not_there"),
         ("factories:other", ImportError, "module 'factories' has no 'other'"),
         ("factories:", ImportError, "has no ''"),
-        ("factories:instance", TypeError, "is a Sequential, and every run needs a network of its own"),
-        ("factories:number", TypeError, "is a int, and every run"),
-        ("factories:needy", TypeError, "missing a required argument: 'layers'.*in_shape, classes"),
-        ("factories:text", TypeError, "returned a str, and not an nn.Module"),
-        ("factories:pair", ValueError, r"\(2, 3\); that of the network 'factories:pair' is a tuple"),
+        ("factories:instance", TypeError, r"is a network \(Sequential\) already.*every run needs a fresh one"),
+        ("factories:number", TypeError, "is of type int, which cannot be called"),
+        ("factories:needy", TypeError, "missing a required argument: 'layers'.*may take in_shape, classes.*width"),
+        ("factories:positional", TypeError, "argument: 'classes'.*by these names"),
+        ("factories:text", TypeError, "returned an object of type str, .* return an nn.Module"),
+        ("factories:pair", ValueError, r"network's output is of type tuple.*'factories:pair'.*\(batch, 3\)"),
     ],
 )
 def test_factories_that_do_not_fit_are_told(name, kind, message):
@@ -253,11 +306,18 @@ def test_factories_that_do_not_fit_are_told(name, kind, message):
         models.build(name, (1, 8, 8), 3)
 
 
+@pytest.mark.parametrize("name", ["broken_module:net", "broken_syntax:net"])
+def test_the_cause_of_a_failed_import_is_kept(name):
+    with pytest.raises(ImportError) as caught:
+        models.build(name, (1, 8, 8), 3)
+    assert isinstance(caught.value.__cause__, ModuleNotFoundError | SyntaxError)
+
+
 def test_other_classes_and_inputs_are_told():
-    with pytest.raises(ValueError, match=r"dataset has 4 classes, .*shape \(2, 4\); .* is \(2, 3\)"):
+    with pytest.raises(ValueError, match=r"the dataset has 4 classes, the network's output is \(2, 3\)"):
         models.build("factories:nothing", (1, 8, 8), 4)
     with pytest.raises(
-        ValueError, match=r"cannot be run on a batch of two inputs of shape \(1, 9, 9\): mat1"
+        ValueError, match=r"cannot be run on a batch of two inputs of shape \(1, 9, 9\).*mat1"
     ) as caught:
         models.build("factories:nothing", (1, 9, 9), 3)
     assert isinstance(caught.value.__cause__, RuntimeError)

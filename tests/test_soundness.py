@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import lirpa_fastwarmup as fw
-from lirpa_fastwarmup.engine.bounds import ibp_margins, margin_matrix
+from lirpa_fastwarmup.engine.bounds import ibp_margin_bounds, ibp_margins, margin_matrix
 from tests.networks import ResidualBlock
 from tests.reference import output_bounds
 
@@ -272,6 +272,45 @@ def test_box_is_clipped_and_takes_radii_per_channel_and_feature():
     assert torch.equal(box.ptb.x_U, torch.tensor([[1.0, 10.0], [5.5, -1.0]]))
     with pytest.raises(ValueError, match=r"eps has shape \(3,\), which does not fit"):
         fw.input_box(table, torch.ones(3), None)
+
+
+class SumOfHeads(nn.Module):
+    """Ends in a sum, into which no margin can be merged."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.other = nn.Linear(64, 3), nn.Linear(64, 3)
+
+    def forward(self, x):
+        return torch.relu(self.one(x.flatten(1))) + self.other(x.flatten(1))
+
+
+ENDS = {
+    "linear": lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 3)),
+    "linear without bias": lambda: nn.Sequential(
+        nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 3, bias=False)
+    ),
+    "convolution": lambda: nn.Sequential(nn.Conv2d(1, 3, 8), nn.Flatten()),
+    "sum": SumOfHeads,
+    "batchnorm": lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 3), nn.BatchNorm1d(3)),
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_margins_are_those_of_the_full_matrix_whatever_the_network_ends_in(end, x, y):
+    model = ENDS[end]()
+    bounded = fw.BoundedModule(model, x)
+    box = fw.input_box(x, 0.05)
+    found = ibp_margin_bounds(bounded, box, y, 3)
+    matrix = margin_matrix(y, 3, x.dtype)
+    expected = bounded.compute_bounds(x=(box,), C=matrix, method="IBP")
+    for one, other in zip(found, expected, strict=True):
+        assert type(one) is torch.Tensor
+        assert torch.allclose(one, other, atol=1e-6)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    gradients = (torch.autograd.grad(bounds[0].sum(), parameters, retain_graph=True) for bounds in (found, expected))
+    for one, other in zip(*gradients, strict=True):
+        assert torch.allclose(one, other, atol=1e-5)
 
 
 def test_margin_matrix_rows():

@@ -51,13 +51,41 @@ def input_box(x: Tensor, eps: Epsilon, input_range: InputRange | None = (0.0, 1.
     return engine.BoundedTensor(x, perturbation)
 
 
+def other_classes(labels: Tensor, classes: int) -> Tensor:
+    """Every class j ≠ y, in order, shape (batch, classes − 1)."""
+    others = torch.arange(classes - 1, device=labels.device)
+    return others + (others >= labels.unsqueeze(1)).long()  # Shifted past y.
+
+
 def margin_matrix(labels: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
     """Rows e_y − e_j for every class j ≠ y, shape (batch, classes − 1, classes)."""
     eye = torch.eye(classes, dtype=dtype, device=labels.device)
-    # Row k of the table for label y is class k, shifted past y: every j ≠ y, in order.
-    others = torch.arange(classes - 1, device=labels.device)
-    others = others + (others >= labels.unsqueeze(1)).long()
-    return eye[labels].unsqueeze(1) - eye[others]
+    return eye[labels].unsqueeze(1) - eye[other_classes(labels, classes)]
+
+
+class _Margins(Tensor):
+    """The rows e_y − e_j for every class j, as the engine multiplies a layer's weight with them.
+
+    A product with them is a difference of two rows. Multiplying it out, as with any matrix, takes time that grows with
+    the square of the number of classes.
+    """
+
+    # Everything else than `matmul` is done on the plain tensor, and gives one.
+    __torch_function__: Any = torch._C._disabled_torch_function_impl
+    labels: Tensor
+
+    @staticmethod
+    def of(labels: Tensor, classes: int, dtype: torch.dtype) -> _Margins:
+        eye = torch.eye(classes, dtype=dtype, device=labels.device)
+        margins = (eye[labels].unsqueeze(1) - eye).as_subclass(_Margins)
+        margins.labels = labels
+        return margins
+
+    def matmul(self, weight: Tensor) -> Tensor:
+        """Differences of the rows of ``weight`` (classes, …), shape (batch, classes, …)."""
+        if weight.ndim > 2:  # Not a layer's weight or bias, but (batch, classes, 1): there is no such layer to merge.
+            return self.as_subclass(Tensor).matmul(weight)
+        return weight.index_select(0, self.labels).unsqueeze(1) - weight
 
 
 def ibp_margin_bounds(
@@ -67,9 +95,10 @@ def ibp_margin_bounds(
 
     ``reuse_statistics`` as in :meth:`lirpa_fastwarmup.BoundedModule.compute_bounds`.
     """
-    matrix = margin_matrix(labels, classes, box.dtype)
+    matrix = _Margins.of(labels, classes, box.dtype)
     lower, upper = bounded.compute_bounds(x=(box,), C=matrix, method="IBP", reuse_statistics=reuse_statistics)
-    return lower, upper
+    others = other_classes(labels, classes)
+    return lower.gather(1, others), upper.gather(1, others)
 
 
 def ibp_margins(bounded: Any, box: Any, labels: Tensor, classes: int, *, reuse_statistics: bool = False) -> Tensor:

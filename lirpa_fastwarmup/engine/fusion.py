@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lirpa_fastwarmup.engine.bounds import crown_upper, margin_matrix
+from lirpa_fastwarmup.engine.bounds import crown_upper, other_classes
 
 
 def log_sum_exp(upper: Tensor) -> Tensor:
@@ -35,14 +35,19 @@ def fused_crown_loss(bounded: Any, lower: Tensor, upper: Tensor, labels: Tensor,
     shift = upper.detach().amax(1, keepdim=True).clamp(min=0)
     at_upper = (upper - shift).exp()
     slope = at_upper * _chord(upper - lower)
-    direction = -(slope.unsqueeze(1) @ margin_matrix(labels, classes, slope.dtype))
-    linear = crown_upper(bounded, direction).squeeze(1)
+    linear = crown_upper(bounded, _direction(slope, labels, classes)).squeeze(1)
     own = (-shift).exp().squeeze(1)  # The summand of j = y.
     total = own + (at_upper - slope * upper).sum(1) + linear
     # Where rounding decides, the bound is raised: to the error of such a sum, and to what the loss is at least.
     terms = (own + at_upper.sum(1) + (slope * upper).abs().sum(1) + linear.abs()).detach()
     loss = torch.maximum(total, torch.finfo(total.dtype).eps * terms).log() + shift.squeeze(1)
     return torch.maximum(loss, log_sum_exp(lower))
+
+
+def _direction(slope: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """Σ_j k_j (e_j − e_y), shape (batch, 1, classes)."""
+    rows = slope.new_zeros(len(labels), classes).scatter(1, other_classes(labels, classes), slope)
+    return rows.scatter(1, labels.unsqueeze(1), -slope.sum(1, keepdim=True)).unsqueeze(1)
 
 
 def _chord(width: Tensor) -> Tensor:

@@ -9,13 +9,18 @@ from torch import nn
 from lirpa_fastwarmup.models.normalize import Normalize
 
 
-def check_sizes(in_shape: Sequence[int], classes: int, width: int, hidden: int) -> None:
-    """Refuse sizes that no network can have.
+def check_sizes(in_shape: Sequence[int], classes: int, width: int | None, hidden: int) -> None:
+    """Refuse sizes that no network can have; ``width=None`` stands for the default.
 
     Raises:
-        ValueError: a size is not positive.
+        ValueError: ``in_shape`` is not that of an image, or a size is not positive.
     """
-    if min(*in_shape, classes, width, hidden) < 1:
+    if len(in_shape) != 3:
+        raise ValueError(
+            f"found in_shape={tuple(in_shape)}, but the network's convolutions need images: give (channels, height, "
+            "width), without the batch"
+        )
+    if min(*in_shape, classes, hidden, 1 if width is None else width) < 1:
         raise ValueError(
             f"sizes must be positive; found in_shape={tuple(in_shape)}, classes={classes}, width={width}, "
             f"hidden={hidden}"

@@ -33,7 +33,8 @@ def cnn7(
         mean, std: per channel, of a leading :class:`Normalize`; both or neither.
 
     Raises:
-        ValueError: a size is not positive, or only one of ``mean`` and ``std`` is given.
+        ValueError: ``in_shape`` has not three sizes, a size is not positive, or only one of ``mean`` and ``std`` is
+            given.
     """
     check_sizes(in_shape, classes, width, hidden)
     channels, height, breadth = in_shape

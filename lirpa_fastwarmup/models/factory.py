@@ -16,6 +16,8 @@ from lirpa_fastwarmup.models.wide_resnet import wide_resnet8
 
 MODELS: dict[str, Callable[..., nn.Module]] = {"cnn7": cnn7, "wide-resnet8": wide_resnet8, "resnext": resnext}
 
+_ARGUMENTS = "in_shape, classes (or num_classes), width, hidden, batchnorm, mean, std"
+
 
 def build(
     name: str,
@@ -32,7 +34,8 @@ def build(
 
     A name `package.module:factory` stands for what that callable (a function, or a class of networks) returns. It is
     given, of ``in_shape``, ``classes`` (also as ``num_classes``), ``width``, ``hidden``, ``batchnorm``, ``mean`` and
-    ``std``, those that its signature names.
+    ``std``, those that its signature names: ``**kwargs`` names none, and a ``width`` of None is left out. What it
+    returns is run once, on zeros, which leaves its modes and torch's random numbers as they were.
 
     Args:
         name: one of :data:`MODELS`, or `package.module:factory`.
@@ -43,9 +46,10 @@ def build(
         mean, std: of the pixels, per channel, where the data is usually normalised.
 
     Raises:
-        ValueError: there is no network of that name, or its output is not (batch, classes).
-        ImportError: the module or the factory cannot be imported.
-        TypeError: the factory wants other arguments, or makes no nn.Module.
+        ValueError: there is no network of that name, it cannot be run on two inputs of ``in_shape``, or its output is
+            not (batch, classes).
+        ImportError: the module cannot be imported, or has no such factory.
+        TypeError: what is named is no factory, wants other arguments, or makes no nn.Module.
     """
     given: dict[str, Any] = {"in_shape": in_shape, "classes": classes, "hidden": hidden, "batchnorm": batchnorm}
     given |= {"mean": mean, "std": std}
@@ -58,7 +62,7 @@ def build(
             f"unknown network {name!r}; known are {', '.join(MODELS)}, or name a factory of your own as "
             "package.module:factory"
         )
-    model = _call(_imported(name), name, {**given, "num_classes": classes})
+    model = _made(_imported(name), name, {**given, "num_classes": classes})
     _check_output(model, name, in_shape, classes)
     return model
 
@@ -67,25 +71,34 @@ def _imported(name: str) -> Callable[..., Any]:
     module_name, _, attribute = name.partition(":")
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
+    except Exception as error:  # Whatever the user's code raises on import, from a syntax error on.
         raise ImportError(
-            f"the module of the network {name!r} cannot be imported: {error}. It must be on Python's path (the current "
-            "folder is)"
+            f"the module {module_name!r} of the network {name!r} cannot be imported ({type(error).__name__}: {error}). "
+            "Write it with dots, as in an import statement, from a folder on Python's path, and see that it can be "
+            "imported by itself"
         ) from error
     factory: Any = module
     for part in attribute.split("."):
         if not hasattr(factory, part):
-            raise ImportError(f"the module {module_name!r} has no {attribute!r}, named by the network {name!r}")
+            raise ImportError(
+                f"the module {module_name!r} has no {attribute!r}, named by the network {name!r}: after the colon, "
+                "name a function or class of that module which makes the network"
+            )
         factory = getattr(factory, part)
-    if isinstance(factory, nn.Module) or not callable(factory):
+    if isinstance(factory, nn.Module):
         raise TypeError(
-            f"{name!r} is a {type(factory).__name__}, and every run needs a network of its own: name a function or "
-            "class that makes one"
+            f"{name!r} is a network ({type(factory).__name__}) already, with weights that a second run would go on "
+            "with, and every run needs a fresh one: name a function or class that makes one"
+        )
+    if not callable(factory):
+        raise TypeError(
+            f"{name!r} is of type {type(factory).__name__}, which cannot be called to make a network: name a function "
+            "or class that makes one"
         )
     return factory
 
 
-def _call(factory: Callable[..., Any], name: str, given: dict[str, Any]) -> nn.Module:
+def _made(factory: Callable[..., Any], name: str, given: dict[str, Any]) -> nn.Module:
     try:
         signature = inspect.signature(factory)
     except ValueError:  # Some callables of C code tell none.
@@ -97,12 +110,15 @@ def _call(factory: Callable[..., Any], name: str, given: dict[str, Any]) -> nn.M
         signature.bind(**arguments)
     except TypeError as error:
         raise TypeError(
-            f"the factory {name!r} cannot be called ({error}): of its arguments, those named {', '.join(given)} are "
-            "given to it, and others need defaults"
+            f"the factory {name!r} cannot be called ({error}): it may take {_ARGUMENTS}, by these names (width only "
+            "where the run sets one). Give any other argument a default"
         ) from error
     model = factory(**arguments)
     if not isinstance(model, nn.Module):
-        raise TypeError(f"the factory {name!r} returned a {type(model).__name__}, and not an nn.Module")
+        raise TypeError(
+            f"the factory {name!r} returned an object of type {type(model).__name__}, which has no layers to train: "
+            "return an nn.Module"
+        )
     return model
 
 
@@ -114,14 +130,15 @@ def _check_output(model: nn.Module, name: str, in_shape: tuple[int, int, int], c
             output = model.eval()(torch.zeros(2, *in_shape))
     except Exception as error:
         raise ValueError(
-            f"the network {name!r} cannot be run on a batch of two inputs of shape {tuple(in_shape)}: {error}"
+            f"the network {name!r} cannot be run on a batch of two inputs of shape {tuple(in_shape)}, the dataset's "
+            f"({type(error).__name__}: {error}): let the factory take in_shape, or fit it to these inputs"
         ) from error
     finally:
         for module, training in modes:
             module.training = training
     if not isinstance(output, Tensor) or output.shape != (2, classes):
-        found = tuple(output.shape) if isinstance(output, Tensor) else f"a {type(output).__name__}"
+        found = tuple(output.shape) if isinstance(output, Tensor) else f"of type {type(output).__name__}"
         raise ValueError(
-            f"the dataset has {classes} classes, so that the output for two inputs must be of shape (2, {classes}); "
-            f"that of the network {name!r} is {found}"
+            f"the dataset has {classes} classes, the network's output is {found}, and training needs a score per "
+            f"class: make {name!r} return a tensor of shape (batch, {classes}), or let it take classes"
         )

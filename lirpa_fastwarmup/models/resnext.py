@@ -59,12 +59,13 @@ def resnext(
         mean, std: per channel, of a leading :class:`~lirpa_fastwarmup.models.Normalize`; both or neither.
 
     Raises:
-        ValueError: a size is not positive, or only one of ``mean`` and ``std`` is given.
+        ValueError: ``in_shape`` has not three sizes, a size is not positive, or only one of ``mean`` and ``std`` is
+            given.
     """
+    check_sizes(in_shape, classes, width, hidden)
     channels, height, breadth = in_shape
     large = height >= 64
     width = width if width is not None else (8 if large else 32)
-    check_sizes(in_shape, classes, width, hidden)
     stem = _CARDINALITY * width
     layers = [*normalisation(mean, std), convolution(channels, stem, 3, batchnorm=batchnorm), nn.ReLU()]
     channels = stem

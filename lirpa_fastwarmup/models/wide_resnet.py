@@ -52,11 +52,12 @@ def wide_resnet8(
         mean, std: per channel, of a leading :class:`~lirpa_fastwarmup.models.Normalize`; both or neither.
 
     Raises:
-        ValueError: a size is not positive, or only one of ``mean`` and ``std`` is given.
+        ValueError: ``in_shape`` has not three sizes, a size is not positive, or only one of ``mean`` and ``std`` is
+            given.
     """
+    check_sizes(in_shape, classes, width, hidden)
     channels, height, breadth = in_shape
     width = width if width is not None else (160 if height >= 64 else 128)
-    check_sizes(in_shape, classes, width, hidden)
     layers = [*normalisation(mean, std), convolution(channels, _STEM, 3, batchnorm=batchnorm), nn.ReLU()]
     channels = _STEM
     for out, stride in ((width, 1), (2 * width, 2), (4 * width, 2)):
