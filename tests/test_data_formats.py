@@ -58,13 +58,20 @@ def test_cifar10_batches_in_order(protocol, cifar_dir):
     (cifar_dir / "data_batch_2").write_bytes(content)
     for place in (cifar_dir, cifar_dir.parent):
         dataset = data.load("cifar10", place)
-        assert (dataset.name, dataset.classes, dataset.in_shape) == ("CIFAR-10", 10, (3, 32, 32))
+        assert (dataset.classes, dataset.in_shape) == (10, (3, 32, 32))
         assert (len(dataset.train), len(dataset.test)) == (21, 4)
         # A row is the red plane, then the green, then the blue one.
         assert torch.equal(dataset.train.images[4:9], torch.from_numpy(pixels.reshape(5, 3, 32, 32)))
         assert dataset.train.labels[4:9].tolist() == labels
         assert dataset.mean == (0.4914, 0.4822, 0.4465)
         assert dataset.std == (0.2023, 0.1994, 0.2010)
+
+
+def test_only_the_original_files_are_called_cifar10(cifar_dir, monkeypatch):
+    assert data.load("cifar10", cifar_dir).name == "CIFAR-10 (not the original files)"
+    sums = {path.name: hashlib.md5(path.read_bytes()).hexdigest() for path in cifar_dir.iterdir()}
+    monkeypatch.setattr(cifar10, "_ORIGINALS", sums)
+    assert data.load("cifar10", cifar_dir).name == "CIFAR-10"
 
 
 def test_cifar10_as_numpy_1_pickled_it(cifar_dir):

@@ -12,12 +12,19 @@ import numpy as np
 import torch
 
 from lirpa_fastwarmup.data.dataset import Dataset, Split
-from lirpa_fastwarmup.data.download import CorruptFileError, Source
+from lirpa_fastwarmup.data.download import CorruptFileError, Source, checksum
 from lirpa_fastwarmup.data.files import cache_folder, fetched, missing_files
 
 _FOLDER = "cifar-10-batches-py"
-_TRAIN = [f"data_batch_{number}" for number in range(1, 6)]
-_TEST = "test_batch"
+_ORIGINALS = {  # Their MD5 sums.
+    "data_batch_1": "c99cafc152244af753f735de768cd75f",
+    "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
+    "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
+    "data_batch_4": "634d18415352ddfa80567beed471001a",
+    "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
+    "test_batch": "40351d587109b95175f43aff81a1287e",
+}
+*_TRAIN, _TEST = _ORIGINALS
 _SHAPE = (3, 32, 32)
 _CLASSES = 10
 SOURCE = Source(
@@ -29,6 +36,9 @@ SOURCE = Source(
 
 def load(data_dir: Path | None = None) -> Dataset:
     """CIFAR-10, 50,000 and 10,000 images of 32×32.
+
+    Files other than the original ones, whose pixels may be other ones too, are read alike, and the dataset's name says
+    so.
 
     Args:
         data_dir: folder of the batches, or of the folder ``cifar-10-batches-py`` with them, or of the archive; by
@@ -51,7 +61,7 @@ def load(data_dir: Path | None = None) -> Dataset:
         raise CorruptFileError(f"{folder / SOURCE.name} holds no {_FOLDER} with {', '.join([*_TRAIN, _TEST])}")
     parts = [_read_batch(place / name) for name in _TRAIN]
     return Dataset(
-        name="CIFAR-10",
+        name=_name(place),
         classes=_CLASSES,
         train=Split(torch.cat([part.images for part in parts]), torch.cat([part.labels for part in parts])),
         test=_read_batch(place / _TEST),
@@ -66,6 +76,12 @@ def _place(folder: Path) -> Path | None:
         if all((place / name).is_file() for name in (*_TRAIN, _TEST)):
             return place
     return None
+
+
+def _name(place: Path) -> str:
+    """The name that results are reported under: only the original files bear it alone."""
+    original = all(checksum(place / name, "md5") == f"md5:{expected}" for name, expected in _ORIGINALS.items())
+    return "CIFAR-10" if original else "CIFAR-10 (not the original files)"
 
 
 def _unpack(archive: Path, folder: Path) -> None:

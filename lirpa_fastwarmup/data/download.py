@@ -78,7 +78,7 @@ def download(source: Source, folder: Path, *, attempts: int = 4, pause: float = 
                 raise OSError(f"{source.url} could not be downloaded: {error}") from error
             logger.warning("the download of %s broke off (%s): trying again", source.url, error)
             time.sleep(pause * 2**attempt)
-    found = _checksum(part, source.checksum.partition(":")[0])
+    found = checksum(part, source.checksum.partition(":")[0])
     if found != source.checksum:
         part.unlink()
         raise CorruptFileError(
@@ -129,6 +129,7 @@ def _bar(url: str, there: int, expected: int | None) -> Iterator[Any]:
         yield bar
 
 
-def _checksum(path: Path, algorithm: str) -> str:
+def checksum(path: Path, algorithm: str) -> str:
+    """The checksum of a file, as a :class:`Source` has it."""
     with path.open("rb") as file:
         return f"{algorithm}:{hashlib.file_digest(file, algorithm).hexdigest()}"
