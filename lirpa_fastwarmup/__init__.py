@@ -12,7 +12,7 @@ from lirpa_fastwarmup.engine.sharing import share_batchnorm_state
 from lirpa_fastwarmup.engine.tracing import TracedPathWarning
 from lirpa_fastwarmup.recipe import regularizers
 from lirpa_fastwarmup.recipe.batchnorm import insert_batchnorm
-from lirpa_fastwarmup.recipe.initialization import LayerInit, ibp_init_
+from lirpa_fastwarmup.recipe.initialization import LayerInit, ibp_init_, initialize_
 from lirpa_fastwarmup.recipe.objective import NonFiniteLossError, ShortWarmup, StepLoss
 from lirpa_fastwarmup.recipe.schedule import ConstantEpsilon, LinearEpsilon, Schedule, SmoothedEpsilon
 
@@ -32,6 +32,7 @@ __all__ = [
     "StructureError",
     "TracedPathWarning",
     "ibp_init_",
+    "initialize_",
     "input_box",
     "insert_batchnorm",
     "models",

@@ -110,6 +110,14 @@ def test_a_run_can_be_stopped_again_and_again(unbroken, tmp_path):
     assert_same_outcome(unbroken, tmp_path)
 
 
+def test_a_resumed_run_never_removes_what_it_goes_on_from(tmp_path, monkeypatch):
+    with pytest.raises(TrainingInterrupted):
+        train(SETTINGS, tmp_path, progress=SignalAt(1))
+    monkeypatch.setattr("lirpa_fastwarmup.training.files.remove_earlier_run", lambda _: pytest.fail("removed"))
+    with pytest.raises(TrainingInterrupted):
+        resume(tmp_path, progress=SignalAt(1))
+
+
 def test_a_stop_in_the_last_evaluation_loses_nothing(unbroken, tmp_path, monkeypatch):
     def interrupted(*args, **kwargs):
         os.kill(os.getpid(), signal.SIGTERM)

@@ -70,12 +70,11 @@ def load_model(path: Path) -> nn.Module:
             the one that was trained.
     """
     content = files.read_tensors(path, _FORMAT)
-    settings = Settings.from_dict(content["settings"])
-    if settings.ablates_batchnorm:
+    left_out = [name for name in ("bn_mean", "bn_var", "bn_affine") if not content["settings"].get(name, True)]
+    if left_out:
         raise NotImplementedError(
-            f"{path} was trained with part of BatchNorm left out (bn_mean={settings.bn_mean}, "
-            f"bn_var={settings.bn_var}, bn_affine={settings.bn_affine}). The plain network leaves nothing out and "
-            "computes another function"
+            f"{path} was trained with part of BatchNorm left out ({', '.join(left_out)} off). The plain network leaves "
+            "nothing out and computes another function"
         )
     model = build_network(content["architecture"])
     load_weights(model, content["state_dict"], path)

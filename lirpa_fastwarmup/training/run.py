@@ -67,7 +67,7 @@ def train(
             "eps reaches %g only after %d epochs, and training ends after %d: the network is never trained at it",
             *(settings.eps, ramp_end, settings.epochs),
         )
-    return _to_the_end(run, _start(run), out, progress or Listeners(), started)
+    return _to_the_end(run, _start(run), out, progress or Listeners(), started, fresh=True)
 
 
 def resume(
@@ -108,7 +108,7 @@ def resume(
     run = build_run(settings if data_dir is None else settings.replace(data_dir=data_dir), torch.device(device))
     position = _start(run)
     checkpoint.restore(content, run, position, path)
-    return _to_the_end(run, position, out, progress or Listeners(), started)
+    return _to_the_end(run, position, out, progress or Listeners(), started, fresh=False)
 
 
 def settings_of_run(out: Path) -> Settings:
@@ -121,7 +121,9 @@ def _start(run: Run) -> Position:
     return Position(EpochMeans(run.device, tuple(run.objective.penalties)))
 
 
-def _to_the_end(run: Run, position: Position, out: Path, progress: Progress, started: float) -> dict[str, Any]:
+def _to_the_end(
+    run: Run, position: Position, out: Path, progress: Progress, started: float, *, fresh: bool
+) -> dict[str, Any]:
     path = out / files.CHECKPOINT
     started -= position.elapsed
     with deferred_signals(out) as stop:
@@ -130,8 +132,9 @@ def _to_the_end(run: Run, position: Position, out: Path, progress: Progress, sta
                 train_epoch(run, position, progress, stop)
             except NonFiniteLossError as error:
                 raise _diverged(error, position, out) from error
-            if position.epoch == 1:
+            if fresh:
                 files.remove_earlier_run(out)  # Not before there is something to put in its place.
+                fresh = False
             if position.batches_done == len(run.train_batches):
                 _close_epoch(run, position, out, progress)
             position.elapsed = time.perf_counter() - started
