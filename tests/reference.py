@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -74,3 +75,19 @@ def output_bounds(
     x = x.double()
     box = propagate(model, Box(x, (x - eps).clamp(min=low), (x + eps).clamp(max=high)))
     return box.lower, box.upper
+
+
+def assert_gradients_equal_finite_differences(loss, parameters) -> None:  # type: ignore[no-untyped-def]
+    """Compare the gradient of ``loss()`` with central differences, in a random direction of each of ``parameters``."""
+    gradients = torch.autograd.grad(loss(), parameters)
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        direction, step = torch.randn_like(parameter), 1e-6
+        values = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                parameter.add_(sign * step * direction)
+            values.append(float(loss().detach()))
+            with torch.no_grad():
+                parameter.sub_(sign * step * direction)
+        numeric = (values[0] - values[1]) / (2 * step)
+        assert float((gradient * direction).sum()) == pytest.approx(numeric, rel=1e-4, abs=1e-7)

@@ -11,7 +11,7 @@ from torch import nn
 import lirpa_fastwarmup as fw
 from lirpa_fastwarmup.recipe.checks import ValueChecks
 from tests import networks
-from tests.reference import Box, propagate
+from tests.reference import Box, assert_gradients_equal_finite_differences, propagate
 
 EPS = 0.1
 
@@ -116,18 +116,8 @@ def test_gradient_equals_finite_differences(x, y):
     model = networks.convolutional().double()
     x = x.double()
     warmup = at_step(objective(model, x), 8)
-    for parameter in (model[0].weight, model[4].bias, model[10].weight):
-        (gradient,) = torch.autograd.grad(warmup(x, y).loss, parameter)
-        direction, step = torch.randn_like(parameter), 1e-6
-        values = []
-        for sign in (1, -1):
-            with torch.no_grad():
-                parameter.add_(sign * step * direction)
-            values.append(float(warmup(x, y).loss.detach()))
-            with torch.no_grad():
-                parameter.sub_(sign * step * direction)
-        numeric = (values[0] - values[1]) / (2 * step)
-        assert float((gradient * direction).sum()) == pytest.approx(numeric, rel=1e-4)
+    parameters = [model[0].weight, model[4].bias, model[10].weight]
+    assert_gradients_equal_finite_differences(lambda: warmup(x, y).loss, parameters)
 
 
 def test_state_dict_is_the_step_and_the_models_own_keys(x, y):
