@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -28,7 +29,9 @@ def draw_losses(axes: Axes, history: History) -> None:
         ("tightness", "tightness", _GREEN, "o"),
         ("relu_balance", "ReLU balance", _PURPLE, "s"),
     ):
-        axes.plot(epochs, _column(history, name), color=color, marker=marker, markersize=3, linewidth=0.8, label=label)
+        values = _column(history, name)
+        if not all(map(math.isnan, values)):  # A run without regularisers has nothing to show of them.
+            axes.plot(epochs, values, color=color, marker=marker, markersize=3, linewidth=0.8, label=label)
     axes.set(xlabel="epoch", ylabel="mean over the training set")
     axes.set_ylim(bottom=-0.02)
     axes.legend(fontsize="small", frameon=False)

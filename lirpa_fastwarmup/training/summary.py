@@ -106,4 +106,5 @@ def draw_curves(history: list[dict[str, float]], settings: Settings, path: Path)
     except ImportError:
         logger.warning("%s was not drawn: matplotlib is missing (pip install 'lirpa_fastwarmup[plots]')", path.name)
         return
-    save_training_curves(history, path, title=f"{settings.preset}, ε = {settings.eps:g}, seed {settings.seed}")
+    title = f"{settings.preset}, method {settings.method}, ε = {settings.eps:g}, seed {settings.seed}"
+    save_training_curves(history, path, title=title)
