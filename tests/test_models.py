@@ -167,6 +167,8 @@ def test_bad_sizes(name):
         models.MODELS[name]((28, 28), 10)
     with pytest.raises(ValueError, match="mean and std together"):
         small(name, mean=(0.5,))
+    with pytest.raises(ValueError, match=r"3 channel\(s\) need as many means"):
+        small(name, (3, 12, 12), mean=(0.5,), std=(0.2,))
     with pytest.raises(ValueError, match="one positive std per channel"):
         fw.models.Normalize([0.5], [0.0])
 

@@ -27,15 +27,19 @@ def check_sizes(in_shape: Sequence[int], classes: int, width: int | None, hidden
         )
 
 
-def normalisation(mean: Sequence[float] | None, std: Sequence[float] | None) -> list[nn.Module]:
+def normalisation(channels: int, mean: Sequence[float] | None, std: Sequence[float] | None) -> list[nn.Module]:
     """A leading :class:`Normalize`, where its figures are given.
 
     Raises:
-        ValueError: only one of them is given.
+        ValueError: only one of them is given, or they are not one per channel.
     """
     if (mean is None) != (std is None):
         raise ValueError("give mean and std together, or neither")
-    return [Normalize(mean, std)] if mean is not None and std is not None else []
+    if mean is None or std is None:
+        return []
+    if len(mean) != channels:
+        raise ValueError(f"images of {channels} channel(s) need as many means and stds; found mean={mean}, std={std}")
+    return [Normalize(mean, std)]
 
 
 def convolution(

@@ -38,7 +38,7 @@ def cnn7(
     """
     check_sizes(in_shape, classes, width, hidden)
     channels, height, breadth = in_shape
-    layers = normalisation(mean, std)
+    layers = normalisation(channels, mean, std)
     last_stride = 2 if height >= 64 else 1
     for out, stride in ((width, 1), (width, 1), (2 * width, 2), (2 * width, 1), (2 * width, last_stride)):
         layers.append(nn.Conv2d(channels, out, 3, stride, padding=1))

@@ -67,7 +67,7 @@ def resnext(
     large = height >= 64
     width = width if width is not None else (8 if large else 32)
     stem = _CARDINALITY * width
-    layers = [*normalisation(mean, std), convolution(channels, stem, 3, batchnorm=batchnorm), nn.ReLU()]
+    layers = [*normalisation(channels, mean, std), convolution(channels, stem, 3, batchnorm=batchnorm), nn.ReLU()]
     channels = stem
     for factor, first_stride in ((1, 1), (2, 2), (4, 2)):
         for stride in (first_stride, 1) if large else (first_stride,):

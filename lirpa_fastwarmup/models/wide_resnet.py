@@ -58,7 +58,7 @@ def wide_resnet8(
     check_sizes(in_shape, classes, width, hidden)
     channels, height, breadth = in_shape
     width = width if width is not None else (160 if height >= 64 else 128)
-    layers = [*normalisation(mean, std), convolution(channels, _STEM, 3, batchnorm=batchnorm), nn.ReLU()]
+    layers = [*normalisation(channels, mean, std), convolution(channels, _STEM, 3, batchnorm=batchnorm), nn.ReLU()]
     channels = _STEM
     for out, stride in ((width, 1), (2 * width, 2), (4 * width, 2)):
         layers.append(BasicBlock(channels, out, stride, batchnorm=batchnorm))
