@@ -148,9 +148,9 @@ def _to_the_end(
 
 
 def _diverged(error: NonFiniteLossError, position: Position, out: Path) -> NonFiniteLossError:
-    finished = position.epoch - 1
-    kept = f"{out / files.MODEL} holds epoch {finished}" if finished else "no epoch had been finished"
-    return NonFiniteLossError(f"training stopped in epoch {position.epoch}: {error}. {kept}")
+    kept = position.epoch - 1 if position.best is None else position.best[1]
+    there = f"{out / files.MODEL} holds epoch {kept}" if kept else "no epoch had been finished"
+    return NonFiniteLossError(f"training stopped in epoch {position.epoch}: {error}. {there}")
 
 
 def _close_epoch(run: Run, position: Position, out: Path, progress: Progress) -> None:
