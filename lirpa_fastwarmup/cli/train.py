@@ -184,9 +184,7 @@ def _train(options: argparse.Namespace) -> int:
     # A factory of the user's own is looked for where the command is given, as python -m does.
     if "" not in sys.path:
         sys.path.insert(0, "")
-    if options.resume:
-        _require_same_settings(options)
-    settings = settings_of_run(_folder(options)) if options.resume else _settings(options)
+    settings = _resumed_settings(options) if options.resume else _settings(options)
     if options.show:
         print(settings)
         return 0
@@ -211,9 +209,10 @@ def _train(options: argparse.Namespace) -> int:
     return 0
 
 
-def _require_same_settings(options: argparse.Namespace) -> None:
-    """Refuse settings on the command line that are not those of the run that is resumed."""
-    saved = settings_of_run(_folder(options)).as_dict()
+def _resumed_settings(options: argparse.Namespace) -> Settings:
+    """The settings of the run that is resumed; other ones on the command line are refused."""
+    settings = settings_of_run(_folder(options))
+    saved = settings.as_dict()
     named = (_settings(options).as_dict() if options.preset else saved) | _given(options)
     names = [name for name in saved if name != "data_dir" and named[name] != saved[name]]
     if names:
@@ -222,6 +221,7 @@ def _require_same_settings(options: argparse.Namespace) -> None:
             f"{', '.join(f'{name} {saved[name]}, not {named[name]}' for name in names)}. Leave them out, or begin a "
             "new run in another folder"
         )
+    return settings
 
 
 def _table(summary: Mapping[str, Any]) -> str:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import tarfile
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +11,8 @@ import torch
 
 from lirpa_fastwarmup.data.dataset import Dataset, Split
 from lirpa_fastwarmup.data.download import CorruptFileError, Source, checksum
-from lirpa_fastwarmup.data.files import cache_folder, fetched, missing_files
+from lirpa_fastwarmup.data.files import archived_folder, cache_folder
 
-_FOLDER = "cifar-10-batches-py"
 _ORIGINALS = {  # Their MD5 sums.
     "data_batch_1": "c99cafc152244af753f735de768cd75f",
     "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
@@ -48,17 +45,9 @@ def load(data_dir: Path | None = None) -> Dataset:
         OSError: files are missing, or cannot be downloaded; the text names them and the folder.
         CorruptFileError: a file is damaged, or no batch of CIFAR-10.
     """
-    folder = Path(data_dir) if data_dir is not None else cache_folder("cifar10")
-    place = _place(folder)
-    if place is None:
-        if data_dir is None:
-            fetched("CIFAR-10", [SOURCE], folder)
-        if not (folder / SOURCE.name).is_file():
-            raise missing_files("CIFAR-10", [*_TRAIN, _TEST, f"or the archive {SOURCE.name}"], folder / _FOLDER)
-        _unpack(folder / SOURCE.name, folder)
-        place = _place(folder)
-    if place is None:
-        raise CorruptFileError(f"{folder / SOURCE.name} holds no {_FOLDER} with {', '.join([*_TRAIN, _TEST])}")
+    place = archived_folder(
+        "CIFAR-10", data_dir, cache_folder("cifar10"), SOURCE, "cifar-10-batches-py", [*_TRAIN, _TEST]
+    )
     parts = [_read_batch(place / name) for name in _TRAIN]
     return Dataset(
         name=_name(place),
@@ -70,26 +59,10 @@ def load(data_dir: Path | None = None) -> Dataset:
     )
 
 
-def _place(folder: Path) -> Path | None:
-    """The folder of the batches: ``folder``, or the one in it that the archive unpacks to."""
-    for place in (folder, folder / _FOLDER):
-        if all((place / name).is_file() for name in (*_TRAIN, _TEST)):
-            return place
-    return None
-
-
 def _name(place: Path) -> str:
     """The name that results are reported under: only the original files bear it alone."""
     original = all(checksum(place / name, "md5") == f"md5:{expected}" for name, expected in _ORIGINALS.items())
     return "CIFAR-10" if original else "CIFAR-10 (not the original files)"
-
-
-def _unpack(archive: Path, folder: Path) -> None:
-    try:
-        with tarfile.open(archive) as tar:
-            tar.extractall(folder, filter="data")
-    except (tarfile.TarError, EOFError, zlib.error) as error:
-        raise CorruptFileError(f"{archive} is no intact archive ({error}): remove it, and fetch it again") from error
 
 
 class _ArrayUnpickler(pickle.Unpickler):

@@ -9,8 +9,6 @@ import re
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,7 +97,7 @@ def _fetch(url: str, part: Path) -> None:
             expected = answer.length
             with part.open("ab" if goes_on else "wb") as file, _bar(url, there if goes_on else 0, expected) as bar:
                 arrived = 0
-                for chunk in _chunks(answer):
+                while chunk := answer.read(_CHUNK):
                     file.write(chunk)
                     bar.update(len(chunk))
                     arrived += len(chunk)
@@ -116,17 +114,10 @@ def _range_start(answer: Any) -> int | None:
     return int(match[1]) if answer.status == http.HTTPStatus.PARTIAL_CONTENT and match else None
 
 
-def _chunks(answer: Any) -> Iterator[bytes]:
-    while chunk := answer.read(_CHUNK):
-        yield chunk
-
-
-@contextmanager
-def _bar(url: str, there: int, expected: int | None) -> Iterator[Any]:
+def _bar(url: str, there: int, expected: int | None) -> Any:
     total = None if expected is None else there + expected
     name = url.rpartition("/")[2]
-    with tqdm(total=total, initial=there, desc=name, unit="B", unit_scale=True, leave=False, disable=None) as bar:
-        yield bar
+    return tqdm(total=total, initial=there, desc=name, unit="B", unit_scale=True, leave=False, disable=None)
 
 
 def checksum(path: Path, algorithm: str) -> str:

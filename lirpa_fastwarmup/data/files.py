@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import tarfile
+import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
 import appdirs
 
-from lirpa_fastwarmup.data.download import Source, download
+from lirpa_fastwarmup.data.download import CorruptFileError, Source, download
 
 
 def cache_folder(dataset: str) -> Path:
@@ -39,3 +42,52 @@ def fetched(title: str, sources: Sequence[Source], folder: Path) -> None:
                 f"{title} could not be downloaded ({error}). Get {addresses} on a machine with a network, and put the "
                 f"files into {folder}, or name their folder with --data-dir"
             ) from error
+
+
+def archived_folder(
+    title: str, data_dir: Path | None, default: Path, source: Source, inside: str, wanted: Sequence[str]
+) -> Path:
+    """The folder of a dataset that comes as an archive, downloaded and unpacked as far as that is needed.
+
+    Args:
+        title: the dataset, for messages.
+        data_dir: the folder, or one with it or with the archive in it; ``None`` for ``default``, into which alone the
+            archive is downloaded.
+        default: where it is looked for without ``data_dir``.
+        source: the archive, a .zip or .tar.gz file.
+        inside: the folder that the archive unpacks to.
+        wanted: files that must be in it.
+
+    Raises:
+        OSError: files are missing, or cannot be downloaded; the text names them and the folder.
+        CorruptFileError: the archive is damaged, or does not hold what is wanted.
+    """
+    folder = default if data_dir is None else Path(data_dir)
+    archive = folder / source.name
+
+    def found() -> Path | None:
+        places = (folder, folder / inside)
+        return next((place for place in places if all((place / name).is_file() for name in wanted)), None)
+
+    if (place := found()) is not None:
+        return place
+    if data_dir is None:
+        fetched(title, [source], folder)
+    if not archive.is_file():
+        raise missing_files(title, [f"{inside} with {', '.join(wanted)}", f"or the archive {source.name}"], folder)
+    _unpack(archive, folder)
+    if (place := found()) is None:
+        raise CorruptFileError(f"{archive} holds no {inside} with {', '.join(wanted)}: fetch it again")
+    return place
+
+
+def _unpack(archive: Path, folder: Path) -> None:
+    try:
+        if archive.suffix == ".zip":
+            with zipfile.ZipFile(archive) as content:
+                content.extractall(folder)  # Leaves out "..", and roots of paths.
+        else:
+            with tarfile.open(archive) as tar:
+                tar.extractall(folder, filter="data")
+    except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error) as error:
+        raise CorruptFileError(f"{archive} is no intact archive ({error}): remove it, and fetch it again") from error

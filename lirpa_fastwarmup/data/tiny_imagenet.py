@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
-import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,9 +11,8 @@ import torch
 
 from lirpa_fastwarmup.data.dataset import Dataset, Split
 from lirpa_fastwarmup.data.download import CorruptFileError, Source
-from lirpa_fastwarmup.data.files import cache_folder, fetched, missing_files
+from lirpa_fastwarmup.data.files import archived_folder, cache_folder, missing_files
 
-_FOLDER = "tiny-imagenet-200"
 _CLASSES, _ANNOTATIONS = "wnids.txt", "val/val_annotations.txt"
 _SIZE = 64
 _THREADS = 8  # Pillow decodes without Python's lock.
@@ -39,19 +36,14 @@ def load(data_dir: Path | None = None) -> Dataset:
         CorruptFileError: a file is damaged, or not as in Tiny-ImageNet.
     """
     _require_pillow()
-    folder = Path(data_dir) if data_dir is not None else cache_folder("tiny-imagenet")
-    place = _place(folder)
-    if place is None:
-        if data_dir is None:
-            fetched("Tiny-ImageNet", [SOURCE], folder)
-        if not (folder / SOURCE.name).is_file():
-            raise missing_files(
-                "Tiny-ImageNet", [f"the folder {_FOLDER} (with {_CLASSES}, train and val)", f"or {SOURCE.name}"], folder
-            )
-        _unpack(folder / SOURCE.name, folder)
-        place = _place(folder)
-    if place is None:
-        raise CorruptFileError(f"{folder / SOURCE.name} holds no {_FOLDER} with {_CLASSES} and {_ANNOTATIONS}")
+    place = archived_folder(
+        "Tiny-ImageNet",
+        data_dir,
+        cache_folder("tiny-imagenet"),
+        SOURCE,
+        "tiny-imagenet-200",
+        [_CLASSES, _ANNOTATIONS],
+    )
     numbers = {name: number for number, name in enumerate(sorted((place / _CLASSES).read_text().split()))}
     return Dataset(
         name="Tiny-ImageNet",
@@ -68,22 +60,6 @@ def _require_pillow() -> None:
         import PIL.Image  # noqa: F401
     except ImportError as error:
         raise ImportError("Tiny-ImageNet is JPEG files: pip install 'lirpa_fastwarmup[images]' to read them") from error
-
-
-def _place(folder: Path) -> Path | None:
-    """The dataset's folder: ``folder``, or the one in it."""
-    for place in (folder, folder / _FOLDER):
-        if (place / _CLASSES).is_file() and (place / _ANNOTATIONS).is_file():
-            return place
-    return None
-
-
-def _unpack(archive: Path, folder: Path) -> None:
-    try:
-        with zipfile.ZipFile(archive) as content:
-            content.extractall(folder)  # Leaves out "..", and roots of paths.
-    except (zipfile.BadZipFile, EOFError, zlib.error) as error:
-        raise CorruptFileError(f"{archive} is no intact archive ({error}): remove it, and fetch it again") from error
 
 
 def _training_files(place: Path, numbers: dict[str, int]) -> list[tuple[Path, int]]:

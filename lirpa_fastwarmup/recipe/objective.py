@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Self
@@ -148,12 +148,10 @@ class ShortWarmup(nn.Module):
         self.min_eps = min_eps
         self.input_range = input_range
         penalties = penalties or {}
-        named = _named([*regularizers, *penalties], tol)  # Together: two of one name could not be told apart.
-        extra = dict(list(named.items())[len(regularizers) :])
-        self.penalties = {
-            name: (term, weight) for (name, term), weight in zip(extra.items(), penalties.values(), strict=True)
-        }
-        self.regularizers = {name: term for name, term in named.items() if name not in extra and reg_weight > 0}
+        fading = _named(regularizers, tol)
+        constant = _named(list(penalties), tol, taken=fading)
+        self.regularizers = fading if reg_weight > 0 else {}
+        self.penalties = dict(zip(constant, zip(constant.values(), penalties.values(), strict=True), strict=True))
         self._robust_loss = LOSSES[bound]
         built_in = [name for name in (*self.regularizers, *self.penalties) if name in BUILT_IN and name != "weight_l1"]
         if built_in and not read_graph(bounded).relus:
@@ -333,13 +331,13 @@ def _check_weights(
         raise ValueError(f"weights of penalties must be finite and at least 0; found {list(penalties.values())}")
 
 
-def _named(terms: Sequence[str | Regularizer], tol: float) -> dict[str, Regularizer]:
+def _named(terms: Sequence[str | Regularizer], tol: float, taken: Collection[str] = ()) -> dict[str, Regularizer]:
     named: dict[str, Regularizer] = {}
     for item in terms:
         if isinstance(item, str) and item not in BUILT_IN:
             raise ValueError(f"unknown regulariser {item!r}; known are {', '.join(BUILT_IN)}, or pass a function")
         name = item if isinstance(item, str) else getattr(item, "__name__", type(item).__name__)
-        if name in named:
+        if name in named or name in taken:
             raise ValueError(f"two regularisers are called {name!r}, under which the step would report both")
         function = BUILT_IN[item] if isinstance(item, str) else item
         named[name] = partial(function, tol=tol) if isinstance(item, str) and function in _WITH_TOLERANCE else function

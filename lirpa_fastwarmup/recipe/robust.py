@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lirpa_fastwarmup.engine.bounds import crown_lower, ibp_margin_bounds, margin_matrix, proved
+from lirpa_fastwarmup.engine.bounds import crown_lower, ibp_margin_bounds, ibp_margins, margin_matrix, proved
 from lirpa_fastwarmup.engine.fusion import fused_crown_loss, log_sum_exp, mixed_log
 
 
@@ -35,7 +35,7 @@ class RobustLoss(Protocol):
 
 def ibp(bounded: Any, box: Any, labels: Tensor, classes: int, fraction: float) -> Robust:
     """Over IBP bounds."""
-    lower, _ = ibp_margin_bounds(bounded, box, labels, classes, reuse_statistics=True)
+    lower = ibp_margins(bounded, box, labels, classes, reuse_statistics=True)
     return Robust(log_sum_exp(-lower).mean(), proved(lower))
 
 
@@ -43,7 +43,7 @@ def crown_ibp(bounded: Any, box: Any, labels: Tensor, classes: int, fraction: fl
     """Over mixed margins: one backward pass of CROWN with classes − 1 rows."""
     if fraction >= 1:
         return ibp(bounded, box, labels, classes, fraction)
-    lower, _ = ibp_margin_bounds(bounded, box, labels, classes, reuse_statistics=True)
+    lower = ibp_margins(bounded, box, labels, classes, reuse_statistics=True)
     crown = crown_lower(bounded, margin_matrix(labels, classes, lower.dtype))
     mixed = (1 - fraction) * crown + fraction * lower
     return Robust(log_sum_exp(-mixed).mean(), proved(torch.maximum(crown, lower)))

@@ -77,8 +77,7 @@ def build_run(settings: Settings, device: torch.device) -> Run:
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(settings.seed)
         bounded = _bounded(settings, build_network(architecture).to(device), dataset.in_shape)
-        some = data.limited(train, min(_CALIBRATION_SAMPLES, len(train)), seed=settings.seed).to(device)
-        initialize_(bounded, settings.init, calibrate=some.images.float() / 255, eps=settings.eps)
+        initialize_(bounded, settings.init, calibrate=_calibration_images(settings, train, device), eps=settings.eps)
     objective = _objective(settings, bounded, len(train_batches))
     average = None
     if settings.average_decay is not None:
@@ -123,6 +122,13 @@ def _training_batches(settings: Settings, samples: data.Split, device: torch.dev
         augment=augmentation,
         device=device,
     )
+
+
+def _calibration_images(settings: Settings, samples: data.Split, device: torch.device) -> torch.Tensor | None:
+    if settings.init != "ibp-calibrated":
+        return None
+    some = data.limited(samples, min(_CALIBRATION_SAMPLES, len(samples)), seed=settings.seed)
+    return some.to(device).images.float() / 255
 
 
 def _evaluation_batches(samples: data.Split, device: torch.device) -> data.Batches:

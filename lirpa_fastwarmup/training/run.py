@@ -67,7 +67,7 @@ def train(
             "eps reaches %g only after %d epochs, and training ends after %d: the network is never trained at it",
             *(settings.eps, ramp_end, settings.epochs),
         )
-    return _to_the_end(run, _start(run), out, progress or Listeners(), started, fresh=True)
+    return _to_the_end(run, Position(_no_means(run)), out, progress or Listeners(), started, fresh=True)
 
 
 def resume(
@@ -106,7 +106,7 @@ def resume(
     started = time.perf_counter()
     settings: Settings = content["settings"]
     run = build_run(settings if data_dir is None else settings.replace(data_dir=data_dir), torch.device(device))
-    position = _start(run)
+    position = Position(_no_means(run))
     checkpoint.restore(content, run, position, path)
     return _to_the_end(run, position, out, progress or Listeners(), started, fresh=False)
 
@@ -117,8 +117,8 @@ def settings_of_run(out: Path) -> Settings:
     return settings
 
 
-def _start(run: Run) -> Position:
-    return Position(EpochMeans(run.device, tuple(run.objective.penalties)))
+def _no_means(run: Run) -> EpochMeans:
+    return EpochMeans(run.device, tuple(run.objective.penalties))
 
 
 def _to_the_end(
@@ -165,7 +165,7 @@ def _close_epoch(run: Run, position: Position, out: Path, progress: Progress) ->
     files.write_history(out / files.HISTORY, position.history)
     progress.epoch_done(row, position.seconds)
     position.epoch, position.batches_done, position.seconds = position.epoch + 1, 0, 0.0
-    position.means = _start(run).means
+    position.means = _no_means(run)
 
 
 def _history_row(run: Run, position: Position) -> dict[str, float]:
