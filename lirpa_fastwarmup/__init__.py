@@ -15,6 +15,7 @@ from lirpa_fastwarmup.recipe.batchnorm import insert_batchnorm
 from lirpa_fastwarmup.recipe.initialization import LayerInit, ibp_init_, initialize_
 from lirpa_fastwarmup.recipe.objective import NonFiniteLossError, ShortWarmup, StepLoss
 from lirpa_fastwarmup.recipe.schedule import ConstantEpsilon, LinearEpsilon, Schedule, SmoothedEpsilon
+from lirpa_fastwarmup.verification.verifier import verify
 
 __version__ = "0.1.0"
 
@@ -39,4 +40,5 @@ __all__ = [
     "regularizers",
     "relu_bounds",
     "share_batchnorm_state",
+    "verify",
 ]

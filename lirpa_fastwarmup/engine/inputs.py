@@ -26,6 +26,29 @@ def check_eps(eps: Epsilon) -> None:
         raise ValueError(f"eps must be finite and at least 0, in units of the input; found {eps}")
 
 
+def check_radius(eps: Epsilon, input_range: InputRange | None) -> None:
+    """Refuse a radius at which there is nothing to certify.
+
+    Raises:
+        TypeError: ``eps`` is neither a number nor a tensor.
+        ValueError: ``eps`` is 0, negative or not finite, or wider than the input range.
+    """
+    check_eps(eps)
+    if not bool(torch.as_tensor(eps).gt(0).all()):
+        raise ValueError(
+            f"eps must be above 0, found {eps}: a box of radius 0 is the sample itself, of which the standard error "
+            "tells all. Give the radius to be certified, in units of the input (8/255, say)"
+        )
+    if input_range is None:
+        return
+    width = torch.as_tensor(input_range[1]) - torch.as_tensor(input_range[0])
+    if bool((torch.as_tensor(eps).max() > width.max()).item()):
+        raise ValueError(
+            f"eps is {eps}, and the input range {input_range} is only {float(width.max()):g} wide, so that every box "
+            "would be the whole range. eps is in units of the input: for pixels from 0 to 1, write 8/255, not 8"
+        )
+
+
 def broadcast_to_batch(value: float | Tensor, x: Tensor, what: str) -> float | Tensor:
     """``value`` in a shape that broadcasts over the batch ``x`` of shape (batch, *input).
 

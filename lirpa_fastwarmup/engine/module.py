@@ -6,6 +6,7 @@ taken with the BatchNorm statistics of their own clean batch.
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from lirpa_fastwarmup.engine import sharing
 from lirpa_fastwarmup.engine.arithmetic import simplify_arithmetic
-from lirpa_fastwarmup.engine.compat import engine
+from lirpa_fastwarmup.engine.compat import ENGINE_VERSION, engine
 from lirpa_fastwarmup.engine.operators import CUSTOM_OPERATORS, mend_operators
 from lirpa_fastwarmup.engine.tracing import (
     TracedPathWarning,
@@ -111,6 +112,18 @@ class BoundedModule(engine.BoundedModule):
         like = _like(self.wrapped)
         example = tuple(x.to(like) if x.is_floating_point() else x.to(like.device) for x in self.example)
         return type(self), (self.wrapped, example, *self._arguments)
+
+    def rebuilt(self, dtype: torch.dtype) -> BoundedModule:
+        """One of a copy of the wrapped model in ``dtype``, in evaluation mode, that takes every bounding method.
+
+        The copy's parameters ask for no gradient.
+        """
+        options, *others = self._arguments
+        # Where neurons are stable over the whole batch, 0.3's sparse alpha fails.
+        options = {**options, "sparse_features_alpha": False} if ENGINE_VERSION.startswith("0.3") else options
+        model = copy.deepcopy(self.wrapped).to(dtype).eval().requires_grad_(False)
+        example = tuple(x.to(dtype) if x.is_floating_point() else x for x in self.example)
+        return type(self)(model, example, options, *others)
 
     def check_incompatible_nodes(self, model: nn.Module) -> None:
         """Let the engine trace in evaluation mode, whatever modules there are; it would choose and print."""

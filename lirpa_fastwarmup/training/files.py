@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import csv
 import io
-import json
-import os
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from lirpa_fastwarmup.storage import make_folder, write_atomically
 
 MODEL, CHECKPOINT, HISTORY, SUMMARY = "model.pt", "checkpoint.pt", "history.csv", "summary.json"
 CURVES, TENSORBOARD = "curves.png", "tensorboard"
@@ -31,22 +29,13 @@ def prepare(folder: Path, *, overwrite: bool) -> None:
         OutputExistsError: it exists, is not empty, and ``overwrite`` is off.
         OSError: it cannot be made or written to; the text says why.
     """
-    try:
-        if folder.exists() and not folder.is_dir():
-            raise NotADirectoryError(f"{folder} is a file")
-        if folder.is_dir() and any(folder.iterdir()) and not overwrite:
-            unfinished = (folder / CHECKPOINT).is_file() and not (folder / SUMMARY).is_file()
-            raise OutputExistsError(
-                f"{folder} exists and is not empty; nothing in it was touched. Name another folder, or replace the "
-                f"run in it with --overwrite{', or go on with it by --resume' if unfinished else ''}"
-            )
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OutputExistsError:
-        raise
-    except OSError as error:
-        raise type(error)(f"cannot write to {folder}: {error.strerror or error}. Name another folder") from error
+    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+        unfinished = (folder / CHECKPOINT).is_file() and not (folder / SUMMARY).is_file()
+        raise OutputExistsError(
+            f"{folder} exists and is not empty; nothing in it was touched. Name another folder, or replace the "
+            f"run in it with --overwrite{', or go on with it by --resume' if unfinished else ''}"
+        )
+    make_folder(folder)
 
 
 def remove_earlier_run(folder: Path) -> None:
@@ -55,33 +44,6 @@ def remove_earlier_run(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
     for events in (folder / TENSORBOARD).glob("events.out.tfevents.*"):
         events.unlink()
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file that is, at every moment, either the old one or the new one, whole."""
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Write ``values`` as indented JSON."""
-    write_atomically(path, (json.dumps(values, indent=2) + "\n").encode())
-
-
-def write_history(path: Path, rows: Sequence[Mapping[str, float]]) -> None:
-    """Write one line per epoch, under a line of names."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomically(path, text.getvalue().encode())
 
 
 def write_tensors(path: Path, content: Mapping[str, Any]) -> None:

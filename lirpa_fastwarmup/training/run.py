@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from lirpa_fastwarmup.recipe.objective import NonFiniteLossError
+from lirpa_fastwarmup.storage import write_csv, write_json
 from lirpa_fastwarmup.training import checkpoint, files
 from lirpa_fastwarmup.training.build import Run, build_run
 from lirpa_fastwarmup.training.interrupt import deferred_signals, raising_signals
@@ -142,7 +143,7 @@ def _to_the_end(
             stop.raise_if_asked()
     with raising_signals(out):
         summary = summarise(run, position, out, started)
-    files.write_json(out / files.SUMMARY, summary)
+    write_json(out / files.SUMMARY, summary)
     draw_curves(position.history, run.settings, out / files.CURVES)
     return summary
 
@@ -162,7 +163,7 @@ def _close_epoch(run: Run, position: Position, out: Path, progress: Progress) ->
     if column is None or position.best is None or row[column] < position.best[0]:
         position.best = None if column is None else (row[column], position.epoch)
         save_model(out / files.MODEL, run.evaluated.wrapped, run.architecture, run.settings, position.epoch)
-    files.write_history(out / files.HISTORY, position.history)
+    write_csv(out / files.HISTORY, position.history)
     progress.epoch_done(row, position.seconds)
     position.epoch, position.batches_done, position.seconds = position.epoch + 1, 0, 0.0
     position.means = _no_means(run)

@@ -1,6 +1,8 @@
-"""Projected gradient descent: a search for misclassified points of the box."""
+"""Projected gradient descent: a search for the lowest margin in a box, and so for misclassified points."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +11,31 @@ from lirpa_fastwarmup.engine.bounds import box_ends
 from lirpa_fastwarmup.engine.inputs import Epsilon, InputRange, broadcast_to_batch, check_batch, check_eps
 
 
-def pgd(
+@dataclass(frozen=True)
+class Attack:
+    """What an attack came to.
+
+    Attributes:
+        points: of each sample a misclassified point of its box where one was found, elsewhere the point met with the
+            lowest margin; shape (batch, *input).
+        margins: z_y − max_j z_j there, shape (batch,).
+        succeeded: whether the point is misclassified, shape (batch,).
+    """
+
+    points: Tensor
+    margins: Tensor
+    succeeded: Tensor
+
+    def replace(self, samples: Tensor, other: Attack) -> None:
+        """Take over, for ``samples``, what ``other`` found of them and is worse for the network."""
+        worse = other.succeeded | (other.margins < self.margins[samples])
+        where = samples[worse]
+        self.points[where] = other.points[worse]
+        self.margins[where] = other.margins[worse]
+        self.succeeded[where] = other.succeeded[worse]
+
+
+def attack(
     model: nn.Module,
     x: Tensor,
     y: Tensor,
@@ -20,8 +46,8 @@ def pgd(
     step_size: float = 0.1,
     input_range: InputRange | None = (0.0, 1.0),
     generator: torch.Generator | None = None,
-) -> Tensor:
-    """Attack a classifier within an l∞ box (Madry et al., 2018), on the margin z_y − max_j z_j.
+) -> Attack:
+    """Descend on the margin z_y − max_j z_j within an l∞ box by PGD (Madry et al., 2018).
 
     Every restart begins at a random point of the box; samples that have been misclassified once, the
     clean point included, are left out from then on.
@@ -30,15 +56,12 @@ def pgd(
         model: the network, in evaluation mode.
         x: clean inputs (batch, *input).
         y: labels (batch,), int64.
-        eps: radius of the box, in units of the input.
+        eps: radius of the box, in units of the input; may have one value per sample, shape (batch, 1, …).
         steps: gradient steps of each restart.
-        restarts: random starting points.
+        restarts: random starting points; with none, only the clean points are looked at.
         step_size: length of a step as a share of ``eps``.
         input_range: lowest and highest valid input; ``None`` for unclipped data.
         generator: source of the starting points, on the CPU; by default torch's own.
-
-    Returns:
-        For each sample a misclassified point of the box where one was found, and ``x`` elsewhere.
 
     Raises:
         TypeError: labels are not int64.
@@ -53,40 +76,68 @@ def pgd(
     check_batch(x, y, logits.shape[1], input_range)
     eps = broadcast_to_batch(eps, x, "eps")
     lower, upper = box_ends(x, eps, input_range)
-    found = x.clone()
-    open_samples = (logits.argmax(1) == y).nonzero().squeeze(1)
+    found = Attack(x.clone(), _margins(logits, y), logits.argmax(1) != y)
     for _ in range(restarts):
-        if len(open_samples) == 0:
+        left = (~found.succeeded).nonzero().squeeze(1)
+        if len(left) == 0:
             break
-        box = lower[open_samples], upper[open_samples]
+        box = lower[left], upper[left]
         noise = torch.rand(box[0].shape, generator=generator, dtype=x.dtype).to(x.device)
         start = box[0] + noise * (box[1] - box[0])
-        labels = y[open_samples]
-        stride = step_size * (eps.expand_as(x)[open_samples] if isinstance(eps, Tensor) else eps)
-        points, succeeded = _descend(model, start, labels, *box, steps, stride)
-        found[open_samples[succeeded]] = points[succeeded]
-        open_samples = open_samples[~succeeded]
+        stride = step_size * (eps.expand_as(x)[left] if isinstance(eps, Tensor) else eps)
+        found.replace(left, _descend(model, start, y[left], *box, steps, stride))
     return found
+
+
+def pgd(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    eps: Epsilon,
+    *,
+    steps: int = 50,
+    restarts: int = 3,
+    step_size: float = 0.1,
+    input_range: InputRange | None = (0.0, 1.0),
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """For each sample a misclassified point of the box where :func:`attack` found one, and ``x`` elsewhere.
+
+    Arguments and errors as of :func:`attack`.
+    """
+    found = attack(
+        model,
+        x,
+        y,
+        eps,
+        steps=steps,
+        restarts=restarts,
+        step_size=step_size,
+        input_range=input_range,
+        generator=generator,
+    )
+    return torch.where(found.succeeded.view(-1, *[1] * (x.ndim - 1)), found.points, x)
 
 
 def _descend(
     model: nn.Module, point: Tensor, y: Tensor, lower: Tensor, upper: Tensor, steps: int, stride: Epsilon
-) -> tuple[Tensor, Tensor]:
-    """The first misclassified point met on the way down from ``point``, and whether there was one."""
-    worst, succeeded = point.clone(), torch.zeros_like(y, dtype=torch.bool)
+) -> Attack:
+    """The first misclassified point met on the way down from ``point``, or else the lowest."""
+    found = Attack(point.clone(), torch.full_like(point.flatten(1)[:, 0], torch.inf), torch.zeros_like(y).bool())
+    everything = torch.arange(len(y), device=y.device)
     for step in range(steps + 1):
         point = point.detach().requires_grad_(True)
         with torch.enable_grad():
             logits = model(point)
             margins = _margins(logits, y)
-        new = (logits.detach().argmax(1) != y) & ~succeeded
-        worst[new] = point.detach()[new]
-        succeeded |= new
-        if step == steps or bool(succeeded.all()):
+        left = everything[~found.succeeded]
+        met = Attack(point.detach(), margins.detach(), logits.detach().argmax(1) != y)
+        found.replace(left, Attack(met.points[left], met.margins[left], met.succeeded[left]))
+        if step == steps or bool(found.succeeded.all()):
             break
         (gradient,) = torch.autograd.grad(margins.sum(), point)
         point = torch.min(torch.max(point.detach() - stride * gradient.sign(), lower), upper)
-    return worst, succeeded
+    return found
 
 
 def _margins(logits: Tensor, y: Tensor) -> Tensor:

@@ -1,0 +1,40 @@
+"""Arithmetic as its dtype promises: what is gained in speed by rounding coarser is switched off."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+
+_backends: Any = torch.backends  # Their types leave parts out.
+# Whatever may do float32 products in TF32 or bfloat16, on the GPU and on the CPU.
+_COARSE: tuple[Any, ...] = (
+    _backends.cuda.matmul,
+    _backends.cudnn.conv,
+    _backends.cudnn.rnn,
+    _backends.mkldnn.matmul,
+    _backends.mkldnn.conv,
+    _backends.mkldnn.rnn,
+)
+
+
+@contextmanager
+def exact_arithmetic(device: torch.device) -> Iterator[None]:
+    """Eager, without autocast, TF32 or bfloat16 products, whatever the process was set to; restored afterwards.
+
+    What is left is the rounding of the tensors' own dtype.
+    """
+    before = [backend.fp32_precision for backend in _COARSE]
+    with ExitStack() as stack:
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        for kind in {"cpu", device.type}:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        try:
+            for backend in _COARSE:
+                backend.fp32_precision = "ieee"
+            yield
+        finally:
+            for backend, precision in zip(_COARSE, before, strict=True):
+                backend.fp32_precision = precision

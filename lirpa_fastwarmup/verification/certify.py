@@ -1,0 +1,267 @@
+"""One batch through the attack and the bounding methods, each on the samples that are still open."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lirpa_fastwarmup.engine.bounds import box_ends, input_box, proved
+from lirpa_fastwarmup.engine.inputs import Epsilon, InputRange
+from lirpa_fastwarmup.engine.methods import METHODS, margin_lower_bounds
+from lirpa_fastwarmup.engine.module import BoundedModule
+from lirpa_fastwarmup.engine.precision import exact_arithmetic
+from lirpa_fastwarmup.verification.attacks import attack
+from lirpa_fastwarmup.verification.memory import Parts
+from lirpa_fastwarmup.verification.result import Certificate, Stage
+from lirpa_fastwarmup.verification.soundness import class_margins, contradicted
+
+ATTACK = "PGD"
+_VERDICT = {True: "verified", False: "not verified"}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is done to every batch.
+
+    Attributes:
+        methods: bounding methods, cheapest first.
+        pgd_steps, restarts: of the attack; no attack is made where ``restarts`` is 0.
+        input_range: lowest and highest valid input.
+        float64: whether all verdicts are repeated in double precision.
+        batch_size: samples of a batch.
+        seed: of the attack.
+    """
+
+    methods: tuple[str, ...]
+    pgd_steps: int
+    restarts: int
+    input_range: InputRange | None
+    float64: bool
+    batch_size: int
+    seed: int
+
+
+@dataclass
+class BatchResult:
+    """Certificates of a batch, indices counted from 0, and what was done for them.
+
+    ``contradictions`` are pairs of an index and what is contradictory about that sample.
+    """
+
+    certificates: list[Certificate] = field(default_factory=list)
+    stages: dict[str, Stage] = field(default_factory=dict)
+    contradictions: list[tuple[int, str]] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> BatchResult:
+        """What :meth:`as_dict` was made from."""
+        return cls(
+            [Certificate(**certificate) for certificate in values["certificates"]],
+            {name: Stage(**stage) for name, stage in values["stages"].items()},
+            [(index, text) for index, text in values["contradictions"]],
+        )
+
+
+@dataclass
+class _Verdicts:
+    """What one precision says of a batch.
+
+    Attributes:
+        predictions: the network's classes, shape (batch,).
+        refuted: whether the sample itself or the attack's point is misclassified.
+        method: place of the method that proved the sample in :data:`METHODS`, −1 for none.
+        margin: largest lower bound on the smallest margin, NaN for none.
+    """
+
+    predictions: Tensor
+    refuted: Tensor
+    method: Tensor
+    margin: Tensor
+
+
+def ordered(methods: Sequence[str]) -> tuple[str, ...]:
+    """``methods``, each once, cheapest first.
+
+    Raises:
+        ValueError: there is none, or one that is unknown.
+    """
+    unknown = [method for method in methods if method not in METHODS]
+    if unknown or not methods or isinstance(methods, str):
+        found = f"unknown method {unknown[0]!r}" if unknown and not isinstance(methods, str) else f"methods={methods!r}"
+        raise ValueError(f"{found}; name at least one of {', '.join(METHODS)}, as a sequence")
+    return tuple(method for method in METHODS if method in methods)
+
+
+class Certifier:
+    """Certifies one batch after the other on copies of a network, by one plan.
+
+    Args:
+        bounded: the network; only copies of it are used.
+        plan: what to do.
+    """
+
+    def __init__(self, bounded: BoundedModule, plan: Plan) -> None:
+        self.plan = plan
+        self._networks = {dtype: bounded.rebuilt(dtype) for dtype in dtypes_of(plan)}
+        self._parts = {name: Parts(plan.batch_size) for name in (ATTACK, *plan.methods)}
+        self._classes = int(bounded.final_shape[1])
+
+    def certify(self, x: Tensor, y: Tensor, eps: Epsilon) -> BatchResult:
+        """Attack and bound the samples ``x`` with labels ``y`` in their boxes of radius ``eps``.
+
+        Raises:
+            NotImplementedError: the engine has no such bounds for the network.
+            OutOfMemoryError: one sample does not fit into memory.
+        """
+        with exact_arithmetic(x.device):
+            result = BatchResult()
+            points = self._attacked_points(x.float(), y, eps, result)
+            first = self._verdicts(torch.float32, x, y, eps, points, result)
+            second = None
+            if self.plan.float64:
+                ignored = BatchResult(contradictions=result.contradictions)
+                second = self._verdicts(torch.float64, x, y, eps, points, ignored)
+            result.certificates = self._certificates(y, first, second)
+        return result
+
+    def _attacked_points(self, x: Tensor, y: Tensor, eps: Epsilon, result: BatchResult) -> Tensor:
+        if not self.plan.restarts:
+            return x
+        started = time.perf_counter()
+        model = self._networks[torch.float32].wrapped
+        # The same points whatever was done before, so that an interrupted verification goes on as it would have.
+        generator = torch.Generator().manual_seed(self.plan.seed)
+
+        def points(part: Tensor) -> Tensor:
+            return attack(
+                model,
+                x[part],
+                y[part],
+                eps,
+                steps=self.plan.pgd_steps,
+                restarts=self.plan.restarts,
+                input_range=self.plan.input_range,
+                generator=generator,
+            ).points
+
+        found = self._parts[ATTACK].each(points, _all(y), ATTACK)
+        hits = int((_logits(model, found).argmax(1) != y).sum())
+        result.stages[ATTACK] = Stage(len(y), hits, time.perf_counter() - started)
+        return found
+
+    def _verdicts(
+        self, dtype: torch.dtype, x: Tensor, y: Tensor, eps: Epsilon, points: Tensor, result: BatchResult
+    ) -> _Verdicts:
+        """Bound the batch in ``dtype``; stages and contradictions go into ``result``."""
+        model = self._networks[dtype].wrapped
+        x = x.to(dtype)
+        clean = _logits(model, x)
+        lower, upper = box_ends(x, eps, self.plan.input_range)
+        worst = _logits(model, torch.min(torch.max(points.to(dtype), lower), upper))
+        attained = [class_margins(logits, y) for logits in (clean, worst)]
+        predictions = clean.argmax(1)
+        verdicts = _Verdicts(
+            predictions,
+            (predictions != y) | (worst.argmax(1) != y),
+            torch.full_like(y, -1),
+            torch.full(y.shape, torch.nan, dtype=dtype, device=y.device),
+        )
+        for place, method in enumerate(self.plan.methods):
+            # The cheapest is asked of every sample, so that what must not be proved gets its chance to be.
+            left = _all(y) if place == 0 else ((verdicts.method < 0) & ~verdicts.refuted).nonzero().squeeze(1)
+            if len(left):
+                self._bound(method, x, y, eps, left, attained, verdicts, result)
+        for index in ((verdicts.method >= 0) & verdicts.refuted).nonzero().flatten().tolist():
+            text = f"is proved by {METHODS[int(verdicts.method[index])]} and yet misclassified at a point of its box"
+            result.contradictions.append((index, f"{text} ({_name(dtype)})"))
+        return verdicts
+
+    def _bound(
+        self,
+        method: str,
+        x: Tensor,
+        y: Tensor,
+        eps: Epsilon,
+        samples: Tensor,
+        attained: Sequence[Tensor],
+        verdicts: _Verdicts,
+        result: BatchResult,
+    ) -> None:
+        """Bound the margins of ``samples`` by ``method``, and take down what that proves or contradicts."""
+        started = time.perf_counter()
+        bounded, classes, input_range = self._networks[x.dtype], self._classes, self.plan.input_range
+
+        def bounds(part: Tensor) -> Tensor:
+            return margin_lower_bounds(bounded, input_box(x[part], eps, input_range), y[part], classes, method)
+
+        lower = self._parts[method].each(bounds, samples, method)
+        proves = proved(lower)
+        verdicts.method[samples[proves]] = METHODS.index(method)
+        verdicts.margin[samples] = torch.fmax(verdicts.margin[samples], lower.amin(1))
+        result.stages[method] = Stage(len(samples), int(proves.sum()), time.perf_counter() - started)
+        wrong = torch.stack([contradicted(lower, margins[samples]) for margins in attained]).any(0)
+        for index in samples[wrong].tolist():
+            text = f"has a smaller margin at a point of its box than {method}'s lower bound ({_name(x.dtype)})"
+            result.contradictions.append((index, text))
+
+    def _certificates(self, y: Tensor, first: _Verdicts, second: _Verdicts | None) -> list[Certificate]:
+        labels, predictions, places = y.tolist(), first.predictions.tolist(), first.method.tolist()
+        attacked = first.refuted.tolist()
+        changes = [None] * len(y) if second is None else _changes(first, second)
+        return [
+            Certificate(
+                index=index,
+                label=labels[index],
+                prediction=predictions[index],
+                verified=places[index] >= 0,
+                method=METHODS[places[index]] if places[index] >= 0 else None,
+                margin=float(first.margin[index]),
+                attacked=attacked[index] if self.plan.restarts else None,
+                float64=changes[index],
+            )
+            for index in range(len(y))
+        ]
+
+
+def dtypes_of(plan: Plan) -> list[torch.dtype]:
+    """The precisions that a plan computes in."""
+    return [torch.float32, *([torch.float64] if plan.float64 else [])]
+
+
+@torch.no_grad()
+def _logits(model: torch.nn.Module, x: Tensor) -> Tensor:
+    logits: Tensor = model(x)
+    return logits
+
+
+def _all(y: Tensor) -> Tensor:
+    return torch.arange(len(y), device=y.device)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _changes(first: _Verdicts, second: _Verdicts) -> list[str | None]:
+    """For each sample, what double precision says otherwise."""
+    changes: list[str | None] = []
+    for index in range(len(first.method)):
+        texts = []
+        before, after = bool(first.method[index] >= 0), bool(second.method[index] >= 0)
+        if before != after:
+            texts.append(f"{_VERDICT[before]} -> {_VERDICT[after]}")
+        if bool(first.refuted[index] != second.refuted[index]):
+            texts.append("misclassified in only one precision at a point of its box")
+        if int(first.predictions[index]) != int(second.predictions[index]):
+            texts.append(f"prediction {int(first.predictions[index])} -> {int(second.predictions[index])}")
+        changes.append("; ".join(texts))
+    return changes
