@@ -9,13 +9,17 @@ import sys
 from collections.abc import Sequence
 
 import lirpa_fastwarmup as fw
-from lirpa_fastwarmup.cli import compare, info, train
+from lirpa_fastwarmup.cli import compare, export, info, train, verify
 from lirpa_fastwarmup.recipe.objective import NonFiniteLossError
 from lirpa_fastwarmup.training import TrainingInterrupted
+from lirpa_fastwarmup.verification import OutOfMemoryError, UnsoundBoundError
 
 _PROGRAM = "lirpa-fastwarmup"
 # Mistakes of the user and of the world: told in one line, without a traceback.
-_EXPECTED = (ValueError, TypeError, OSError, ImportError, NotImplementedError, NonFiniteLossError)
+_EXPECTED = (
+    *(ValueError, TypeError, OSError, ImportError, NotImplementedError),
+    *(NonFiniteLossError, OutOfMemoryError, UnsoundBoundError),
+)
 _BY_SIGNAL = 128  # What a shell adds to the signal's number.
 
 
@@ -29,8 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = shlex.join([_PROGRAM, "train", "--resume", "--out", str(stopped.out)])
         print(f"{_PROGRAM}: {stopped}. To go on:\n    {command}", file=sys.stderr)
         return _BY_SIGNAL + stopped.signal_number
-    except KeyboardInterrupt:
-        print(f"{_PROGRAM}: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interrupted:
+        said = f"; {interrupted}" if str(interrupted) else ""
+        print(f"{_PROGRAM}: interrupted{said}", file=sys.stderr)
         return 130
     except _EXPECTED as error:
         if options.traceback:
@@ -46,6 +51,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")
     parser.add_argument("--version", action="version", version=fw.__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (train, compare, info):
+    for command in (train, verify, export, compare, info):
         command.add_to(commands)
     return parser

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Mapping
-from fractions import Fraction
 from pathlib import Path
 from typing import Any, get_args
 
-import torch
 from tqdm import tqdm
 
+from lirpa_fastwarmup.cli.options import device_named, find_factories_here, number
 from lirpa_fastwarmup.data import LOADERS
 from lirpa_fastwarmup.models import MODELS
 from lirpa_fastwarmup.presets import PRESETS, preset
@@ -25,17 +23,6 @@ from lirpa_fastwarmup.training.settings import Optimizer, Select
 from lirpa_fastwarmup.training.tensorboard import TensorBoard
 
 _SWITCH = argparse.BooleanOptionalAction
-
-
-def _number(text: str) -> float:
-    """A number, or a fraction such as 8/255."""
-    try:
-        return float(Fraction(text.replace(" ", "")))
-    except (ValueError, ZeroDivisionError):
-        try:
-            return float(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is no number, nor a fraction such as 8/255") from None
 
 
 # The options that set a field of Settings, by group: the field (its option is spelt with dashes), and argparse's own.
@@ -59,12 +46,12 @@ _OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         "precise_bn": {"action": _SWITCH, "help": "recompute BatchNorm's statistics after training"},
     },
     "objective": {
-        "eps": {"type": _number, "help": "target radius in pixel units, a number or a fraction"},
+        "eps": {"type": number, "help": "target radius in pixel units, a number or a fraction"},
         "schedule": {"choices": tuple(SCHEDULES), "help": "how the radius grows"},
         "ramp_start": {"type": int, "help": "epoch, from 1, at which it begins to grow"},
         "ramp_length": {"type": int, "help": "epochs that it grows for"},
         "bound": {"choices": tuple(LOSSES), "help": "what bounds the loss"},
-        "kappa": {"type": _number, "help": "weight of the clean loss at the end of the ramp"},
+        "kappa": {"type": number, "help": "weight of the clean loss at the end of the ramp"},
         "reg_weight": {"type": float, "help": "weight of the paper's regularisers"},
         "tol": {"type": float, "help": "their tolerance"},
         "stability_weight": {"type": float, "help": "of the ReLU stability of Xiao et al."},
@@ -138,17 +125,6 @@ def _given(options: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(options, name) for name in names if getattr(options, name) is not None}
 
 
-def _device(name: str | None) -> torch.device:
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
-    return device
-
-
 class _Console:
     """A progress bar per epoch, and a line for each that is done."""
 
@@ -181,9 +157,7 @@ class _Console:
 
 
 def _train(options: argparse.Namespace) -> int:
-    # A factory of the user's own is looked for where the command is given, as python -m does.
-    if "" not in sys.path:
-        sys.path.insert(0, "")
+    find_factories_here()
     settings = _resumed_settings(options) if options.resume else _settings(options)
     if options.show:
         print(settings)
@@ -192,7 +166,7 @@ def _train(options: argparse.Namespace) -> int:
     console = _Console(settings.epochs)
     board = TensorBoard(out / TENSORBOARD) if options.tensorboard else None
     told: dict[str, Any] = {
-        "device": _device(options.device),
+        "device": device_named(options.device),
         "progress": Listeners(console, board) if board else console,
     }
     try:

@@ -3,7 +3,7 @@
 from lirpa_fastwarmup.training.files import OutputExistsError
 from lirpa_fastwarmup.training.interrupt import TrainingInterrupted
 from lirpa_fastwarmup.training.methods import METHODS
-from lirpa_fastwarmup.training.network import load_model
+from lirpa_fastwarmup.training.network import load_model, load_weights, settings_of_model
 from lirpa_fastwarmup.training.run import resume, settings_of_run, train
 from lirpa_fastwarmup.training.settings import Settings
 
@@ -13,7 +13,9 @@ __all__ = [
     "Settings",
     "TrainingInterrupted",
     "load_model",
+    "load_weights",
     "resume",
+    "settings_of_model",
     "settings_of_run",
     "train",
 ]

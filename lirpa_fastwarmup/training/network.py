@@ -81,6 +81,11 @@ def load_model(path: Path) -> nn.Module:
     return model.eval()
 
 
+def settings_of_model(path: Path) -> Settings:
+    """The settings of the run that wrote ``model.pt``; errors as of :func:`load_model`."""
+    return Settings.from_dict(files.read_tensors(path, _FORMAT)["settings"])
+
+
 def load_weights(model: nn.Module, state_dict: Mapping[str, Any], path: Path) -> None:
     """Load weights that were read from ``path``.
 

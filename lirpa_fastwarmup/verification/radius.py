@@ -71,8 +71,9 @@ def certified_radii(
 ) -> list[Radius]:
     """For each sample the largest radius, to ``tolerance``, at which one of ``methods`` certifies it.
 
-    Each method goes on from what a cheaper one has proved, in doubling steps, and then bisects. The radius that is given was
-    itself certified; so are all smaller ones, whose boxes lie within. PGD then attacks each of these boxes, as a check.
+    Each method goes on from what a cheaper one has proved, in doubling steps, and then bisects. The radius that is
+    given was itself certified; so are all smaller ones, whose boxes lie within. PGD then attacks each of these boxes,
+    as a check.
 
     Args:
         bounded: the network, in evaluation mode.
@@ -168,7 +169,6 @@ def _bisect(
 
         return margins
 
-    everything = torch.arange(len(samples), device=x.device)
     # Steps that double come first: bounds far beyond what can be proved are the dearest of all.
     step = torch.clamp(low / 8, min=16 * search.tolerance)
     failed = torch.full_like(low, torch.inf)

@@ -1,0 +1,72 @@
+"""``lirpa-fastwarmup export``: a trained network and its samples for other verifiers."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lirpa_fastwarmup.cli.options import number
+from lirpa_fastwarmup.cli.subject import add_arguments, subject_of
+from lirpa_fastwarmup.exchange import export
+
+_FOLDER = "export"
+
+
+def _indices(text: str) -> list[int]:
+    """An index, or a range such as 0-99."""
+    first, dash, last = text.partition("-")
+    try:
+        return list(range(int(first), int(last) + 1)) if dash else [int(first)]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no index, nor a range such as 0-99") from None
+
+
+def add_to(commands: Any) -> None:
+    """Add the command to the parser's ``commands``."""
+    command = commands.add_parser("export", help="write ONNX, VNN-LIB properties and the YAML for α,β-CROWN")
+    command.set_defaults(command=_export)
+    add_arguments(command)
+    what = command.add_argument_group("properties")
+    what.add_argument("--eps", type=number, help="radius in pixel units; by default that of the run")
+    what.add_argument(
+        "--samples",
+        type=_indices,
+        nargs="+",
+        metavar="I",
+        default=[list(range(10))],
+        help="indices of the test set, such as 0 5 10-19; by default 0-9",
+    )
+    what.add_argument("--timeout", type=int, default=120, help="seconds for each property")
+    what.add_argument("--out", type=Path, metavar="DIR", help=f"folder for the files, by default RUN_DIR/{_FOLDER}")
+
+
+def _export(options: argparse.Namespace) -> int:
+    if options.out is None and options.run is None:
+        raise ValueError("name the folder for the files with --out DIR")
+    subject = subject_of(options)
+    eps = subject.eps if options.eps is None else options.eps
+    if eps is None:
+        raise ValueError("name the radius of the properties with --eps")
+    indices = list(dict.fromkeys(index for given in options.samples for index in given))
+    outside = [index for index in indices if not 0 <= index < len(subject.labels)]
+    if outside or not indices:
+        raise ValueError(
+            f"there is no sample {outside[0] if outside else ''}: the test set of {subject.dataset} has "
+            f"{len(subject.labels)}, counted from 0"
+        )
+    chosen = torch.tensor(indices)
+    out = options.out or options.run / _FOLDER
+    export(
+        subject.network,
+        subject.x[chosen],
+        subject.labels[chosen],
+        eps,
+        out,
+        indices=indices,
+        timeout=options.timeout,
+    )
+    print(f"{len(indices)} properties at eps {eps:g} written to {out}")
+    return 0

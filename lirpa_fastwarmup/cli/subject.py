@@ -1,0 +1,154 @@
+"""What a command is about: a trained network, of a run or from elsewhere, and the samples that it is tried on."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lirpa_fastwarmup import data, models
+from lirpa_fastwarmup.cli.options import find_factories_here
+from lirpa_fastwarmup.exchange import read_onnx
+from lirpa_fastwarmup.training import load_model, load_weights, settings_of_model
+from lirpa_fastwarmup.training.files import MODEL
+
+_TAKEN_FROM_RUN = ("model", "weights", "mean", "std")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A network in evaluation mode on the CPU, its samples, and where both are from.
+
+    Attributes:
+        network: the plain network.
+        name: where it is from.
+        dataset: name of the dataset.
+        images: bytes (n, channels, height, width).
+        labels: (n,), int64.
+        classes: of the dataset.
+        eps: the radius that it was trained for, where that is known.
+    """
+
+    network: nn.Module
+    name: str
+    dataset: str
+    images: Tensor
+    labels: Tensor
+    classes: int
+    eps: float | None
+
+    @property
+    def x(self) -> Tensor:
+        """The images as floats from 0 to 1."""
+        return self.images.float() / 255
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Add the options that :func:`subject_of` reads."""
+    command.add_argument("run", type=Path, nargs="?", metavar="RUN_DIR", help="folder of a training run")
+    group = command.add_argument_group("network from elsewhere", "instead of RUN_DIR; needs --dataset and --out")
+    group.add_argument(
+        "--model", metavar="NAME", help=f"{', '.join(models.MODELS)}, package.module:factory, or FILE.onnx"
+    )
+    group.add_argument("--weights", type=Path, metavar="FILE", help="its state dict, as torch.save wrote it")
+    group.add_argument("--mean", type=float, nargs="+", help="it expects inputs less this mean, one per channel …")
+    group.add_argument("--std", type=float, nargs="+", help="… divided by this deviation; eps stays in pixel units")
+    samples = command.add_argument_group("samples")
+    samples.add_argument("--dataset", choices=sorted(data.LOADERS), help="by default that of the run; its test set")
+    samples.add_argument("--data-dir", type=Path, metavar="DIR", help="folder of the dataset's files")
+    samples.add_argument("--limit", type=int, metavar="N", help="only the first N samples of the test set")
+
+
+def subject_of(options: argparse.Namespace) -> Subject:
+    """What the options name.
+
+    Raises:
+        ValueError: they name no network, or two; network, weights and dataset do not fit together.
+        OSError, ImportError, TypeError, NotImplementedError: as of the functions that load them.
+    """
+    find_factories_here()
+    if (options.run is None) == (options.model is None):
+        raise ValueError("name either the folder of a training run, or a network with --model")
+    return _of_run(options) if options.run is not None else _from_elsewhere(options)
+
+
+def _of_run(options: argparse.Namespace) -> Subject:
+    given = [f"--{name}" for name in _TAKEN_FROM_RUN if getattr(options, name) is not None]
+    if given:
+        raise ValueError(f"{', '.join(given)} is for a network from elsewhere; that of a run is all in {options.run}")
+    path = options.run / MODEL
+    if not path.is_file():
+        raise FileNotFoundError(f"{options.run} holds no trained network ({MODEL}): name the folder of a training run")
+    network, settings = load_model(path), settings_of_model(path)
+    dataset, images, labels = _samples(
+        options, options.dataset or settings.dataset, None if options.dataset else settings.data_dir
+    )
+    _check_output(network, str(path), dataset)
+    return Subject(network, str(path), dataset.name, images, labels, dataset.classes, settings.eps)
+
+
+def _from_elsewhere(options: argparse.Namespace) -> Subject:
+    if options.dataset is None:
+        raise ValueError("a network from elsewhere needs the samples that it is verified on: name --dataset")
+    dataset, images, labels = _samples(options, options.dataset, None)
+    name = options.model
+    if name.endswith(".onnx"):
+        if options.weights is not None:
+            raise ValueError(f"{name} holds its weights itself: leave --weights out")
+        network = read_onnx(Path(name), dataset.in_shape)
+    elif options.weights is None:
+        raise ValueError(f"--model {name} makes a network of random weights: name its trained ones with --weights FILE")
+    else:
+        network = models.build(name, dataset.in_shape, dataset.classes)
+        load_weights(network, _state_dict(options.weights), options.weights)
+    if (options.mean is None) != (options.std is None):
+        raise ValueError("--mean and --std belong together: give both")
+    if options.mean is not None:
+        network = nn.Sequential(models.Normalize(options.mean, options.std), network)
+    _check_output(network, name, dataset)
+    return Subject(network.eval(), name, dataset.name, images, labels, dataset.classes, None)
+
+
+def _samples(options: argparse.Namespace, name: str, data_dir: Path | None) -> tuple[data.Dataset, Tensor, Tensor]:
+    dataset = data.load(name, options.data_dir or data_dir)
+    count = len(dataset.test) if options.limit is None else options.limit
+    if not 1 <= count <= len(dataset.test):
+        raise ValueError(f"the test set of {dataset.name} has {len(dataset.test)} samples; cannot take {count}")
+    return dataset, dataset.test.images[:count], dataset.test.labels[:count]
+
+
+def _state_dict(path: Path) -> dict[str, Any]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # torch.load fails in many ways on what is none of its files.
+        raise ValueError(
+            f"{path} cannot be read as weights ({type(error).__name__}): save the state dict alone, "
+            "torch.save(model.state_dict(), FILE)"
+        ) from error
+    # Checkpoints often hold it beside the optimiser's.
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        content = content["state_dict"]
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise ValueError(f"{path} holds no state dict: save it with torch.save(model.state_dict(), FILE)")
+    return content
+
+
+@torch.no_grad()
+def _check_output(network: nn.Module, name: str, dataset: data.Dataset) -> None:
+    try:
+        outputs = network.eval()(torch.zeros(2, *dataset.in_shape))
+    except RuntimeError as error:
+        raise ValueError(
+            f"the network {name} cannot be run on images of {dataset.name}, of shape {dataset.in_shape}: {error}"
+        ) from error
+    if outputs.shape != (2, dataset.classes):
+        raise ValueError(
+            f"{dataset.name} has labels of {dataset.classes} classes, and the network {name} gives "
+            f"{tuple(outputs.shape)} for two samples: a certificate needs one score per class"
+        )

@@ -1,0 +1,198 @@
+"""``lirpa-fastwarmup verify``: certificates for a trained network's samples."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from tqdm import tqdm
+
+import lirpa_fastwarmup as fw
+from lirpa_fastwarmup.cli.options import device_named, number
+from lirpa_fastwarmup.cli.subject import Subject, add_arguments, subject_of
+from lirpa_fastwarmup.engine.compat import ENGINE_VERSION
+from lirpa_fastwarmup.engine.inputs import check_radius
+from lirpa_fastwarmup.storage import make_folder, write_csv, write_json
+from lirpa_fastwarmup.verification import (
+    METHODS,
+    Journal,
+    Radius,
+    UnsoundBoundError,
+    Verification,
+    certified_radii,
+    report,
+    verify,
+)
+
+_TOLERANCE = 1e-4
+
+
+def add_to(commands: Any) -> None:
+    """Add the command to the parser's ``commands``."""
+    command = commands.add_parser(
+        "verify",
+        help="certify and attack the test samples of a trained network",
+        description="Certify and attack the test samples of a trained network. Interrupted, the same command goes on.",
+    )
+    command.set_defaults(command=_verify)
+    add_arguments(command)
+    what = command.add_argument_group("verification")
+    what.add_argument("--eps", type=number, nargs="+", help="radii in pixel units; by default that of the run")
+    what.add_argument("--radius", action="store_true", help="the largest certified radius of each sample instead")
+    what.add_argument(
+        "--methods",
+        nargs="+",
+        choices=METHODS,
+        default=["IBP", "CROWN-IBP"],
+        metavar="METHOD",
+        help=f"of {', '.join(METHODS)}",
+    )
+    what.add_argument("--pgd-steps", type=int, default=50)
+    what.add_argument("--restarts", type=int, default=5, help="random starts of the attack; 0 for none")
+    what.add_argument("--float64", action="store_true", help="repeat the verdicts in double precision")
+    what.add_argument("--batch-size", type=int, default=100, help="samples at once; halved where memory is short")
+    what.add_argument("--seed", type=int, default=0, help="of the attack")
+    what.add_argument("--device", help="cpu, cuda, cuda:1 …; by default a GPU if there is one")
+    what.add_argument("--out", type=Path, metavar="DIR", help="folder for the results, by default RUN_DIR")
+    what.add_argument("--overwrite", action="store_true", help="replace an earlier verification in it")
+
+
+def _verify(options: argparse.Namespace) -> int:
+    out = _folder(options)
+    subject = subject_of(options)
+    radii = options.eps or ([] if options.radius else [subject.eps])
+    if None in radii:
+        raise ValueError("name the radius to certify, --eps 8/255, or ask for the largest one with --radius")
+    for eps in radii:  # Before hours go into the first of them.
+        check_radius(eps, (0.0, 1.0))
+    device = device_named(options.device)
+    bounded = fw.BoundedModule(subject.network.to(device), subject.x[:2].to(device))
+    journal = Journal(out / report.JOURNAL)
+    started = time.perf_counter()
+    task = _Task(options, subject, bounded, journal)
+    try:
+        verifications = [task.verify(eps) for eps in radii]
+        certified = task.radii() if options.radius else None
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"finished batches are kept in {journal.path}; the same command goes on") from None
+    finally:
+        task.close()
+    _write(out, options, subject, verifications, certified, device, time.perf_counter() - started)
+    journal.forget()
+    if task.contradictions:
+        raise UnsoundBoundError(task.contradictions)
+    return 0
+
+
+def _folder(options: argparse.Namespace) -> Path:
+    """Where the results go; an earlier verification there is not touched unless that was asked for."""
+    out = options.out or options.run
+    if out is None:
+        raise ValueError("name the folder for the results with --out DIR")
+    there = [name for name in (report.CERTIFICATES, report.SUMMARY, report.RADII) if (out / name).exists()]
+    if there and not options.overwrite:
+        raise FileExistsError(
+            f"{out} holds a verification already ({', '.join(there)}), and nothing of it was touched. Name another "
+            "folder with --out, or replace it with --overwrite"
+        )
+    if options.run is None or options.out is not None:
+        make_folder(out)
+    return Path(out)
+
+
+class _Task:
+    """One network's verification at several radii, with a bar for each; unsound bounds stop none of them."""
+
+    def __init__(
+        self, options: argparse.Namespace, subject: Subject, bounded: fw.BoundedModule, journal: Journal
+    ) -> None:
+        self._options = options
+        self._samples = subject.x, subject.labels
+        self._bounded = bounded.eval()
+        self._journal = journal
+        self._bar: Any = None
+        self.contradictions: list[str] = []
+
+    def _given(self, title: str) -> dict[str, Any]:
+        self._bar = tqdm(total=len(self._samples[1]), desc=title, unit="sample", leave=False, disable=None)
+        return {
+            "methods": self._options.methods,
+            "pgd_steps": self._options.pgd_steps,
+            "restarts": self._options.restarts,
+            "batch_size": self._options.batch_size,
+            "seed": self._options.seed,
+            "journal": self._journal,
+            "progress": self._advance,
+        }
+
+    def _advance(self, done: Sequence[object]) -> None:
+        self._bar.update(len(done))
+
+    def close(self) -> None:
+        """Leave the line of the bar."""
+        if self._bar is not None:
+            self._bar.close()
+
+    def verify(self, eps: float) -> Verification:
+        try:
+            found = verify(
+                self._bounded, self._samples, eps, float64=self._options.float64, **self._given(f"eps {eps:.5g}")
+            )
+        except UnsoundBoundError as error:
+            found = cast(Verification, error.result)
+            self.contradictions += [f"at eps {eps:g} {text}" for text in error.contradictions]
+        self.close()
+        print(report.as_text(found), flush=True)
+        return found
+
+    def radii(self) -> list[Radius]:
+        try:
+            found = certified_radii(self._bounded, self._samples, tolerance=_TOLERANCE, **self._given("radius"))
+        except UnsoundBoundError as error:
+            found = cast(list[Radius], error.result)
+            self.contradictions += error.contradictions
+        self.close()
+        print(report.radii_as_text(report.radius_entry(found, _TOLERANCE), len(found)), flush=True)
+        return found
+
+
+def _write(
+    out: Path,
+    options: argparse.Namespace,
+    subject: Subject,
+    verifications: Sequence[Verification],
+    radii: Sequence[Radius] | None,
+    device: torch.device,
+    seconds: float,
+) -> None:
+    for name in (report.CERTIFICATES, report.RADII, report.SUMMARY):
+        (out / name).unlink(missing_ok=True)
+    content: dict[str, Any] = {
+        "network": subject.name,
+        "dataset": subject.dataset,
+        "samples": len(subject.labels),
+        "classes": subject.classes,
+        "methods": options.methods,
+        "pgd_steps": options.pgd_steps,
+        "pgd_restarts": options.restarts,
+        "seed": options.seed,
+        "precision": "float32, eager, without TF32 and autocast; rounding is not bounded",
+        "engine": f"auto_LiRPA {ENGINE_VERSION}",
+        "torch": torch.__version__,
+        "package": fw.__version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "seconds": seconds,
+    }
+    if verifications:
+        write_csv(out / report.CERTIFICATES, report.certificate_rows(verifications))
+        content["results"] = [report.verification_entry(one) for one in verifications]
+    if radii is not None:
+        write_csv(out / report.RADII, report.radius_rows(radii))
+        content["certified_radius"] = report.radius_entry(radii, _TOLERANCE)
+    write_json(out / report.SUMMARY, content)
+    print(f"written to {out}")
