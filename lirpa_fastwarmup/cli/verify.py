@@ -143,7 +143,7 @@ class _Task:
                 self._bounded, self._samples, eps, float64=self._options.float64, **self._given(f"eps {eps:.5g}")
             )
         except UnsoundBoundError as error:
-            found = cast(Verification, error.result)
+            found = cast("Verification", error.result)
             self.contradictions += [f"at eps {eps:g} {text}" for text in error.contradictions]
         self.close()
         print(report.as_text(found), flush=True)
@@ -153,7 +153,7 @@ class _Task:
         try:
             found = certified_radii(self._bounded, self._samples, tolerance=_TOLERANCE, **self._given("radius"))
         except UnsoundBoundError as error:
-            found = cast(list[Radius], error.result)
+            found = cast("list[Radius]", error.result)
             self.contradictions += error.contradictions
         self.close()
         print(report.radii_as_text(report.radius_entry(found, _TOLERANCE), len(found)), flush=True)
