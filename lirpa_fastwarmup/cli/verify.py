@@ -93,7 +93,7 @@ def _folder(options: argparse.Namespace) -> Path:
     out = options.out or options.run
     if out is None:
         raise ValueError("name the folder for the results with --out DIR")
-    there = [name for name in (report.CERTIFICATES, report.SUMMARY, report.RADII) if (out / name).exists()]
+    there = [name for name in report.WRITTEN if (out / name).exists()]
     if there and not options.overwrite:
         raise FileExistsError(
             f"{out} holds a verification already ({', '.join(there)}), and nothing of it was touched. Name another "
@@ -169,7 +169,7 @@ def _write(
     device: torch.device,
     seconds: float,
 ) -> None:
-    for name in (report.CERTIFICATES, report.RADII, report.SUMMARY):
+    for name in report.WRITTEN:
         (out / name).unlink(missing_ok=True)
     content: dict[str, Any] = {
         "network": subject.name,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import io
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 import torch
@@ -54,10 +55,12 @@ def _alpha_crown(bounded: Any, box: Any, labels: Tensor, classes: int) -> Tensor
     with torch.no_grad():
         bounded.compute_bounds(x=(box,), method="IBP")
         first = _intermediate_bounds(bounded)
-        _crown(bounded, box, labels, classes)
+        crown = _crown(bounded, box, labels, classes)
+        if not bounded.optimizable_activations:  # A linear network: there is no slope to be optimised.
+            return crown
         both = {name: _intersection(bounds, first[name]) for name, bounds in _intermediate_bounds(bounded).items()}
     matrix = margin_matrix(labels, classes, box.dtype)
-    with torch.enable_grad(), _default_dtype(box.dtype):
+    with torch.enable_grad(), _default_dtype(box.dtype), redirect_stdout(io.StringIO()):  # 0.7 prints.
         options: dict[str, Any] = {"method": "alpha-CROWN", "bound_upper": False, _INTERMEDIATE: both}
         return bounded.compute_bounds(x=(box,), C=matrix, **options)[0]
 

@@ -18,6 +18,7 @@ from lirpa_fastwarmup.engine import sharing
 from lirpa_fastwarmup.engine.arithmetic import simplify_arithmetic
 from lirpa_fastwarmup.engine.compat import ENGINE_VERSION, engine
 from lirpa_fastwarmup.engine.operators import CUSTOM_OPERATORS, mend_operators
+from lirpa_fastwarmup.engine.precision import exact_arithmetic
 from lirpa_fastwarmup.engine.tracing import (
     TracedPathWarning,
     active_dropout,
@@ -123,7 +124,8 @@ class BoundedModule(engine.BoundedModule):
         options = {**options, "sparse_features_alpha": False} if ENGINE_VERSION.startswith("0.3") else options
         model = copy.deepcopy(self.wrapped).to(dtype).eval().requires_grad_(False)
         example = tuple(x.to(dtype) if x.is_floating_point() else x for x in self.example)
-        return type(self)(model, example, options, *others)
+        with exact_arithmetic(self.example[0].device):  # A trace would take autocast's conversions with it.
+            return type(self)(model, example, options, *others)
 
     def check_incompatible_nodes(self, model: nn.Module) -> None:
         """Let the engine trace in evaluation mode, whatever modules there are; it would choose and print."""

@@ -10,10 +10,12 @@ from typing import Any
 import torch
 
 from lirpa_fastwarmup.storage import make_folder, write_atomically
+from lirpa_fastwarmup.verification import report
 
 MODEL, CHECKPOINT, HISTORY, SUMMARY = "model.pt", "checkpoint.pt", "history.csv", "summary.json"
 CURVES, TENSORBOARD = "curves.png", "tensorboard"
-_WRITTEN = (MODEL, CHECKPOINT, HISTORY, SUMMARY, CURVES)
+# What is known of an earlier network goes with it.
+_WRITTEN = (MODEL, CHECKPOINT, HISTORY, SUMMARY, CURVES, *report.WRITTEN)
 
 
 class OutputExistsError(FileExistsError):

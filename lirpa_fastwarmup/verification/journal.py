@@ -24,15 +24,19 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._known: dict[str, Any] = {}
+        self._known = self._read()
         self._used: set[str] = set()
-        if path.is_file():
-            for line in path.read_text(errors="replace").splitlines():
+
+    def _read(self) -> dict[str, Any]:
+        known = {}
+        if self.path.is_file():
+            for line in self.path.read_text(errors="replace").splitlines():
                 try:
                     entry = json.loads(line)
-                    self._known[entry["key"]] = entry["value"]
+                    known[entry["key"]] = entry["value"]
                 except (ValueError, TypeError, KeyError):
                     continue
+        return known
 
     def get(self, key: str) -> Any:
         """What was put under ``key``; ``None`` if nothing was."""
@@ -43,13 +47,21 @@ class Journal:
         """Write a result down."""
         self._known[key] = value
         with self.path.open("a") as file:
+            # A line that was torn off is ended first.
+            file.write("" if self._ends_whole() else "\n")
             file.write(json.dumps({"key": key, "value": value}) + "\n")
             file.flush()
             os.fsync(file.fileno())
 
+    def _ends_whole(self) -> bool:
+        with self.path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - 1))
+            return file.read(1) in (b"", b"\n")
+
     def forget(self) -> None:
         """Take out what was asked for since this object was made; the file goes with its last line."""
-        left = {key: value for key, value in self._known.items() if key not in self._used}
+        left = {key: value for key, value in self._read().items() if key not in self._used}
         lines = [json.dumps({"key": key, "value": value}) + "\n" for key, value in left.items()]
         if lines:
             write_atomically(self.path, "".join(lines).encode())

@@ -12,6 +12,7 @@ from lirpa_fastwarmup.verification.radius import Radius
 from lirpa_fastwarmup.verification.result import Certificate, Share, Verification
 
 CERTIFICATES, SUMMARY, RADII, JOURNAL = "certificates.csv", "verification.json", "radii.csv", "verification.partial"
+WRITTEN = (CERTIFICATES, SUMMARY, RADII)
 
 
 def certificate_rows(verifications: Sequence[Verification]) -> list[dict[str, Any]]:

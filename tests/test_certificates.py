@@ -1,0 +1,456 @@
+"""Certificates are right where the truth is known, survive interruptions, and are refused where bounds are wrong."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import lirpa_fastwarmup as fw
+from lirpa_fastwarmup import verification
+from lirpa_fastwarmup.engine import methods
+from lirpa_fastwarmup.engine.bounds import ibp_margins
+from lirpa_fastwarmup.engine.compat import engine
+from lirpa_fastwarmup.verification import METHODS, Journal, UnsoundBoundError, certify, memory
+from tests import networks
+from tests.test_verification import LABELS, POINTS, linear_classifier
+
+
+def bounded_classifier():
+    return fw.BoundedModule(linear_classifier(), POINTS)
+
+
+def trained_digits():
+    """A small network on 1×8×8 inputs with margins worth certifying, and 24 samples of it."""
+    torch.manual_seed(1)
+    model = networks.convolutional(batchnorm=False).eval()
+    x = torch.rand(24, 1, 8, 8)
+    with torch.no_grad():
+        for layer in (0, 2, 5):
+            model[layer].weight.mul_(1.3)
+        model[7].weight.mul_(8)
+        model[7].bias.sub_(model(x).mean(0))
+    y = model(x).argmax(1)
+    y[::8] = (y[::8] + 1) % 3  # And some that are misclassified.
+    return fw.BoundedModule(model, x[:2]), x, y
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("eps", [0.02, 0.05, 0.1, 0.18])
+def test_certificates_of_a_classifier_whose_margins_are_known(eps, method):
+    # z_y − z_j is 2 y w·x − 2·3ε at the worst corner, and every method is exact on a linear network.
+    found = fw.verify(bounded_classifier(), (POINTS, LABELS), eps, [method], input_range=None)
+    products = torch.tensor([0.5, 0.2, -0.6, 0.05]) * torch.tensor([1, 1, -1, -1])
+    for sample, product in zip(found.certificates, products.tolist(), strict=True):
+        margin = 2 * product - 6 * eps
+        assert sample.margin == pytest.approx(margin, abs=1e-6)
+        assert sample.verified == (margin > 0)
+        assert sample.attacked == (margin < 0)
+        assert sample.method == (method if margin > 0 else None)
+        assert sample.correct == (product > 0)
+    assert [sample.index for sample in found.certificates] == [0, 1, 2, 3]
+    assert [sample.label for sample in found.certificates] == LABELS.tolist()
+
+
+def test_methods_run_cheapest_first_and_see_what_is_open():
+    bounded, x, y = trained_digits()
+    found = fw.verify(bounded, (x, y), 0.015, ("alpha-CROWN", "CROWN", "IBP", "CROWN-IBP"), batch_size=7)
+    assert list(found.stages) == ["PGD", *METHODS]
+    assert found.stages["PGD"].samples == found.stages["IBP"].samples == len(x)
+    refuted = {sample.index for sample in found.certificates if sample.attacked}
+    assert refuted >= set(range(0, 24, 8))
+    left = len(x) - len(refuted)
+    for method in METHODS:
+        if method != "IBP":
+            assert found.stages[method].samples == left
+        assert found.stages[method].hits == found.proved_by(method)
+        left -= found.proved_by(method)
+    assert sum(found.proved_by(method) > 0 for method in METHODS) >= 2  # The chain is worth its name here.
+    assert not found.contradictions
+    assert found.standard_error.count == 3
+    assert found.standard_error.count <= found.pgd_error.count <= found.verified_error.count
+    # IBP alone proves what verified_error counts.
+    alone = fw.verify(bounded, (x, y), 0.015, ("IBP",), restarts=0)
+    assert alone.verified_error.value == verification.verified_error(bounded, [(x, y)], 0.015)
+    assert alone.pgd_error is None
+
+
+def test_loaders_and_tensors_give_the_same():
+    bounded, x, y = trained_digits()
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=10)
+    given = [fw.verify(bounded, samples, 0.05, batch_size=10) for samples in (loader, (x, y), [x, y])]
+    assert given[0].certificates == given[1].certificates == given[2].certificates
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_every_method_bounds_samples_in_both_precisions(method, dtype):
+    bounded, x, y = trained_digits()
+    bounded = bounded.rebuilt(dtype)
+    x = x.to(dtype)
+    lower = methods.margin_lower_bounds(bounded, fw.input_box(x, 0.1), y, 3, method)
+    assert lower.shape == (24, 2)
+    assert lower.dtype == dtype
+    assert not lower.requires_grad
+    at_least = ibp_margins(bounded, fw.input_box(x, 0.1), y, 3)
+    if method in ("CROWN-IBP", "alpha-CROWN"):  # On average: of single margins IBP's may be the tighter.
+        assert float(lower.detach().mean()) > float(at_least.detach().mean())
+
+
+def test_alpha_crown_is_tighter_than_crown():
+    bounded, x, y = trained_digits()
+    fast = bounded.rebuilt(torch.float32)
+    lower = {
+        method: methods.margin_lower_bounds(fast, fw.input_box(x, 0.1), y, 3, method)
+        for method in ("CROWN-IBP", "CROWN", "alpha-CROWN")
+    }
+    assert bool((lower["alpha-CROWN"] >= lower["CROWN"] - 1e-4).all())
+    assert float(lower["alpha-CROWN"].mean()) > float(lower["CROWN"].mean()) + 1e-3
+
+
+def test_wilson_intervals():
+    # Their ends are the shares p at which the count is z = 1.96 deviations of a binomial with p away.
+    for count, samples in ((1, 10), (63, 1000), (999, 1000)):
+        share = verification.Share(count, samples)
+        for end in share.interval:
+            assert abs(share.value - end) / math.sqrt(end * (1 - end) / samples) == pytest.approx(1.959964, abs=1e-5)
+        assert share.interval[0] < share.value < share.interval[1]
+    assert verification.Share(0, 10).interval[0] == 0.0
+    assert verification.Share(10, 10).interval[1] == 1.0
+
+
+def absorbing_classifier():
+    """z = (2²⁵ x + 1, 2²⁵): in float32 the 1 is lost, and so is the margin."""
+    first, last = nn.Linear(1, 1), nn.Linear(1, 2)
+    with torch.no_grad():
+        first.weight.fill_(2.0**25)
+        first.bias.fill_(1.0)
+        last.weight.copy_(torch.tensor([[1.0], [0.0]]))
+        last.bias.copy_(torch.tensor([0.0, 2.0**25]))
+    return nn.Sequential(first, nn.ReLU(), last).eval()
+
+
+def test_verdicts_that_change_in_double_precision_are_told():
+    x, y = torch.ones(2, 1), torch.zeros(2, dtype=torch.long)
+    bounded = fw.BoundedModule(absorbing_classifier(), x)
+    found = fw.verify(bounded, (x, y), 1e-9, ("IBP",), float64=True, input_range=None)
+    assert [sample.float64 for sample in found.changed_in_float64] == ["not verified -> verified"] * 2
+    assert fw.verify(bounded, (x, y), 1e-9, input_range=None).changed_in_float64 == []
+    digits, x, y = trained_digits()
+    steady = fw.verify(digits, (x, y), 0.004, METHODS, float64=True)
+    assert all(sample.float64 == "" for sample in steady.certificates)
+
+
+def test_coarse_arithmetic_of_the_process_changes_nothing():
+    bounded, x, y = trained_digits()
+    expected = fw.verify(bounded, (x, y), 0.004)
+    bits = {}
+
+    def look(done):
+        bits["inside"] = torch.is_autocast_enabled("cpu"), torch.backends.mkldnn.matmul.fp32_precision
+
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert bounded.wrapped(x).dtype == torch.bfloat16  # It would matter.
+            found = fw.verify(bounded, (x, y), 0.004, progress=look)
+        assert bits["inside"] == (True, "bf16")  # Between batches the process has its settings back.
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert found.certificates == expected.certificates
+
+
+def test_compiled_networks_are_verified_eagerly(monkeypatch):
+    bounded, x, y = trained_digits()
+    seen = []
+    original = certify.margin_lower_bounds
+
+    def look(*args):
+        seen.append(torch.compiler.is_compiling())
+        seen.append(torch._dynamo.eval_frame._stance.stance != "force_eager")
+        return original(*args)
+
+    monkeypatch.setattr(certify, "margin_lower_bounds", look)
+    fw.verify(bounded, (x, y), 0.004)
+    assert seen
+    assert not any(seen)
+
+
+@pytest.fixture
+def wrong_sign(monkeypatch):
+    """One weight of every linear layer has the wrong sign in the interval product, and nowhere else."""
+
+    def spoil(layer):
+        original = layer.interval_propagate
+
+        def wrong(self, *v, **kwargs):
+            weight = v[1][0].clone().contiguous()
+            place = weight.abs().argmax()
+            weight.view(-1)[place] *= -1
+            return original(self, v[0], (weight, weight), *v[2:], **kwargs)
+
+        monkeypatch.setattr(layer, "interval_propagate", wrong)
+
+    for name in ("BoundLinear", "BoundMatMul"):
+        spoil(getattr(engine.bound_general, name))
+
+
+@pytest.mark.parametrize("float64", [False, True])
+def test_an_unsound_engine_is_caught(wrong_sign, float64):
+    bounded = bounded_classifier()
+    with pytest.raises(UnsoundBoundError, match=r"no certificate of this verification can be believed: sample \d") as e:
+        fw.verify(bounded, (POINTS, LABELS), 0.1, ("IBP",), input_range=None, float64=float64)
+    found = e.value.result
+    assert len(found.certificates) == 4  # Nothing is lost.
+    # w·x = 0.2 < 3ε: sample 1 has misclassified points, and w' = (1, 2) "proves" it.
+    assert any("is proved by IBP and yet misclassified" in text for text in found.contradictions)
+    assert any("smaller margin at a point of its box than IBP's lower bound" in text for text in found.contradictions)
+
+
+def test_a_bound_that_is_too_high_is_caught_though_nothing_is_misclassified(monkeypatch):
+    original = certify.margin_lower_bounds
+    monkeypatch.setattr(certify, "margin_lower_bounds", lambda *args: original(*args) + 0.3)
+    with pytest.raises(UnsoundBoundError, match="sample 0 has a smaller margin"):
+        fw.verify(bounded_classifier(), (POINTS[:1], LABELS[:1]), 0.05, ("IBP",), input_range=None)
+
+
+def test_nan_proves_nothing_and_contradicts_nothing():
+    bounded, x, y = trained_digits()
+    with torch.no_grad():
+        bounded.wrapped[7].weight.fill_(torch.nan)
+    found = fw.verify(bounded, (x, y), 0.004)
+    assert found.verified_error.value == 1.0
+    assert all(math.isnan(sample.margin) for sample in found.certificates)
+
+
+class Stop(KeyboardInterrupt):
+    pass
+
+
+def stop_after(batches):
+    done = []
+
+    def progress(certificates):
+        done.append(len(certificates))
+        if len(done) == batches:
+            raise Stop
+
+    return progress
+
+
+@pytest.mark.parametrize("torn", [False, True])
+def test_an_interrupted_verification_goes_on(torn, tmp_path, monkeypatch):
+    bounded, x, y = trained_digits()
+    given = {"methods": ("IBP", "CROWN"), "batch_size": 5, "float64": True}
+    unbroken = fw.verify(bounded, (x, y), 0.004, **given)
+    path = tmp_path / "journal"
+    with pytest.raises(Stop):
+        fw.verify(bounded, (x, y), 0.004, **given, journal=Journal(path), progress=stop_after(3))
+    if torn:
+        path.write_bytes(path.read_bytes()[:-20])
+    calls = []
+    original = certify.Certifier.certify
+    monkeypatch.setattr(
+        certify.Certifier, "certify", lambda self, x, *rest: (calls.append(len(x)), original(self, x, *rest))[1]
+    )
+    journal = Journal(path)
+    resumed = fw.verify(bounded, (x, y), 0.004, **given, journal=journal)
+    assert calls == ([5] if torn else []) + [5, 4]
+    assert resumed.certificates == unbroken.certificates
+    assert {name: stage.samples for name, stage in resumed.stages.items()} == {
+        name: stage.samples for name, stage in unbroken.stages.items()
+    }
+    # Another radius, other weights, other settings: nothing of it fits.
+    calls.clear()
+    fw.verify(bounded, (x, y), 0.003, **given, journal=Journal(path))
+    fw.verify(bounded, (x, y), 0.004, **given, seed=1, journal=Journal(path))
+    with torch.no_grad():
+        bounded.wrapped[0].weight[0, 0, 0, 0] += 1e-6
+    fw.verify(bounded, (x, y), 0.004, **given, journal=Journal(path))
+    assert calls == 3 * [5, 5, 5, 5, 4]
+    # What a finished verification used is taken out, and no more.
+    before = len(path.read_text().splitlines())
+    journal.forget()
+    assert len(path.read_text().splitlines()) == before - 5 - torn or torn
+
+
+def test_a_journal_goes_with_its_last_line(tmp_path):
+    bounded, x, y = trained_digits()
+    journal = Journal(tmp_path / "journal")
+    fw.verify(bounded, (x, y), 0.004, journal=journal)
+    assert journal.path.is_file()
+    journal.forget()
+    assert not journal.path.exists()
+
+
+def test_batches_shrink_until_they_fit(monkeypatch):
+    bounded, x, y = trained_digits()
+    expected = fw.verify(bounded, (x, y), 0.004)
+    original, sizes = certify.margin_lower_bounds, []
+
+    def greedy(bounded, box, labels, classes, method):
+        if method == "IBP":
+            sizes.append(len(labels))
+        if len(labels) > 5:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return original(bounded, box, labels, classes, method)
+
+    monkeypatch.setattr(certify, "margin_lower_bounds", greedy)
+    found = fw.verify(bounded, (x, y), 0.004)
+    assert [(one.verified, one.method) for one in found.certificates] == [
+        (one.verified, one.method) for one in expected.certificates
+    ]
+    assert sizes[:4] == [24, 12, 6, 3]
+    assert max(sizes[3:]) == 3  # What was learned is not forgotten.
+
+
+def test_a_sample_that_does_not_fit_is_an_error_that_names_the_method(monkeypatch):
+    bounded, x, y = trained_digits()
+
+    def greedy(*args):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(certify, "margin_lower_bounds", greedy)
+    with pytest.raises(verification.OutOfMemoryError, match="IBP needs more memory than there is, for a single sample"):
+        fw.verify(bounded, (x, y), 0.004)
+
+
+def test_other_failures_are_no_lack_of_memory():
+    def fails(part):
+        raise RuntimeError("shapes do not match")
+
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        memory.Parts(4).each(fails, torch.arange(8), "IBP")
+
+
+@pytest.mark.skipif(not hasattr(memory, "_free_memory") or memory._free_memory() is None, reason="needs Linux")
+def test_the_cpus_memory_ends_in_an_error_and_not_in_a_kill():
+    too_much = 4 * memory._free_memory()
+
+    def compute(part):
+        if len(part) > 2:
+            torch.empty(too_much, dtype=torch.uint8).fill_(1)
+        return part
+
+    assert torch.equal(memory.Parts(16).each(compute, torch.arange(8), "CROWN"), torch.arange(8))
+
+
+def test_radii_of_a_classifier_whose_margins_are_known():
+    # |w·x| / 3 where the sample is right; 0 where it is not.
+    radii = verification.certified_radii(bounded_classifier(), (POINTS, LABELS), METHODS, input_range=None)
+    for one, exact in zip(radii, [0.5 / 3, 0.2 / 3, 0.2, 0.0], strict=True):
+        assert exact - 1e-4 <= one.radius <= exact + 1e-7
+        assert one.method == ("IBP" if exact else None) or one.radius > exact - 1e-4
+    assert [one.index for one in radii] == [0, 1, 2, 3]
+    capped = verification.certified_radii(bounded_classifier(), (POINTS, LABELS), largest=0.1, input_range=None)
+    assert [one.radius for one in capped][::2] == [pytest.approx(0.1), pytest.approx(0.1)]
+
+
+def test_each_radius_is_certified_and_slightly_more_is_not(tmp_path):
+    bounded, x, y = trained_digits()
+    given = {"methods": ("IBP", "CROWN-IBP"), "batch_size": 9}
+    radii = verification.certified_radii(bounded, (x, y), **given)
+    assert {one.method for one in radii} >= {"CROWN-IBP", None}
+    some = [one for one in radii if one.radius][::4]
+    assert some
+    for one in some:
+        sample = x[one.index : one.index + 1], y[one.index : one.index + 1]
+        assert fw.verify(bounded, sample, one.radius, (one.method,), restarts=1).verified_error.count == 0
+        assert fw.verify(bounded, sample, one.radius + 1.1e-4, ("IBP", "CROWN-IBP")).verified_error.count == 1
+    journal = Journal(tmp_path / "journal")
+
+    def stop(new):
+        raise Stop
+
+    with pytest.raises(Stop):
+        verification.certified_radii(bounded, (x, y), **given, journal=journal, progress=stop)
+    assert verification.certified_radii(bounded, (x, y), **given, journal=Journal(journal.path)) == radii
+
+
+def test_radii_of_an_unsound_engine_are_refused(wrong_sign):
+    with pytest.raises(UnsoundBoundError, match=r"sample \d is proved by IBP at .* and misclassified") as e:
+        verification.certified_radii(bounded_classifier(), (POINTS, LABELS), ("IBP",), input_range=None)
+    assert len(e.value.result) == 4
+
+
+def without_mode(bounded, x, y):
+    bounded.train()
+    return bounded, (x, y), 0.1
+
+
+BAD = {
+    "eps 0": (lambda b, x, y: (b, (x, y), 0.0), ValueError, "eps must be above 0, found 0.0"),
+    "eps negative": (lambda b, x, y: (b, (x, y), -0.1), ValueError, "eps must be finite and at least 0"),
+    "eps too large": (lambda b, x, y: (b, (x, y), 8), ValueError, r"only 1 wide.*write 8/255, not 8"),
+    "eps nan": (lambda b, x, y: (b, (x, y), math.nan), ValueError, "eps must be finite"),
+    "eps text": (lambda b, x, y: (b, (x, y), "0.1"), TypeError, "eps must be a number"),
+    "range": (lambda b, x, y: (b, (x * 255, y), 0.1), ValueError, "inputs must lie in input_range"),
+    "bytes": (lambda b, x, y: (b, ((x * 255).byte(), y), 0.1), TypeError, "floating-point numbers, found torch.uint8"),
+    "mode": (without_mode, ValueError, "the network is in training mode"),
+    "no labels": (lambda b, x, y: (b, [x], 0.1), TypeError, "labels are needed"),
+    "labels None": (lambda b, x, y: (b, (x, None), 0.1), TypeError, "labels are needed"),
+    "loader without labels": (lambda b, x, y: (b, [(x,)], 0.1), TypeError, "labels are needed"),
+    "float labels": (lambda b, x, y: (b, (x, y.float()), 0.1), TypeError, "labels must be class numbers"),
+    "labels too high": (lambda b, x, y: (b, (x, y + 2), 0.1), ValueError, "labels must be between 0 and 2"),
+    "nothing": (lambda b, x, y: (b, [], 0.1), ValueError, "no samples"),
+    "plain network": (lambda b, x, y: (b.wrapped, (x, y), 0.1), TypeError, "expected a lirpa_fastwarmup.BoundedModule"),
+    "method": (lambda b, x, y: (b, (x, y), 0.1, ["MILP"]), ValueError, "unknown method 'MILP'; name at least one of"),
+    "no method": (lambda b, x, y: (b, (x, y), 0.1, []), ValueError, "name at least one of IBP"),
+    "method as text": (lambda b, x, y: (b, (x, y), 0.1, "IBP"), ValueError, "as a sequence"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(case):
+    make, kind, message = BAD[case]
+    bounded, x, y = trained_digits()
+    arguments = make(bounded, x, y)
+    with pytest.raises(kind, match=message):
+        fw.verify(*arguments)
+
+
+def test_bad_settings():
+    bounded, x, y = trained_digits()
+    with pytest.raises(ValueError, match="batch_size at least 1; found 50, 5 and 0"):
+        fw.verify(bounded, (x, y), 0.1, batch_size=0)
+    with pytest.raises(ValueError, match="0 < tolerance < largest"):
+        verification.certified_radii(bounded, (x, y), tolerance=0.0)
+    ablated = fw.BoundedModule(networks.convolutional().eval(), x[:2], bound_opts={"bn": {"mean": False}})
+    with pytest.raises(NotImplementedError, match="verification uses the plain network"):
+        fw.verify(ablated, (x, y), 0.1)
+
+
+def test_a_part_in_training_mode_is_named():
+    bounded = fw.BoundedModule(networks.convolutional().eval(), torch.rand(2, 1, 8, 8))
+    bounded.wrapped[1].train()
+    with pytest.raises(ValueError, match=r"in training mode \(1\)"):
+        fw.verify(bounded, (torch.rand(2, 1, 8, 8), torch.tensor([0, 1])), 0.1)
+
+
+def test_classes_that_no_sample_has_are_told(caplog):
+    bounded, x, y = trained_digits()
+    fw.verify(bounded, (x[y == 1], y[y == 1]), 0.004, restarts=0)
+    assert "no sample has the labels 0, 2, of the network's 3 classes" in caplog.text
+
+
+def test_an_engine_that_fails_is_told_with_the_method(monkeypatch):
+    bounded, x, y = trained_digits()
+
+    def fails(*args, **kwargs):
+        raise AssertionError("only patches")
+
+    monkeypatch.setitem(methods._METHODS, "CROWN", fails)
+    with pytest.raises(NotImplementedError, match=r"failed in CROWN on this network \(AssertionError: only patches\)"):
+        fw.verify(bounded, (x, y), 0.5, ("CROWN",))
+
+
+def test_the_network_is_left_as_it_was():
+    bounded, x, y = trained_digits()
+    before = {name: value.clone() for name, value in bounded.state_dict().items()}
+    fw.verify(bounded, (x, y), 0.004, METHODS)
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in bounded.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in bounded.state_dict().items())
