@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 import lirpa_fastwarmup as fw
-from lirpa_fastwarmup import verification
+from lirpa_fastwarmup import memory, verification
 from lirpa_fastwarmup.engine import methods
 from lirpa_fastwarmup.engine.bounds import ibp_margins
 from lirpa_fastwarmup.engine.compat import engine
-from lirpa_fastwarmup.verification import METHODS, Journal, UnsoundBoundError, certify, memory
+from lirpa_fastwarmup.verification import METHODS, Journal, UnsoundBoundError, certify
 from tests import networks
 from tests.test_verification import LABELS, POINTS, linear_classifier
 
@@ -88,24 +88,20 @@ def test_loaders_and_tensors_give_the_same():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_every_method_bounds_samples_in_both_precisions(method, dtype):
     bounded, x, y = trained_digits()
-    bounded = bounded.rebuilt(dtype)
     x = x.to(dtype)
-    lower = methods.margin_lower_bounds(bounded, fw.input_box(x, 0.1), y, 3, method)
+    lower = methods.MarginBounds(bounded, dtype).lower(fw.input_box(x, 0.1), y, method)
     assert lower.shape == (24, 2)
     assert lower.dtype == dtype
     assert not lower.requires_grad
-    at_least = ibp_margins(bounded, fw.input_box(x, 0.1), y, 3)
+    at_least = ibp_margins(bounded.rebuilt(dtype), fw.input_box(x, 0.1), y, 3)
     if method in ("CROWN-IBP", "alpha-CROWN"):  # On average: of single margins IBP's may be the tighter.
         assert float(lower.detach().mean()) > float(at_least.detach().mean())
 
 
 def test_alpha_crown_is_tighter_than_crown():
     bounded, x, y = trained_digits()
-    fast = bounded.rebuilt(torch.float32)
-    lower = {
-        method: methods.margin_lower_bounds(fast, fw.input_box(x, 0.1), y, 3, method)
-        for method in ("CROWN-IBP", "CROWN", "alpha-CROWN")
-    }
+    network = methods.MarginBounds(bounded, torch.float32)
+    lower = {method: network.lower(fw.input_box(x, 0.1), y, method) for method in ("CROWN-IBP", "CROWN", "alpha-CROWN")}
     assert bool((lower["alpha-CROWN"] >= lower["CROWN"] - 1e-4).all())
     assert float(lower["alpha-CROWN"].mean()) > float(lower["CROWN"].mean()) + 1e-3
 
@@ -167,14 +163,14 @@ def test_coarse_arithmetic_of_the_process_changes_nothing():
 def test_compiled_networks_are_verified_eagerly(monkeypatch):
     bounded, x, y = trained_digits()
     seen = []
-    original = certify.margin_lower_bounds
+    original = methods.MarginBounds.lower
 
     def look(*args):
         seen.append(torch.compiler.is_compiling())
         seen.append(torch._dynamo.eval_frame._stance.stance != "force_eager")
         return original(*args)
 
-    monkeypatch.setattr(certify, "margin_lower_bounds", look)
+    monkeypatch.setattr(methods.MarginBounds, "lower", look)
     fw.verify(bounded, (x, y), 0.004)
     assert seen
     assert not any(seen)
@@ -212,8 +208,8 @@ def test_an_unsound_engine_is_caught(wrong_sign, float64):
 
 
 def test_a_bound_that_is_too_high_is_caught_though_nothing_is_misclassified(monkeypatch):
-    original = certify.margin_lower_bounds
-    monkeypatch.setattr(certify, "margin_lower_bounds", lambda *args: original(*args) + 0.3)
+    original = methods.MarginBounds.lower
+    monkeypatch.setattr(methods.MarginBounds, "lower", lambda *args: original(*args) + 0.3)
     with pytest.raises(UnsoundBoundError, match="sample 0 has a smaller margin"):
         fw.verify(bounded_classifier(), (POINTS[:1], LABELS[:1]), 0.05, ("IBP",), input_range=None)
 
@@ -290,16 +286,16 @@ def test_a_journal_goes_with_its_last_line(tmp_path):
 def test_batches_shrink_until_they_fit(monkeypatch):
     bounded, x, y = trained_digits()
     expected = fw.verify(bounded, (x, y), 0.004)
-    original, sizes = certify.margin_lower_bounds, []
+    original, sizes = methods.MarginBounds.lower, []
 
-    def greedy(bounded, box, labels, classes, method):
+    def greedy(self, box, labels, method):
         if method == "IBP":
             sizes.append(len(labels))
         if len(labels) > 5:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
-        return original(bounded, box, labels, classes, method)
+        return original(self, box, labels, method)
 
-    monkeypatch.setattr(certify, "margin_lower_bounds", greedy)
+    monkeypatch.setattr(methods.MarginBounds, "lower", greedy)
     found = fw.verify(bounded, (x, y), 0.004)
     assert [(one.verified, one.method) for one in found.certificates] == [
         (one.verified, one.method) for one in expected.certificates
@@ -314,7 +310,7 @@ def test_a_sample_that_does_not_fit_is_an_error_that_names_the_method(monkeypatc
     def greedy(*args):
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory")
 
-    monkeypatch.setattr(certify, "margin_lower_bounds", greedy)
+    monkeypatch.setattr(methods.MarginBounds, "lower", greedy)
     with pytest.raises(verification.OutOfMemoryError, match="IBP needs more memory than there is, for a single sample"):
         fw.verify(bounded, (x, y), 0.004)
 

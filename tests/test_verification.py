@@ -57,6 +57,15 @@ def test_order_of_the_errors_and_modes_restored(x, y):
     assert int(model[4].num_batches_tracked) == 0
 
 
+def test_attack_works_where_gradients_are_off(x):
+    model = networks.convolutional().eval()
+    labels = model(x).argmax(1)
+    expected = verification.pgd(model, x, labels, 0.3, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        found = verification.pgd(model, x, labels, 0.3, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(found, expected)
+
+
 def test_attack_is_repeatable(x, y):
     model = networks.convolutional().eval()
 

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import inspect
 import io
+import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import redirect_stdout
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lirpa_fastwarmup.engine.bounds import crown_lower, ibp_margins, margin_matrix
 from lirpa_fastwarmup.engine.compat import ENGINE_VERSION, engine
+from lirpa_fastwarmup.engine.module import BoundedModule
+from lirpa_fastwarmup.engine.precision import default_dtype
+from lirpa_fastwarmup.memory import is_out_of_memory
+
+logger = logging.getLogger(__name__)
 
 Intermediate = dict[str, tuple[Tensor, Tensor]]
 
@@ -35,17 +41,6 @@ def _crown(bounded: Any, box: Any, labels: Tensor, classes: int) -> Tensor:
     return bounded.compute_bounds(x=(box,), C=matrix, method="CROWN", bound_upper=False)[0]
 
 
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """0.3 makes the tensors that it keeps optimised bounds in without a dtype."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
 def _alpha_crown(bounded: Any, box: Any, labels: Tensor, classes: int) -> Tensor:
     """Slopes are optimised for the margins alone, over intermediate bounds that IBP and CROWN have agreed on.
 
@@ -60,7 +55,7 @@ def _alpha_crown(bounded: Any, box: Any, labels: Tensor, classes: int) -> Tensor
             return crown
         both = {name: _intersection(bounds, first[name]) for name, bounds in _intermediate_bounds(bounded).items()}
     matrix = margin_matrix(labels, classes, box.dtype)
-    with torch.enable_grad(), _default_dtype(box.dtype), redirect_stdout(io.StringIO()):  # 0.7 prints.
+    with torch.enable_grad(), redirect_stdout(io.StringIO()):  # 0.7 prints.
         options: dict[str, Any] = {"method": "alpha-CROWN", "bound_upper": False, _INTERMEDIATE: both}
         return bounded.compute_bounds(x=(box,), C=matrix, **options)[0]
 
@@ -74,34 +69,66 @@ _METHODS: dict[str, Callable[[Any, Any, Tensor, int], Tensor]] = {
 METHODS: tuple[str, ...] = tuple(_METHODS)  # Cheapest first.
 
 # How the engine fails on what it has no rule for.
-_REFUSALS = (AssertionError, AttributeError, IndexError, KeyError, NotImplementedError, TypeError)
+_REFUSALS = (AssertionError, AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError)
 
 
-@torch.no_grad()
-def margin_lower_bounds(bounded: Any, box: Any, labels: Tensor, classes: int, method: str) -> Tensor:
-    """Lower bounds on z_y − z_j for every class j ≠ y over ``box``, by one of :data:`METHODS`.
+class MarginBounds:
+    """Lower bounds on the margins of a classifier, by any of :data:`METHODS`, on copies of it in ``dtype``.
+
+    The engine keeps CROWN's coefficients of convolutions as patches, which is lean, and knows fewer operators than it
+    does with matrices. A method that fails with patches is tried with matrices, from then on.
 
     Args:
-        bounded: a BoundedModule in evaluation mode; for alpha-CROWN, one that :meth:`BoundedModule.rebuilt` made.
-        box: what :func:`lirpa_fastwarmup.input_box` returns.
-        labels: (batch,), int64.
-        classes: outputs of the network.
-        method: IBP (Gowal et al. 2018), CROWN-IBP (Zhang et al. 2020), CROWN (Zhang et al. 2018) or alpha-CROWN (Xu
-            et al. 2021; slopes of the margins' own pass are optimised, intermediate bounds are those of IBP and CROWN).
-
-    Returns:
-        Shape (batch, classes − 1).
-
-    Raises:
-        NotImplementedError: the engine has no such bounds for an operator of the network.
+        bounded: the network; it stays as it is, and later changes of it are not seen.
+        dtype: precision of the bounds.
     """
-    try:
-        return _METHODS[method](bounded, box, labels, classes).detach()
-    except _REFUSALS as error:
+
+    def __init__(self, bounded: BoundedModule, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.classes = int(bounded.final_shape[1])
+        self._lean = bounded.rebuilt(dtype)
+        self._networks = dict.fromkeys(METHODS, self._lean)
+
+    @property
+    def model(self) -> nn.Module:
+        """The copy of the plain network, in evaluation mode."""
+        return self._lean.wrapped
+
+    @torch.no_grad()
+    def lower(self, box: Any, labels: Tensor, method: str) -> Tensor:
+        """Lower bounds on z_y − z_j for every class j ≠ y over ``box``.
+
+        Args:
+            box: what :func:`lirpa_fastwarmup.input_box` returns, in this dtype.
+            labels: (batch,), int64.
+            method: IBP (Gowal et al. 2018), CROWN-IBP (Zhang et al. 2020), CROWN (Zhang et al. 2018) or alpha-CROWN
+                (Xu et al. 2021; slopes of the margins' own pass are optimised, intermediate bounds are those of IBP
+                and CROWN).
+
+        Returns:
+            Shape (batch, classes − 1).
+
+        Raises:
+            NotImplementedError: the engine has no such bounds for an operator of the network.
+        """
+        try:
+            return self._bounds(box, labels, method)
+        except _REFUSALS as error:
+            if is_out_of_memory(error):
+                raise
+            refusal = error
+        if self._networks[method] is self._lean and self._lean.bound_opts.get("conv_mode", "patches") == "patches":
+            logger.info("%s fails on this network with patches (%s): trying matrices", method, refusal)
+            self._networks[method] = self._lean.rebuilt(self.dtype, conv_mode="matrix")
+            return self.lower(box, labels, method)
         raise NotImplementedError(
-            f"auto_LiRPA {ENGINE_VERSION} failed in {method} on this network ({type(error).__name__}: {error}): leave "
-            "the method out, or write the network with other operators"
-        ) from error
+            f"auto_LiRPA {ENGINE_VERSION} failed in {method} on this network ({type(refusal).__name__}: {refusal}): "
+            "leave the method out, or write the network with other operators"
+        ) from refusal
+
+    def _bounds(self, box: Any, labels: Tensor, method: str) -> Tensor:
+        with default_dtype(self.dtype):  # Both releases make some of their tensors without a dtype.
+            return _METHODS[method](self._networks[method], box, labels, self.classes).detach()
 
 
 def _read_over_bounds(bounded: Any) -> Iterator[Any]:

@@ -18,7 +18,7 @@ from lirpa_fastwarmup.engine import sharing
 from lirpa_fastwarmup.engine.arithmetic import simplify_arithmetic
 from lirpa_fastwarmup.engine.compat import ENGINE_VERSION, engine
 from lirpa_fastwarmup.engine.operators import CUSTOM_OPERATORS, mend_operators
-from lirpa_fastwarmup.engine.precision import exact_arithmetic
+from lirpa_fastwarmup.engine.precision import default_dtype, exact_arithmetic
 from lirpa_fastwarmup.engine.tracing import (
     TracedPathWarning,
     active_dropout,
@@ -114,17 +114,19 @@ class BoundedModule(engine.BoundedModule):
         example = tuple(x.to(like) if x.is_floating_point() else x.to(like.device) for x in self.example)
         return type(self), (self.wrapped, example, *self._arguments)
 
-    def rebuilt(self, dtype: torch.dtype) -> BoundedModule:
+    def rebuilt(self, dtype: torch.dtype, **changes: Any) -> BoundedModule:
         """One of a copy of the wrapped model in ``dtype``, in evaluation mode, that takes every bounding method.
 
-        The copy's parameters ask for no gradient.
+        The copy's parameters ask for no gradient; ``changes`` are made to the engine's ``bound_opts``.
         """
         options, *others = self._arguments
+        options = {**options, **changes}
         # Where neurons are stable over the whole batch, 0.3's sparse alpha fails.
         options = {**options, "sparse_features_alpha": False} if ENGINE_VERSION.startswith("0.3") else options
         model = copy.deepcopy(self.wrapped).to(dtype).eval().requires_grad_(False)
         example = tuple(x.to(dtype) if x.is_floating_point() else x for x in self.example)
-        with exact_arithmetic(self.example[0].device):  # A trace would take autocast's conversions with it.
+        # A trace would take autocast's conversions with it, and tables of S-shaped functions the default dtype.
+        with exact_arithmetic(self.example[0].device), default_dtype(dtype):
             return type(self)(model, example, options, *others)
 
     def check_incompatible_nodes(self, model: nn.Module) -> None:

@@ -12,16 +12,18 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lirpa_fastwarmup.engine.compat import engine
+from lirpa_fastwarmup.engine.compat import ENGINE_VERSION, engine
 
 Bound: Any = engine.bound_general.Bound
 BoundConv: Any = engine.bound_general.BoundConv
 BoundConvTranspose: Any = engine.bound_general.BoundConvTranspose
 BoundLinear: Any = engine.bound_general.BoundLinear
 BoundMatMul: Any = engine.bound_general.BoundMatMul
+BoundAveragePool: Any = engine.bound_general.BoundAveragePool
 BoundConcat: Any = engine.bound_general.BoundConcat
 
 _CONVOLUTION: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -157,6 +159,38 @@ class LinfConcat(BoundConcat):
         return super().interval_propagate(*v)
 
 
+class LinearAveragePool(BoundAveragePool):
+    """Average pooling whose CROWN bounds take stride and padding into account.
+
+    0.3's are wrong wherever the stride is not the window or there is padding, and fail on transposed coefficients.
+    """
+
+    def bound_backward(self, last_lA: Any, last_uA: Any, *x: Any, **kwargs: Any) -> Any:
+        if all(A is None or isinstance(A, Tensor) for A in (last_lA, last_uA)):
+            return [(self._adjoint(last_lA), self._adjoint(last_uA))], 0, 0
+        if list(self.stride) != list(self.kernel_size) or any(self.padding):
+            raise NotImplementedError(
+                f"CROWN through average pooling of windows {self.kernel_size} with stride {self.stride} and padding "
+                f"{self.padding}, with coefficients kept as patches: build the BoundedModule with "
+                "bound_opts={'conv_mode': 'matrix'}, or use IBP"
+            )
+        last_lA, last_uA = (A and A.create_similar(A.patches.contiguous()) for A in (last_lA, last_uA))
+        return super().bound_backward(last_lA, last_uA, *x, **kwargs)
+
+    def _adjoint(self, coefficients: Tensor | None) -> Tensor | None:
+        """Coefficients (rows, batch, channels, …) of the output, as those of the input."""
+        if coefficients is None:
+            return None
+        channels, *space = self.input_shape[1:]
+        share = 1 / math.prod(self.kernel_size)
+        weight = torch.full((channels, 1, *self.kernel_size), share).to(coefficients)
+        spread = F.conv_transpose2d(coefficients.flatten(0, 1), weight, None, self.stride, groups=channels)
+        # From the padded input, as far as windows reach, to the input: a negative padding cuts off.
+        (top, left), (high, wide) = self.padding, spread.shape[2:]
+        spread = F.pad(spread, (-left, space[1] + left - wide, -top, space[0] + top - high))
+        return spread.unflatten(0, coefficients.shape[:2])
+
+
 def mend_operators(bounded: Any) -> None:
     """Put the classes above in place of the engine's, where they are needed."""
     takes_margins = "C" in inspect.signature(BoundMatMul.interval_propagate).parameters
@@ -165,3 +199,5 @@ def mend_operators(bounded: Any) -> None:
             node.__class__ = MarginMatMul
         elif type(node) is BoundConcat:
             node.__class__ = LinfConcat
+        elif type(node) is BoundAveragePool and ENGINE_VERSION.startswith("0.3"):
+            node.__class__ = LinearAveragePool

@@ -38,3 +38,14 @@ def exact_arithmetic(device: torch.device) -> Iterator[None]:
         finally:
             for backend, precision in zip(_COARSE, before, strict=True):
                 backend.fp32_precision = precision
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """What a tensor is made in that is not told its dtype."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

@@ -135,7 +135,8 @@ def _descend(
         found.replace(left, Attack(met.points[left], met.margins[left], met.succeeded[left]))
         if step == steps or bool(found.succeeded.all()):
             break
-        (gradient,) = torch.autograd.grad(margins.sum(), point)
+        with torch.enable_grad():
+            (gradient,) = torch.autograd.grad(margins.sum(), point)
         point = torch.min(torch.max(point.detach() - stride * gradient.sign(), lower), upper)
     return found
 

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from lirpa_fastwarmup.engine.bounds import box_ends, input_box, proved
 from lirpa_fastwarmup.engine.inputs import Epsilon, InputRange
-from lirpa_fastwarmup.engine.methods import METHODS, margin_lower_bounds
+from lirpa_fastwarmup.engine.methods import METHODS, MarginBounds
 from lirpa_fastwarmup.engine.module import BoundedModule
 from lirpa_fastwarmup.engine.precision import exact_arithmetic
+from lirpa_fastwarmup.memory import Parts
 from lirpa_fastwarmup.verification.attacks import attack
-from lirpa_fastwarmup.verification.memory import Parts
 from lirpa_fastwarmup.verification.result import Certificate, Stage
 from lirpa_fastwarmup.verification.soundness import class_margins, contradicted
 
@@ -111,9 +111,8 @@ class Certifier:
 
     def __init__(self, bounded: BoundedModule, plan: Plan) -> None:
         self.plan = plan
-        self._networks = {dtype: bounded.rebuilt(dtype) for dtype in dtypes_of(plan)}
+        self._bounds = {dtype: MarginBounds(bounded, dtype) for dtype in dtypes_of(plan)}
         self._parts = {name: Parts(plan.batch_size) for name in (ATTACK, *plan.methods)}
-        self._classes = int(bounded.final_shape[1])
 
     def certify(self, x: Tensor, y: Tensor, eps: Epsilon) -> BatchResult:
         """Attack and bound the samples ``x`` with labels ``y`` in their boxes of radius ``eps``.
@@ -137,7 +136,7 @@ class Certifier:
         if not self.plan.restarts:
             return x
         started = time.perf_counter()
-        model = self._networks[torch.float32].wrapped
+        model = self._bounds[torch.float32].model
         # The same points whatever was done before, so that an interrupted verification goes on as it would have.
         generator = torch.Generator().manual_seed(self.plan.seed)
 
@@ -162,7 +161,7 @@ class Certifier:
         self, dtype: torch.dtype, x: Tensor, y: Tensor, eps: Epsilon, points: Tensor, result: BatchResult
     ) -> _Verdicts:
         """Bound the batch in ``dtype``; stages and contradictions go into ``result``."""
-        model = self._networks[dtype].wrapped
+        model = self._bounds[dtype].model
         x = x.to(dtype)
         clean = _logits(model, x)
         lower, upper = box_ends(x, eps, self.plan.input_range)
@@ -198,10 +197,10 @@ class Certifier:
     ) -> None:
         """Bound the margins of ``samples`` by ``method``, and take down what that proves or contradicts."""
         started = time.perf_counter()
-        bounded, classes, input_range = self._networks[x.dtype], self._classes, self.plan.input_range
+        network = self._bounds[x.dtype]
 
         def bounds(part: Tensor) -> Tensor:
-            return margin_lower_bounds(bounded, input_box(x[part], eps, input_range), y[part], classes, method)
+            return network.lower(input_box(x[part], eps, self.plan.input_range), y[part], method)
 
         lower = self._parts[method].each(bounds, samples, method)
         proves = proved(lower)

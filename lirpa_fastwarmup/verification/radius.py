@@ -11,13 +11,13 @@ from torch import Tensor
 
 from lirpa_fastwarmup.engine.bounds import input_box, proved
 from lirpa_fastwarmup.engine.inputs import InputRange, check_batch
-from lirpa_fastwarmup.engine.methods import margin_lower_bounds
+from lirpa_fastwarmup.engine.methods import MarginBounds
 from lirpa_fastwarmup.engine.module import BoundedModule
 from lirpa_fastwarmup.engine.precision import exact_arithmetic
+from lirpa_fastwarmup.memory import Parts
 from lirpa_fastwarmup.verification.attacks import attack
 from lirpa_fastwarmup.verification.certify import ATTACK, ordered
 from lirpa_fastwarmup.verification.journal import Journal, digest
-from lirpa_fastwarmup.verification.memory import Parts
 from lirpa_fastwarmup.verification.soundness import UnsoundBoundError
 from lirpa_fastwarmup.verification.verifier import Samples, batches_of, check_network, conditions_of
 
@@ -44,7 +44,7 @@ class Radius:
 
 @dataclass(frozen=True)
 class _Search:
-    bounded: BoundedModule
+    network: MarginBounds
     methods: tuple[str, ...]
     input_range: InputRange | None
     largest: float
@@ -97,10 +97,18 @@ def certified_radii(
             f"the radius is searched for from 0 to largest, to within tolerance, so that 0 < tolerance < largest; "
             f"found tolerance {tolerance} and largest {largest}"
         )
-    fast = bounded.rebuilt(torch.float32)
-    search = _Search(fast, ordered(methods), input_range, largest, tolerance, pgd_steps, restarts, seed)
+    search = _Search(
+        MarginBounds(bounded, torch.float32),
+        ordered(methods),
+        input_range,
+        largest,
+        tolerance,
+        pgd_steps,
+        restarts,
+        seed,
+    )
     parts = {name: Parts(batch_size) for name in (ATTACK, *search.methods)}
-    conditions = {**conditions_of(bounded), "radius": replace(search, bounded=None)}  # type: ignore[arg-type]
+    conditions = {**conditions_of(bounded), "radius": replace(search, network=None)}  # type: ignore[arg-type]
     radii: list[Radius] = []
     for x, y in batches_of(samples, batch_size):
         check_batch(x, y, int(bounded.final_shape[1]), input_range)
@@ -129,7 +137,7 @@ def certified_radii(
 def _radii(search: _Search, parts: dict[str, Parts], x: Tensor, y: Tensor) -> list[Radius]:
     with exact_arithmetic(x.device):
         with torch.no_grad():
-            predictions = search.bounded.wrapped(x).argmax(1)
+            predictions = search.network.model(x).argmax(1)
         right = (predictions == y).nonzero().squeeze(1)
         radius = torch.zeros(len(y), device=x.device)
         method = torch.full_like(y, -1)
@@ -158,14 +166,13 @@ def _bisect(
 ) -> Tensor:
     """The largest radii of ``samples`` that ``method`` certifies, or ``proven`` where that is more."""
     low = proven[samples]
-    classes = int(search.bounded.final_shape[1])
     ones = [1] * (x.ndim - 1)
 
     def margins_at(radius: Tensor) -> Callable[[Tensor], Tensor]:
         def margins(part: Tensor) -> Tensor:
             where = samples[part]
             box = input_box(x[where], radius[part].view(-1, *ones), search.input_range)
-            return margin_lower_bounds(search.bounded, box, y[where], classes, method)
+            return search.network.lower(box, y[where], method)
 
         return margins
 
@@ -192,7 +199,7 @@ def _attacked(search: _Search, parts: Parts, x: Tensor, y: Tensor, radius: Tenso
 
     def succeeded(part: Tensor) -> Tensor:
         return attack(
-            search.bounded.wrapped,
+            search.network.model,
             x[part],
             y[part],
             radius[part].view(-1, *[1] * (x.ndim - 1)),
