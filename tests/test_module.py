@@ -471,3 +471,19 @@ def test_optimised_bounds_in_evaluation(x):
     assert same(state(model), before)
     assert bool((optimised >= crown - 1e-4).all())
     assert bool((optimised <= model(x) + 1e-4).all())
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("network", networks.ON_8X8)
+@torch.no_grad()
+def test_bounds_of_any_batch_size(network, training, x):
+    # A network that reads its batch size, x.view(x.shape[0], -1), has that of the example in its trace.
+    model = networks.ON_8X8[network]().train(training)
+    bounded = fw.BoundedModule(model, x[:2])
+    for count in (8, 3, 2):
+        for method in ("IBP", "CROWN-IBP", "CROWN"):
+            lower, upper = bounded.compute_bounds(x=(fw.input_box(x[:count], 1e-6),), method=method)
+            assert lower.shape == (count, 3)
+            if not training:
+                assert torch.allclose(lower, model(x[:count]), atol=1e-3)
+                assert torch.allclose(upper, model(x[:count]), atol=1e-3)

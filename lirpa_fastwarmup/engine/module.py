@@ -27,6 +27,7 @@ from lirpa_fastwarmup.engine.tracing import (
     untraceable,
 )
 
+BoundShape: Any = engine.bound_general.BoundShape
 BoundConstant: Any = engine.bound_general.BoundConstant
 
 
@@ -249,7 +250,8 @@ class BoundedModule(engine.BoundedModule):
     def compute_bounds(self, x: Any = None, *args: Any, reuse_statistics: bool = False, **kwargs: Any) -> Any:
         """Bounds on the output, by any of the engine's methods; other arguments as in the engine.
 
-        In training mode a clean pass of the batch comes first, for BatchNorm's statistics.
+        In training mode a clean pass of the batch comes first, for BatchNorm's statistics; also where the network
+        reads its input's shape, as ``x.view(x.shape[0], -1)`` does, which the engine leaves as it was in the last pass.
 
         Args:
             x: a BoundedTensor, or a tuple of inputs of which at least one is a BoundedTensor; ``None`` goes on
@@ -271,7 +273,7 @@ class BoundedModule(engine.BoundedModule):
             with sharing.without_bookkeeping(self):
                 if x is not None:
                     x = (x,) if isinstance(x, Tensor) else tuple(x)
-                    if not reuse_statistics and self._uses_batch_statistics():
+                    if not reuse_statistics and (self._uses_batch_statistics() or self._reads_shapes()):
                         super().forward(*x)
                 return super().compute_bounds(x, *args, **kwargs)
         finally:
@@ -284,6 +286,9 @@ class BoundedModule(engine.BoundedModule):
                 f"Dropout draws a new mask at every pass ({', '.join(names)}), and bounds of one mask say nothing of "
                 "the next: put these modules in evaluation mode, or take them out"
             )
+
+    def _reads_shapes(self) -> bool:
+        return any(isinstance(node, BoundShape) for node in self._modules.values())
 
     def _uses_batch_statistics(self) -> bool:
         return any(

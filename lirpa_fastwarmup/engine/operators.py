@@ -24,6 +24,7 @@ BoundConvTranspose: Any = engine.bound_general.BoundConvTranspose
 BoundLinear: Any = engine.bound_general.BoundLinear
 BoundMatMul: Any = engine.bound_general.BoundMatMul
 BoundAveragePool: Any = engine.bound_general.BoundAveragePool
+BoundReshape: Any = engine.bound_general.BoundReshape
 BoundConcat: Any = engine.bound_general.BoundConcat
 
 _CONVOLUTION: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -159,6 +160,24 @@ class LinfConcat(BoundConcat):
         return super().interval_propagate(*v)
 
 
+class BatchReshape(BoundReshape):
+    """A reshape that keeps the batch dimension, whatever the batch.
+
+    0.3's trace of ``x.view(x.shape[0], -1)`` holds the size of the example batch as a constant.
+
+    Attributes:
+        traced_batch: that size.
+    """
+
+    traced_batch: int
+
+    def forward(self, x: Tensor, shape: Any) -> Any:
+        shape = [int(size) for size in shape]
+        if shape[0] == self.traced_batch:
+            shape[0] = x.shape[0]
+        return super().forward(x, shape)
+
+
 class LinearAveragePool(BoundAveragePool):
     """Average pooling whose CROWN bounds take stride and padding into account.
 
@@ -191,8 +210,14 @@ class LinearAveragePool(BoundAveragePool):
         return spread.unflatten(0, coefficients.shape[:2])
 
 
+def _keeps_batch(node: Any, batch: int) -> bool:
+    """Whether a reshape's first dimension was the batch before and after, in the trace."""
+    return bool(node.input_shape[0] == batch and node.output_shape[0] == batch)
+
+
 def mend_operators(bounded: Any) -> None:
     """Put the classes above in place of the engine's, where they are needed."""
+    traced_batch = len(bounded.example[0])
     takes_margins = "C" in inspect.signature(BoundMatMul.interval_propagate).parameters
     for node in bounded._modules.values():
         if type(node) is BoundMatMul and not takes_margins:
@@ -201,3 +226,6 @@ def mend_operators(bounded: Any) -> None:
             node.__class__ = LinfConcat
         elif type(node) is BoundAveragePool and ENGINE_VERSION.startswith("0.3"):
             node.__class__ = LinearAveragePool
+        elif type(node) is BoundReshape and _keeps_batch(node, traced_batch):
+            node.__class__ = BatchReshape
+            node.traced_batch = traced_batch
