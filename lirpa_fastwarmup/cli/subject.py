@@ -63,6 +63,16 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     samples.add_argument("--limit", type=int, metavar="N", help="only the first N samples of the test set")
 
 
+def check_named(options: argparse.Namespace) -> None:
+    """Refuse options that name no network, or two.
+
+    Raises:
+        ValueError: they do.
+    """
+    if (options.run is None) == (options.model is None):
+        raise ValueError("name either the folder of a training run, or a network with --model")
+
+
 def subject_of(options: argparse.Namespace) -> Subject:
     """What the options name.
 
@@ -70,9 +80,8 @@ def subject_of(options: argparse.Namespace) -> Subject:
         ValueError: they name no network, or two; network, weights and dataset do not fit together.
         OSError, ImportError, TypeError, NotImplementedError: as of the functions that load them.
     """
+    check_named(options)
     find_factories_here()
-    if (options.run is None) == (options.model is None):
-        raise ValueError("name either the folder of a training run, or a network with --model")
     return _of_run(options) if options.run is not None else _from_elsewhere(options)
 
 

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 import lirpa_fastwarmup as fw
 from lirpa_fastwarmup.cli.options import device_named, number
-from lirpa_fastwarmup.cli.subject import Subject, add_arguments, subject_of
+from lirpa_fastwarmup.cli.subject import Subject, add_arguments, check_named, subject_of
 from lirpa_fastwarmup.engine.compat import ENGINE_VERSION
 from lirpa_fastwarmup.engine.inputs import check_radius
 from lirpa_fastwarmup.storage import make_folder, write_csv, write_json
@@ -62,6 +62,7 @@ def add_to(commands: Any) -> None:
 
 
 def _verify(options: argparse.Namespace) -> int:
+    check_named(options)
     out = _folder(options)
     subject = subject_of(options)
     radii = options.eps or ([] if options.radius else [subject.eps])

@@ -151,6 +151,11 @@ class BoundedModule(engine.BoundedModule):
             )
 
     @property
+    def given_options(self) -> dict[str, Any]:
+        """The ``bound_opts`` that it was built with, without what the engine adds."""
+        return dict(self._arguments[0])
+
+    @property
     def ablated(self) -> tuple[str, ...]:
         """What ``bound_opts={"bn": {"mean": False, …}}`` leaves out of BatchNorm, of mean, var and affine.
 

@@ -124,7 +124,7 @@ def conditions_of(bounded: BoundedModule) -> dict[str, object]:
         "engine": ENGINE_VERSION,
         "torch": torch.__version__,
         "network": str(bounded.wrapped),
-        "options": bounded.bound_opts,
+        "options": bounded.given_options,
         **{f"state {name}": value for name, value in bounded.wrapped.state_dict().items()},
     }
 

@@ -1,0 +1,295 @@
+"""The commands ``verify`` and ``export`` on a run and on networks from elsewhere: files, statuses, errors."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+
+import pytest
+import torch
+from torch import nn
+
+import lirpa_fastwarmup as fw
+from lirpa_fastwarmup import cli, data, exchange, verification
+from lirpa_fastwarmup.engine.compat import ENGINE_VERSION, engine
+from lirpa_fastwarmup.presets import preset
+from lirpa_fastwarmup.training import load_model, train
+
+IN_SHAPE = (1, 28, 28)
+
+
+def run(capsys, *arguments):
+    status = cli.main([str(argument) for argument in arguments])
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A short run, whose network is good for something."""
+    out = tmp_path_factory.mktemp("run")
+    settings = preset("mnist5k").replace(
+        width=2, hidden=8, epochs=5, ramp_start=2, ramp_length=2, eps=0.01, lr=5e-3, pgd_steps=1, pgd_restarts=1
+    )
+    train(settings, out, overwrite=True)
+    return out
+
+
+@pytest.fixture
+def run_dir(trained, tmp_path):
+    return shutil.copytree(trained, tmp_path / "run")
+
+
+def rows_of(path):
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+# Digits come in order of their classes: 1,000 of them, in a few steps of the attack.
+QUICK = ("--pgd-steps", 3, "--restarts", 1)
+
+
+def test_files_of_a_verification_agree_with_one_another_and_the_library(run_dir, capsys):
+    status, out, err = run(capsys, "verify", run_dir, *QUICK, "--float64", "--eps", 0.01, "8/255")
+    assert status == 0, err
+    summary = json.loads((run_dir / "verification.json").read_text())
+    rows = rows_of(run_dir / "certificates.csv")
+    assert len(rows) == 2000
+    assert list(rows[0]) == [
+        *("index", "label", "prediction", "verified", "method", "margin_lower_bound", "attacked", "eps", "float64")
+    ]
+    test = data.load("mnist5k").test
+    model = load_model(run_dir / "model.pt")
+    x = test.images.float() / 255
+    bounded = fw.BoundedModule(model, x[:2])
+    for part, eps, result in zip((rows[:1000], rows[1000:]), (0.01, 8 / 255), summary["results"], strict=True):
+        assert result["eps"] == pytest.approx(eps)
+        assert [int(row["index"]) for row in part] == list(range(1000))
+        assert [int(row["label"]) for row in part] == test.labels.tolist()
+        assert [int(row["prediction"]) for row in part] == model(x).argmax(1).tolist()
+        wrong = sum(row["label"] != row["prediction"] for row in part)
+        attacked = sum(row["attacked"] == "1" for row in part)
+        unverified = sum(row["verified"] == "0" for row in part)
+        assert wrong < attacked <= unverified < 1000
+        for name, count in (("standard", wrong), ("pgd", attacked), ("verified", unverified)):
+            assert result[f"{name}_error"]["count"] == count
+            assert result[f"{name}_error"]["value"] == count / 1000
+            low, high = result[f"{name}_error"]["interval_95"]
+            assert low < count / 1000 < high
+        by_ibp = verification.verified_error(bounded, [(x, test.labels)], eps)
+        assert sum(row["method"] == "IBP" for row in part) == round(1000 * (1 - by_ibp))
+        for row in part:
+            assert (row["method"] != "") == (row["verified"] == "1")
+            assert (float(row["margin_lower_bound"]) > 0) == (row["verified"] == "1")
+        assert result["changed_in_float64"] == {row["index"]: row["float64"] for row in part if row["float64"]}
+        assert result["stages"]["PGD"]["samples"] == 1000
+        assert f"verified error  {unverified / 1000:.2%} [" in out
+    assert summary["results"][0]["verified_error"]["count"] < summary["results"][1]["verified_error"]["count"]
+    assert summary["engine"] == f"auto_LiRPA {ENGINE_VERSION}"
+    assert "float32" in summary["precision"]
+    assert not (run_dir / "verification.partial").exists()
+
+
+def test_radius_of_the_run_comes_by_default_and_results_are_not_replaced(run_dir, capsys):
+    status, _, _ = run(capsys, "verify", run_dir, *QUICK, "--methods", "IBP", "--limit", 100)
+    assert status == 0
+    summary = json.loads((run_dir / "verification.json").read_text())
+    assert summary["results"][0]["eps"] == 0.01
+    assert summary["methods"] == ["IBP"]
+    assert summary["samples"] == 100
+    before = (run_dir / "certificates.csv").read_bytes()
+    status, _, err = run(capsys, "verify", run_dir, "--eps", 0.02)
+    assert status == 1
+    assert "holds a verification already" in err
+    assert (run_dir / "certificates.csv").read_bytes() == before
+    status, out, _ = run(capsys, "verify", run_dir, *QUICK, "--radius", "--limit", 60, "--overwrite")
+    assert status == 0
+    assert not (run_dir / "certificates.csv").exists()
+    radii = rows_of(run_dir / "radii.csv")
+    assert len(radii) == 60
+    assert max(float(row["certified_radius"]) for row in radii) > 0.01
+    summary = json.loads((run_dir / "verification.json").read_text())
+    mean = sum(float(row["certified_radius"]) for row in radii) / 60
+    assert summary["certified_radius"]["mean"] == pytest.approx(mean)
+    assert f"mean {mean:.4f}" in out
+    # A new run in the folder is of another network, of which the old certificates say nothing.
+    train(preset("mnist5k").replace(width=2, hidden=8, epochs=1, ramp_length=1, data_limit=70), run_dir, overwrite=True)
+    assert not (run_dir / "radii.csv").exists()
+    assert not (run_dir / "verification.json").exists()
+
+
+def test_an_interrupted_command_goes_on(run_dir, capsys, monkeypatch):
+    arguments = ("verify", run_dir, *QUICK, "--limit", 90, "--batch-size", 30, "--eps", 0.005, 0.01)
+    assert run(capsys, *arguments, "--out", run_dir.parent / "unbroken")[0] == 0
+    certify, calls = verification.certify.Certifier.certify, []
+
+    def stopping(self, *rest):
+        calls.append(1)
+        if len(calls) == 5:  # The second batch at the second radius.
+            raise KeyboardInterrupt
+        return certify(self, *rest)
+
+    monkeypatch.setattr(verification.certify.Certifier, "certify", stopping)
+    status, _, err = run(capsys, *arguments)
+    assert status == 130
+    assert "the same command goes on" in err
+    assert not (run_dir / "certificates.csv").exists()
+    assert run(capsys, *arguments)[0] == 0
+    assert len(calls) == 5 + 2
+    assert (run_dir / "certificates.csv").read_bytes() == (run_dir.parent / "unbroken/certificates.csv").read_bytes()
+    assert not (run_dir / "verification.partial").exists()
+
+
+def test_unsound_bounds_are_written_named_and_refused(run_dir, capsys, monkeypatch):
+    original = engine.bound_general.BoundLinear.interval_propagate
+
+    def wrong(self, *v, **kwargs):
+        # One weight's sign in the interval product, of the layer of the classes: no other has eight inputs.
+        weight = v[1][0].clone().contiguous()
+        if weight.shape[1] == 8:
+            weight.view(-1)[weight.abs().argmax()] *= -1
+        return original(self, v[0], (weight, weight), *v[2:], **kwargs)
+
+    monkeypatch.setattr(engine.bound_general.BoundLinear, "interval_propagate", wrong)
+    status, out, err = run(capsys, "verify", run_dir, *QUICK, "--eps", 0.005, 0.01)
+    assert status == 1
+    assert "the bounds are not sound, and no certificate of this verification can be believed: at eps 0.005" in err
+    assert "sample " in err
+    summary = json.loads((run_dir / "verification.json").read_text())
+    assert all(result["contradictions"] for result in summary["results"])
+    assert len(rows_of(run_dir / "certificates.csv")) == 2000
+    assert out.count("verified error") == 2
+
+
+def weights_of(run_dir, path):
+    torch.save(load_model(run_dir / "model.pt").state_dict(), path)
+    return path
+
+
+FACTORY = """
+import lirpa_fastwarmup as fw
+
+def small(in_shape, classes):
+    return fw.models.cnn7(in_shape, classes, width=2, hidden=8)
+"""
+
+
+def test_a_network_from_elsewhere(run_dir, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere_networks.py").write_text(FACTORY)
+    weights = weights_of(run_dir, tmp_path / "weights.pt")
+    exchange.write_onnx(load_model(run_dir / "model.pt"), IN_SHAPE, tmp_path / "network.onnx")
+    common = (*QUICK, "--eps", 0.01, "--limit", 50, "--dataset", "mnist5k")
+    assert run(capsys, "verify", run_dir, *common, "--out", "a")[0] == 0
+    named = ("--model", "elsewhere_networks:small", "--weights", weights)
+    assert run(capsys, "verify", *named, *common, "--out", "b")[0] == 0
+    assert run(capsys, "verify", "--model", "network.onnx", *common, "--out", "c")[0] == 0
+    torch.save({"state_dict": torch.load(weights), "epoch": 3}, tmp_path / "checkpoint.pt")
+    named = ("--model", "elsewhere_networks:small", "--weights", "checkpoint.pt", "--mean", 0, "--std", 1)
+    assert run(capsys, "verify", *named, *common, "--out", "d")[0] == 0
+    first = rows_of(tmp_path / "a/certificates.csv")
+    assert rows_of(tmp_path / "b/certificates.csv") == first
+    for name in ("c", "d"):
+        other = rows_of(tmp_path / f"{name}/certificates.csv")
+        assert [row["verified"] for row in other] == [row["verified"] for row in first]
+        for row, expected in zip(other, first, strict=True):
+            assert float(row["margin_lower_bound"]) == pytest.approx(float(expected["margin_lower_bound"]), abs=1e-4)
+    # Normalisation is part of the network: half the contrast is half the network's radius.
+    assert run(capsys, "verify", *named[:4], *common, "--mean", 0.1, "--std", 2, "--out", "e")[0] == 0
+    assert rows_of(tmp_path / "e/certificates.csv") != first
+
+
+def test_export(run_dir, capsys, tmp_path):
+    status, out, _ = run(capsys, "export", run_dir, "--samples", "3-4", 990, 3)
+    assert status == 0
+    assert "3 properties at eps 0.01" in out
+    folder = run_dir / "export"
+    assert sorted(path.name for path in (folder / "properties").iterdir()) == [
+        *("000003.vnnlib", "000004.vnnlib", "000990.vnnlib")
+    ]
+    read = exchange.read_onnx(folder / "network.onnx", IN_SHAPE)
+    x = data.load("mnist5k").test.images[:5].float() / 255
+    assert torch.allclose(read(x), load_model(run_dir / "model.pt")(x), atol=1e-4)
+    text = (folder / "properties/000990.vnnlib").read_text()
+    assert text.startswith("; sample 990, label 9, eps 0.01\n")
+    assert "(and (>= Y_0 Y_9))" in text
+
+
+MISTAKES = [
+    (["verify"], "name either the folder of a training run, or a network with --model"),
+    (["verify", "{run}", "--model", "cnn7"], "name either the folder of a training run, or"),
+    (["verify", "{tmp}"], "holds no trained network (model.pt)"),
+    (["verify", "{run}", "--weights", "w"], "--weights is for a network from elsewhere"),
+    (["verify", "{run}", "--eps", "0"], "eps must be above 0"),
+    (["verify", "{run}", "--eps", "0.01", "-0.1"], "eps must be finite and at least 0"),
+    (["verify", "{run}", "--eps", "8"], "write 8/255, not 8"),
+    (["verify", "{run}", "--limit", "1001"], "has 1000 samples; cannot take 1001"),
+    (["verify", "--model", "cnn7", "--out", "{tmp}/x"], "name --dataset"),
+    (["verify", "--model", "cnn7", "--dataset", "mnist5k"], "--out DIR"),
+    (["verify", "--model", "cnn7", "--dataset", "mnist5k", "--out", "{tmp}/x"], "random weights"),
+    (
+        ["verify", "--model", "cnn7", "--weights", "{weights}", "--dataset", "mnist5k", "--out", "{tmp}/x"],
+        "holds the weights of another architecture",
+    ),
+    (
+        ["verify", "--model", "cnn7", "--weights", "{run}/summary.json", "--dataset", "mnist5k", "--out", "{tmp}/x"],
+        "cannot be read as weights",
+    ),
+    (["verify", "--model", "{tmp}/no.onnx", "--dataset", "mnist5k", "--out", "{tmp}/x"], "no.onnx"),
+    (
+        ["verify", "--model", "{five}", "--dataset", "mnist5k", "--out", "{tmp}/x", "--eps", "0.1"],
+        "has labels of 10 classes, and the network {five} gives (2, 5)",
+    ),
+    (
+        ["verify", "--model", "{round}", "--dataset", "mnist5k", "--out", "{tmp}/x", "--eps", "0.1"],
+        "has no bounds for the operator(s)",
+    ),
+    (["export", "{run}", "--samples", "1000"], "there is no sample 1000"),
+    (["export", "--model", "cnn7"], "--out DIR"),
+    (["export", "{run}", "--eps", "0"], "eps must be above 0"),
+]
+
+
+class Rounding(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.last = nn.Linear(784, 10)
+
+    def forward(self, x):
+        return self.last(torch.round(x.flatten(1)))
+
+
+@pytest.fixture(scope="module")
+def files(trained, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("files")
+    exchange.write_onnx(nn.Sequential(nn.Flatten(), nn.Linear(784, 5)).eval(), IN_SHAPE, folder / "five.onnx")
+    exchange.write_onnx(Rounding().eval(), IN_SHAPE, folder / "round.onnx")
+    weights_of(trained, folder / "weights.pt")
+    return {
+        "run": trained,
+        "weights": folder / "weights.pt",
+        "five": folder / "five.onnx",
+        "round": folder / "round.onnx",
+    }
+
+
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES)
+def test_mistakes_are_told_in_a_line_and_touch_nothing(arguments, message, files, capsys, tmp_path):
+    names = {**files, "tmp": tmp_path}
+    before = sorted(path.name for path in files["run"].iterdir())
+    status, _, err = run(capsys, *[argument.format(**names) for argument in arguments])
+    assert status == 1
+    assert message.format(**names) in err
+    assert "Traceback" not in err
+    assert sorted(path.name for path in files["run"].iterdir()) == before
+    assert not list(tmp_path.glob("x/*"))
+
+
+def test_arguments_that_cannot_be_read(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["verify", "x", "--methods", "MILP"])
+    assert "invalid choice: 'MILP'" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["export", "x", "--samples", "a-b"])
+    assert "'a-b' is no index, nor a range such as 0-99" in capsys.readouterr().err
