@@ -22,7 +22,7 @@ lint: $(INSTALLED)
 $(INSTALLED): requirements.txt setup.cfg
 	$(PYTHON) -m venv $(VENV) || { $(PYTHON) -m venv --clear --without-pip $(VENV) && $(PYTHON) -m pip --python $(VENV) install pip; }
 	$(BIN)/python -m pip install --quiet -r requirements.txt
-	$(BIN)/python -m pip install --quiet --no-deps auto_LiRPA==0.3
+	$(BIN)/python -m pip install --quiet --no-deps auto_LiRPA==0.3 onnx2pytorch==0.6.0
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 

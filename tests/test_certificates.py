@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
@@ -214,6 +215,26 @@ def test_a_bound_that_is_too_high_is_caught_though_nothing_is_misclassified(monk
         fw.verify(bounded_classifier(), (POINTS[:1], LABELS[:1]), 0.05, ("IBP",), input_range=None)
 
 
+def test_one_wrong_sign_in_a_convolution_is_caught_though_the_box_would_hide_it(monkeypatch):
+    bounded, x, y = trained_digits()
+    conv = engine.bound_general.BoundConv
+    original = conv.interval_propagate
+
+    def wrong(self, *v, **kwargs):
+        weight = v[1][0].clone()
+        weight[1, 0, 1, 1] *= -1
+        return original(self, v[0], (weight, weight), *v[2:], **kwargs)
+
+    # Nothing contradicts such bounds in a large box, whose slack is larger than the mistake.
+    large = {"methods": ("IBP",), "restarts": 1}
+    fw.verify(bounded, (x, y), 0.1, **large)
+    monkeypatch.setattr(conv, "interval_propagate", wrong)
+    with pytest.raises(UnsoundBoundError) as e:
+        fw.verify(bounded, (x, y), 0.1, **large)
+    assert all("has other margins than IBP gives the box of radius 0" in text for text in e.value.contradictions)
+    assert len(e.value.contradictions) >= 10
+
+
 def test_nan_proves_nothing_and_contradicts_nothing():
     bounded, x, y = trained_digits()
     with torch.no_grad():
@@ -368,9 +389,12 @@ def test_each_radius_is_certified_and_slightly_more_is_not(tmp_path):
 
 
 def test_radii_of_an_unsound_engine_are_refused(wrong_sign):
-    with pytest.raises(UnsoundBoundError, match=r"sample \d is proved by IBP at .* and misclassified") as e:
+    with pytest.raises(UnsoundBoundError, match="none of|no certificate of this verification") as e:
         verification.certified_radii(bounded_classifier(), (POINTS, LABELS), ("IBP",), input_range=None)
     assert len(e.value.result) == 4
+    told = " ".join(e.value.contradictions)
+    assert re.search(r"sample 1 is proved by IBP at 0\.\d+ and misclassified at a point of that box", told)
+    assert "sample 0 has other margins than IBP gives the box of radius 0 around it" in told
 
 
 def without_mode(bounded, x, y):

@@ -18,7 +18,7 @@ from lirpa_fastwarmup.engine.precision import exact_arithmetic
 from lirpa_fastwarmup.memory import Parts
 from lirpa_fastwarmup.verification.attacks import attack
 from lirpa_fastwarmup.verification.result import Certificate, Stage
-from lirpa_fastwarmup.verification.soundness import class_margins, contradicted
+from lirpa_fastwarmup.verification.soundness import class_margins, contradicted, misses_the_point, spread_out
 
 ATTACK = "PGD"
 _VERDICT = {True: "verified", False: "not verified"}
@@ -112,6 +112,7 @@ class Certifier:
     def __init__(self, bounded: BoundedModule, plan: Plan) -> None:
         self.plan = plan
         self._bounds = {dtype: MarginBounds(bounded, dtype) for dtype in dtypes_of(plan)}
+        self._probed: set[tuple[str, torch.dtype]] = set()
         self._parts = {name: Parts(plan.batch_size) for name in (ATTACK, *plan.methods)}
 
     def certify(self, x: Tensor, y: Tensor, eps: Epsilon) -> BatchResult:
@@ -211,6 +212,13 @@ class Certifier:
         for index in samples[wrong].tolist():
             text = f"has a smaller margin at a point of its box than {method}'s lower bound ({_name(x.dtype)})"
             result.contradictions.append((index, text))
+        if (method, x.dtype) not in self._probed:
+            self._probed.add((method, x.dtype))
+            probed = spread_out(samples, self._parts[method].size)
+            missed = misses_the_point(network, x[probed], y[probed], method, self.plan.input_range)
+            for index in probed[missed].tolist():
+                text = f"has other margins than {method} gives the box of radius 0 around it ({_name(x.dtype)})"
+                result.contradictions.append((index, text))
 
     def _certificates(self, y: Tensor, first: _Verdicts, second: _Verdicts | None) -> list[Certificate]:
         labels, predictions, places = y.tolist(), first.predictions.tolist(), first.method.tolist()

@@ -18,7 +18,7 @@ from lirpa_fastwarmup.memory import Parts
 from lirpa_fastwarmup.verification.attacks import attack
 from lirpa_fastwarmup.verification.certify import ATTACK, ordered
 from lirpa_fastwarmup.verification.journal import Journal, digest
-from lirpa_fastwarmup.verification.soundness import UnsoundBoundError
+from lirpa_fastwarmup.verification.soundness import PROBED, UnsoundBoundError, misses_the_point, spread_out
 from lirpa_fastwarmup.verification.verifier import Samples, batches_of, check_network, conditions_of
 
 
@@ -110,13 +110,19 @@ def certified_radii(
     parts = {name: Parts(batch_size) for name in (ATTACK, *search.methods)}
     conditions = {**conditions_of(bounded), "radius": replace(search, network=None)}  # type: ignore[arg-type]
     radii: list[Radius] = []
+    contradictions: list[str] = []
+    probed = False
     for x, y in batches_of(samples, batch_size):
         check_batch(x, y, int(bounded.final_shape[1]), input_range)
         key = digest({**conditions, "x": x, "y": y})
         stored: list[dict[str, Any]] | None = journal.get(key) if journal else None
         if stored is None:
             device = bounded.example[0].device
-            new = _radii(search, parts, x.to(device).float(), y.to(device))
+            x, y = x.to(device).float(), y.to(device)
+            if not probed:
+                contradictions += _missed_points(search, x, y, len(radii))
+                probed = True
+            new = _radii(search, parts, x, y)
             if journal:
                 journal.put(key, [asdict(one) for one in new])
         else:
@@ -127,11 +133,28 @@ def certified_radii(
             progress(new)
     if not radii:
         raise ValueError("there are no samples to find the radius of")
-    wrong = [one for one in radii if one.attacked]
-    if wrong:
-        texts = [f"sample {one.index} is proved by {one.method} at {one.radius:g} and misclassified" for one in wrong]
-        raise UnsoundBoundError(texts, radii)
+    contradictions += [
+        f"sample {one.index} is proved by {one.method} at {one.radius:g} and misclassified at a point of that box"
+        for one in radii
+        if one.attacked
+    ]
+    if contradictions:
+        raise UnsoundBoundError(contradictions, radii)
     return radii
+
+
+def _missed_points(search: _Search, x: Tensor, y: Tensor, first: int) -> list[str]:
+    """What is wrong with the methods at radius 0, on some of the samples, which count from ``first``."""
+    texts = []
+    with exact_arithmetic(x.device):
+        some = spread_out(torch.arange(len(y), device=y.device), PROBED)
+        for method in search.methods:
+            missed = some[misses_the_point(search.network, x[some], y[some], method, search.input_range)]
+            texts += [
+                f"sample {first + index} has other margins than {method} gives the box of radius 0 around it"
+                for index in missed.tolist()
+            ]
+    return texts
 
 
 def _radii(search: _Search, parts: dict[str, Parts], x: Tensor, y: Tensor) -> list[Radius]:
