@@ -389,7 +389,7 @@ def test_each_radius_is_certified_and_slightly_more_is_not(tmp_path):
 
 
 def test_radii_of_an_unsound_engine_are_refused(wrong_sign):
-    with pytest.raises(UnsoundBoundError, match="none of|no certificate of this verification") as e:
+    with pytest.raises(UnsoundBoundError, match="no certificate of this verification") as e:
         verification.certified_radii(bounded_classifier(), (POINTS, LABELS), ("IBP",), input_range=None)
     assert len(e.value.result) == 4
     told = " ".join(e.value.contradictions)

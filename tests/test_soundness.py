@@ -22,7 +22,7 @@ def outputs_in_box(model: nn.Module, x: Tensor, eps: float, clean_statistics: bo
     model.eval()
     if clean_statistics:
         freeze_statistics(model, x)
-    noise = torch.rand(count, *x.shape) * 2 - 1
+    noise = torch.rand(count, *x.shape, dtype=x.dtype) * 2 - 1
     noise[: count // 2] = noise[: count // 2].sign()
     points = (x + eps * noise).clamp(0, 1)
     return model(points.flatten(0, 1)).view(count, len(x), -1)
