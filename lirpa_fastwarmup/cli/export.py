@@ -51,18 +51,18 @@ def _export(options: argparse.Namespace) -> int:
     if eps is None:
         raise ValueError("name the radius of the properties with --eps")
     indices = list(dict.fromkeys(index for given in options.samples for index in given))
-    outside = [index for index in indices if not 0 <= index < len(subject.labels)]
+    outside = [index for index in indices if not 0 <= index < len(subject.samples)]
     if outside or not indices:
         raise ValueError(
             f"there is no sample {outside[0] if outside else ''}: the test set of {subject.dataset} has "
-            f"{len(subject.labels)}, counted from 0"
+            f"{len(subject.samples)}, counted from 0"
         )
-    chosen = torch.tensor(indices)
+    chosen = subject.samples.take(torch.tensor(indices))
     out = options.out or options.run / _FOLDER
     export(
         subject.network,
-        subject.x[chosen],
-        subject.labels[chosen],
+        chosen.images.float() / 255,
+        chosen.labels,
         eps,
         out,
         indices=indices,

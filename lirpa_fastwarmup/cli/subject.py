@@ -27,8 +27,7 @@ class Subject:
         network: the plain network.
         name: where it is from.
         dataset: name of the dataset.
-        images: bytes (n, channels, height, width).
-        labels: (n,), int64.
+        samples: of its test set.
         classes: of the dataset.
         eps: the radius that it was trained for, where that is known.
     """
@@ -36,15 +35,9 @@ class Subject:
     network: nn.Module
     name: str
     dataset: str
-    images: Tensor
-    labels: Tensor
+    samples: data.Split
     classes: int
     eps: float | None
-
-    @property
-    def x(self) -> Tensor:
-        """The images as floats from 0 to 1."""
-        return self.images.float() / 255
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -93,17 +86,16 @@ def _of_run(options: argparse.Namespace) -> Subject:
     if not path.is_file():
         raise FileNotFoundError(f"{options.run} holds no trained network ({MODEL}): name the folder of a training run")
     network, settings = load_model(path), settings_of_model(path)
-    dataset, images, labels = _samples(
-        options, options.dataset or settings.dataset, None if options.dataset else settings.data_dir
-    )
+    data_dir = None if options.dataset else settings.data_dir
+    dataset, samples = _samples(options, options.dataset or settings.dataset, data_dir)
     _check_output(network, str(path), dataset)
-    return Subject(network, str(path), dataset.name, images, labels, dataset.classes, settings.eps)
+    return Subject(network, str(path), dataset.name, samples, dataset.classes, settings.eps)
 
 
 def _from_elsewhere(options: argparse.Namespace) -> Subject:
     if options.dataset is None:
         raise ValueError("a network from elsewhere needs the samples that it is verified on: name --dataset")
-    dataset, images, labels = _samples(options, options.dataset, None)
+    dataset, samples = _samples(options, options.dataset, None)
     name = options.model
     if name.endswith(".onnx"):
         if options.weights is not None:
@@ -119,15 +111,17 @@ def _from_elsewhere(options: argparse.Namespace) -> Subject:
     if options.mean is not None:
         network = nn.Sequential(models.Normalize(options.mean, options.std), network)
     _check_output(network, name, dataset)
-    return Subject(network.eval(), name, dataset.name, images, labels, dataset.classes, None)
+    return Subject(network.eval(), name, dataset.name, samples, dataset.classes, None)
 
 
-def _samples(options: argparse.Namespace, name: str, data_dir: Path | None) -> tuple[data.Dataset, Tensor, Tensor]:
+def _samples(options: argparse.Namespace, name: str, data_dir: Path | None) -> tuple[data.Dataset, data.Split]:
     dataset = data.load(name, options.data_dir or data_dir)
-    count = len(dataset.test) if options.limit is None else options.limit
-    if not 1 <= count <= len(dataset.test):
-        raise ValueError(f"the test set of {dataset.name} has {len(dataset.test)} samples; cannot take {count}")
-    return dataset, dataset.test.images[:count], dataset.test.labels[:count]
+    test, count = dataset.test, options.limit
+    if count is None:
+        return dataset, test
+    if not 1 <= count <= len(test):
+        raise ValueError(f"the test set of {dataset.name} has {len(test)} samples; cannot take {count}")
+    return dataset, data.Split(test.images[:count], test.labels[:count])
 
 
 def _state_dict(path: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from tqdm import tqdm
 import lirpa_fastwarmup as fw
 from lirpa_fastwarmup.cli.options import device_named, number
 from lirpa_fastwarmup.cli.subject import Subject, add_arguments, check_named, subject_of
+from lirpa_fastwarmup.data import Batches
 from lirpa_fastwarmup.engine.compat import ENGINE_VERSION
 from lirpa_fastwarmup.engine.inputs import check_radius
 from lirpa_fastwarmup.storage import make_folder, write_csv, write_json
@@ -71,7 +72,8 @@ def _verify(options: argparse.Namespace) -> int:
     for eps in radii:  # Before hours go into the first of them.
         check_radius(eps, (0.0, 1.0))
     device = device_named(options.device)
-    bounded = fw.BoundedModule(subject.network.to(device), subject.x[:2].to(device))
+    example = torch.zeros(2, *subject.samples.images.shape[1:], device=device)
+    bounded = fw.BoundedModule(subject.network.to(device), example)
     journal = Journal(out / report.JOURNAL)
     started = time.perf_counter()
     task = _Task(options, subject, bounded, journal)
@@ -112,19 +114,19 @@ class _Task:
         self, options: argparse.Namespace, subject: Subject, bounded: fw.BoundedModule, journal: Journal
     ) -> None:
         self._options = options
-        self._samples = subject.x, subject.labels
+        self._samples = Batches(subject.samples, options.batch_size)
         self._bounded = bounded.eval()
         self._journal = journal
         self._bar: Any = None
         self.contradictions: list[str] = []
 
     def _given(self, title: str) -> dict[str, Any]:
-        self._bar = tqdm(total=len(self._samples[1]), desc=title, unit="sample", leave=False, disable=None)
+        self._bar = tqdm(total=len(self._samples.split), desc=title, unit="sample", leave=False, disable=None)
         return {
             "methods": self._options.methods,
             "pgd_steps": self._options.pgd_steps,
             "restarts": self._options.restarts,
-            "batch_size": self._options.batch_size,
+            "batch_size": self._options.batch_size,  # How methods begin, which split batches where they must.
             "seed": self._options.seed,
             "journal": self._journal,
             "progress": self._advance,
@@ -175,7 +177,7 @@ def _write(
     content: dict[str, Any] = {
         "network": subject.name,
         "dataset": subject.dataset,
-        "samples": len(subject.labels),
+        "samples": len(subject.samples),
         "classes": subject.classes,
         "methods": options.methods,
         "pgd_steps": options.pgd_steps,
