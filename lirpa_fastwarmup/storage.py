@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file that is, at every moment, either the old one or the new one, whole."""
@@ -37,6 +39,21 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     writer.writeheader()
     writer.writerows(rows)
     write_atomically(path, text.getvalue().encode())
+
+
+def read_tensors(path: Path, otherwise: str) -> Any:
+    """What ``torch.save`` wrote to ``path``, tensors and plain values, on the CPU.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is none of torch's, or damaged; ``otherwise`` says what that means and what to do.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # torch.load fails in many ways on what is none of its files.
+        raise ValueError(f"{path} {otherwise}") from error
 
 
 def make_folder(folder: Path) -> None:

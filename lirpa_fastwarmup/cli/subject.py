@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from lirpa_fastwarmup import data, models
 from lirpa_fastwarmup.cli.options import find_factories_here
 from lirpa_fastwarmup.exchange import read_onnx
+from lirpa_fastwarmup.storage import read_tensors
 from lirpa_fastwarmup.training import load_model, load_weights, settings_of_model
 from lirpa_fastwarmup.training.files import MODEL
 
+_SAVE = "save the state dict alone, torch.save(model.state_dict(), FILE)"
 _TAKEN_FROM_RUN = ("model", "weights", "mean", "std")
 
 
@@ -125,20 +127,12 @@ def _samples(options: argparse.Namespace, name: str, data_dir: Path | None) -> t
 
 
 def _state_dict(path: Path) -> dict[str, Any]:
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # torch.load fails in many ways on what is none of its files.
-        raise ValueError(
-            f"{path} cannot be read as weights ({type(error).__name__}): save the state dict alone, "
-            "torch.save(model.state_dict(), FILE)"
-        ) from error
+    content = read_tensors(path, f"cannot be read as weights: {_SAVE}")
     # Checkpoints often hold it beside the optimiser's.
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise ValueError(f"{path} holds no state dict: save it with torch.save(model.state_dict(), FILE)")
+        raise ValueError(f"{path} holds no state dict: {_SAVE}")
     return content
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from lirpa_fastwarmup import storage
 from lirpa_fastwarmup.storage import make_folder, write_atomically
 from lirpa_fastwarmup.verification import report
 
@@ -62,15 +63,10 @@ def read_tensors(path: Path, version: int) -> dict[str, Any]:
         OSError: the file cannot be read.
         ValueError: it is damaged, of another program, or of another version of this one.
     """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # torch.load fails in many ways on what is none of its files.
-        raise ValueError(
-            f"{path} was not written by lirpa_fastwarmup, or is damaged (truncated, perhaps): restore it from a copy, "
-            "or train anew"
-        ) from error
+    content = storage.read_tensors(
+        path,
+        "was not written by lirpa_fastwarmup, or is damaged (truncated, perhaps): restore it from a copy, or train anew",
+    )
     if not isinstance(content, dict) or content.get("format") != version:
         found = content.get("format") if isinstance(content, dict) else type(content).__name__
         raise ValueError(
