@@ -65,7 +65,7 @@ def read_tensors(path: Path, version: int) -> dict[str, Any]:
     """
     content = storage.read_tensors(
         path,
-        "was not written by lirpa_fastwarmup, or is damaged (truncated, perhaps): restore it from a copy, or train anew",
+        "was not written by lirpa_fastwarmup, or is damaged (truncated?): restore it from a copy, or train anew",
     )
     if not isinstance(content, dict) or content.get("format") != version:
         found = content.get("format") if isinstance(content, dict) else type(content).__name__
