@@ -57,7 +57,7 @@ def _chord(width: Tensor) -> Tensor:
     return torch.where(small, 1 - width / 2 + width.square() / 6, -torch.expm1(-safe) / safe)
 
 
-def mixed_log(one: Tensor, other: Tensor, weight: float) -> Tensor:
-    """log(weight·exp(one) + (1 − weight)·exp(other)), for 0 < weight < 1, without overflow."""
-    weights = torch.tensor([weight, 1 - weight], dtype=one.dtype, device=one.device).log()
-    return torch.logaddexp(one + weights[0], other + weights[1])
+def mixed_log(one: Tensor, other: Tensor, weight: float | Tensor) -> Tensor:
+    """log(weight·exp(one) + (1 − weight)·exp(other)), for 0 < weight ≤ 1, without overflow."""
+    weight = torch.as_tensor(weight, dtype=one.dtype, device=one.device)
+    return torch.logaddexp(one + weight.log(), other + torch.log1p(-weight))

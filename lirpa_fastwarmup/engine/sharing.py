@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lirpa_fastwarmup.engine.compat import engine
+from lirpa_fastwarmup.engine.statistics import normalize_by_batch
 
 _bound: Any = engine.bound_general
 BoundParams: Any = _bound.BoundParams
@@ -44,18 +45,26 @@ class SharedBatchNorm(BoundBatchNormalization):
     momentum: float | None
 
     def forward(self, x: Tensor, w: Tensor, b: Tensor, m: Tensor, v: Tensor) -> Tensor:
-        module = self.owner[0]
         if not self.training:
             return super().forward(x, w, b, m, v)
-        if not self.keeps_books:
-            return super().forward(x, w, b, m.clone(), v.clone())
-        if module.num_batches_tracked is not None:
-            module.num_batches_tracked.add_(1)
-        if module.momentum is None and module.num_batches_tracked is not None:
-            self.momentum = 1.0 / float(module.num_batches_tracked)  # nn.BatchNorm's cumulative average.
+        if self.keeps_books:
+            self.momentum = self._count_batch()
         else:
-            self.momentum = module.momentum
-        return super().forward(x, w, b, m, v)
+            m, v = m.clone(), v.clone()
+        if not (self.use_mean and self.use_var and self.use_affine):
+            return super().forward(x, w, b, m, v)
+        self.patches_start = x.ndim > 2
+        result, self.current_mean, self.current_var = normalize_by_batch(x, w, b, m, v, self.momentum, self.eps)
+        return result
+
+    def _count_batch(self) -> float | None:
+        """Count a batch, as nn.BatchNorm does, and return the share that it takes in the running statistics."""
+        module = self.owner[0]
+        if module.num_batches_tracked is None:
+            return module.momentum
+        module.num_batches_tracked.add_(1)
+        # Without a momentum, nn.BatchNorm's cumulative average.
+        return 1.0 / float(module.num_batches_tracked) if module.momentum is None else module.momentum
 
 
 class ViewedBatchNorm(SharedBatchNorm):

@@ -203,7 +203,7 @@ class ShortWarmup(nn.Module):
         needs_bounds = bool(fading or constant)
         eps = self._radius(fraction, at_least=self.min_eps if needs_bounds else 0.0)
         if needs_bounds or fraction > 0:
-            bound = self._robust_loss if fraction > 0 else ibp
+            bound = self._robust_loss if 0 < fraction < 1 else ibp
             robust = bound(self.bounded, input_box(x, eps, self.input_range), y, self.classes, fraction)
             robust_loss, verified_error = robust.loss, 1 - robust.proved.to(logits.dtype).mean()
         terms = {**dict.fromkeys(self.regularizers, nan), **dict.fromkeys(self.penalties, nan)}

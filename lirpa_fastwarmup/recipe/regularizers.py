@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lirpa_fastwarmup.engine.graph import affine_weights
 from lirpa_fastwarmup.engine.layers import input_half_width, relu_bounds
+from lirpa_fastwarmup.recipe.moments import state_moments
 
 Regularizer = Callable[[Any], Tensor]
 
@@ -64,14 +65,11 @@ def relu_balance(bounded: Any, tol: float = 0.5) -> Tensor:
 
 
 def _imbalance(lower: Tensor, upper: Tensor, tol: float) -> Tensor:
-    centre = (lower + upper) / 2
-    active, inactive = lower > 0, upper < 0
-    spread = (centre - centre.mean()).square()
-    means = _balance((centre * active).mean(), -(centre * inactive).mean())
-    variances = _balance((spread * active).sum(), (spread * inactive).sum())
+    active, inactive = state_moments(lower, upper)
+    means, variances = _balance(active.total, -inactive.total), _balance(active.spread, inactive.spread)
     term = (tol - means).clamp(min=0) + (tol - variances).clamp(min=0)
     # Selected on the device, so that nothing waits for the value.
-    return torch.where(inactive.any(), term, torch.zeros_like(term))
+    return torch.where(upper.detach().amin() < 0, term, torch.zeros_like(term))
 
 
 def _balance(active: Tensor, inactive: Tensor) -> Tensor:

@@ -28,38 +28,33 @@ class Robust:
 class RobustLoss(Protocol):
     """Bounds a classifier over a box, after a clean pass of the same batch."""
 
-    def __call__(self, bounded: Any, box: Any, labels: Tensor, classes: int, fraction: float) -> Robust:
-        """The robust loss at the share ``fraction`` of the largest radius."""
+    def __call__(self, bounded: Any, box: Any, labels: Tensor, classes: int, fraction: float | Tensor) -> Robust:
+        """The robust loss at the share ``fraction`` of the largest radius, from 0 to less than 1."""
         ...
 
 
-def ibp(bounded: Any, box: Any, labels: Tensor, classes: int, fraction: float) -> Robust:
+def ibp(bounded: Any, box: Any, labels: Tensor, classes: int, fraction: float | Tensor) -> Robust:
     """Over IBP bounds."""
     lower = ibp_margins(bounded, box, labels, classes, reuse_statistics=True)
     return Robust(log_sum_exp(-lower).mean(), proved(lower))
 
 
-def crown_ibp(bounded: Any, box: Any, labels: Tensor, classes: int, fraction: float) -> Robust:
+def crown_ibp(bounded: Any, box: Any, labels: Tensor, classes: int, fraction: float | Tensor) -> Robust:
     """Over mixed margins: one backward pass of CROWN with classes − 1 rows."""
-    if fraction >= 1:
-        return ibp(bounded, box, labels, classes, fraction)
     lower = ibp_margins(bounded, box, labels, classes, reuse_statistics=True)
     crown = crown_lower(bounded, margin_matrix(labels, classes, lower.dtype))
     mixed = (1 - fraction) * crown + fraction * lower
     return Robust(log_sum_exp(-mixed).mean(), proved(torch.maximum(crown, lower)))
 
 
-def fused_crown_ibp(bounded: Any, box: Any, labels: Tensor, classes: int, fraction: float) -> Robust:
+def fused_crown_ibp(bounded: Any, box: Any, labels: Tensor, classes: int, fraction: float | Tensor) -> Robust:
     """With loss fusion: bounds on Σ_j exp(z_j − z_y) are mixed, and CROWN's backward pass has one row.
 
     What is proved is told by the IBP margins, as CROWN's are not computed.
     """
-    if fraction >= 1:
-        return ibp(bounded, box, labels, classes, fraction)
     lower, upper = ibp_margin_bounds(bounded, box, labels, classes, reuse_statistics=True)
     loss = fused_crown_loss(bounded, -upper, -lower, labels, classes)
-    if fraction > 0:
-        loss = mixed_log(loss, log_sum_exp(-lower), 1 - fraction)
+    loss = mixed_log(loss, log_sum_exp(-lower), 1 - fraction)
     return Robust(loss.mean(), proved(lower))
 
 

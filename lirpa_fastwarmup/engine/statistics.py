@@ -1,0 +1,57 @@
+"""Batch normalisation that hands out the statistics which it normalised with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def normalize_by_batch(
+    x: Tensor, weight: Tensor, bias: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``F.batch_norm`` in training mode, the batch's mean and its biased variance, per channel; differentiable once.
+
+    PyTorch computes the statistics anyway, but gives no gradient through them. Computed a second time from the
+    batch, they cost several times the normalisation itself (on the CPU, the variance above all).
+
+    Args:
+        x: (batch, channels, *space).
+        running_mean, running_var: moved towards the batch's by ``momentum``, in place.
+    """
+    return _BatchNormWithStatistics.apply(x, weight, bias, running_mean, running_var, momentum, eps)
+
+
+class _BatchNormWithStatistics(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        running_mean: Tensor,
+        running_var: Tensor,
+        momentum: float,
+        eps: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.eps = eps
+        result, mean, inverse = torch.native_batch_norm(x, weight, bias, running_mean, running_var, True, momentum, eps)
+        ctx.save_for_backward(x, weight, mean, inverse)
+        return result, mean.clone(), inverse.pow(-2).sub_(eps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, grad_mean: Tensor, grad_var: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, inverse = ctx.saved_tensors
+        gradients = torch.ops.aten.native_batch_norm_backward(
+            grad, x, weight, None, None, mean, inverse, True, ctx.eps, list(ctx.needs_input_grad[:3])
+        )
+        if ctx.needs_input_grad[0]:
+            count = x.numel() // len(mean)
+            slope = grad_var * (2 / count)
+            shape = (1, -1, *[1] * (x.ndim - 2))
+            offset = grad_mean / count - slope * mean
+            gradients[0].add_(x * slope.view(shape)).add_(offset.view(shape))
+        return (*gradients, None, None, None, None)
