@@ -42,7 +42,7 @@ class SharedBatchNorm(BoundBatchNormalization):
     owner: tuple[_BatchNorm]
     keeps_books: bool
     eps: float
-    momentum: float | None
+    momentum: float
 
     def forward(self, x: Tensor, w: Tensor, b: Tensor, m: Tensor, v: Tensor) -> Tensor:
         if not self.training:
@@ -57,14 +57,14 @@ class SharedBatchNorm(BoundBatchNormalization):
         result, self.current_mean, self.current_var = normalize_by_batch(x, w, b, m, v, self.momentum, self.eps)
         return result
 
-    def _count_batch(self) -> float | None:
+    def _count_batch(self) -> float:
         """Count a batch, as nn.BatchNorm does, and return the share that it takes in the running statistics."""
         module = self.owner[0]
-        if module.num_batches_tracked is None:
-            return module.momentum
-        module.num_batches_tracked.add_(1)
-        # Without a momentum, nn.BatchNorm's cumulative average.
-        return 1.0 / float(module.num_batches_tracked) if module.momentum is None else module.momentum
+        if module.num_batches_tracked is not None:
+            module.num_batches_tracked.add_(1)
+            if module.momentum is None:
+                return 1.0 / float(module.num_batches_tracked)  # A cumulative average.
+        return 0.0 if module.momentum is None else module.momentum
 
 
 class ViewedBatchNorm(SharedBatchNorm):
