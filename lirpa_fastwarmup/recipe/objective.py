@@ -1,9 +1,4 @@
-"""The training objective: robust cross-entropy over bounds, with the warmup regularisers.
-
-loss = L_robust + λ·(1 − ε/ε_max)·(L_tight + L_relu)    (Shi et al., NeurIPS 2021, section 3.3)
-
-Before the ramp, at ε = 0, the clean cross-entropy takes the place of L_robust.
-"""
+"""The training objective: robust cross-entropy over bounds, with the warmup regularisers, as an nn.Module."""
 
 from __future__ import annotations
 
@@ -15,7 +10,6 @@ from functools import partial
 from typing import Any, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -32,9 +26,11 @@ from lirpa_fastwarmup.engine.inputs import (
 )
 from lirpa_fastwarmup.engine.module import BoundedModule
 from lirpa_fastwarmup.recipe.checks import ValueChecks
+from lirpa_fastwarmup.recipe.compiled import CompiledSteps, scalar_like
 from lirpa_fastwarmup.recipe.regularizers import BUILT_IN, Regularizer, relu_balance, tightness
-from lirpa_fastwarmup.recipe.robust import LOSSES, ibp
+from lirpa_fastwarmup.recipe.robust import LOSSES
 from lirpa_fastwarmup.recipe.schedule import Schedule
+from lirpa_fastwarmup.recipe.step import Phase, StepValues, Terms, compute_step
 
 _STEP = "step"
 _WITH_TOLERANCE = (tightness, relu_balance)
@@ -99,6 +95,11 @@ class ShortWarmup(nn.Module):
             ``None`` for data without bounds.
         min_eps: the smallest radius of the box while regularisers or penalties are on. A smaller box is below
             the resolution of float32.
+        compile: record and compile the training step when a shape first comes in a phase (before the ramp, in it,
+            after it), which takes a minute or so each time, and replay it from then on. The loss alone has a gradient
+            then; functions of one's own must be made of tensor operations that do not depend on tensors' values.
+            Where that fails, steps are eager, after one :class:`CompilationWarning`.
+        compile_batch_size: compile for batches of this many samples only, and take others eagerly.
 
     Raises:
         TypeError: ``bounded`` is no :class:`lirpa_fastwarmup.BoundedModule`.
@@ -120,6 +121,8 @@ class ShortWarmup(nn.Module):
         penalties: Mapping[str | Regularizer, float] | None = None,
         input_range: InputRange | None = (0.0, 1.0),
         min_eps: float = 1e-6,
+        compile: bool = False,  # noqa: A002 (as PyTorch calls it)
+        compile_batch_size: int | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(bounded, BoundedModule):
@@ -161,6 +164,7 @@ class ShortWarmup(nn.Module):
             )
         self.steps_done = 0
         self._checks = ValueChecks()
+        self._compiled = CompiledSteps(bounded, input_range, batch_size=compile_batch_size) if compile else None
         self.register_load_state_dict_pre_hook(_to_own_keys)
         self.training = self.model.training
 
@@ -194,51 +198,43 @@ class ShortWarmup(nn.Module):
         if y.device.type != "cpu":
             y = y.clamp(0, self.classes - 1)  # A wrong label would kill the device's context before it is told.
         fraction = self.fraction
-        fading = self.regularizers if fraction < 1 else {}
-        constant = self.penalties if self.training else {}
-        logits = self.bounded(x)
-        clean_loss = F.cross_entropy(logits, y)
-        nan = torch.full((), torch.nan, device=x.device, dtype=logits.dtype)
-        robust_loss, verified_error = nan, nan
-        needs_bounds = bool(fading or constant)
-        eps = self._radius(fraction, at_least=self.min_eps if needs_bounds else 0.0)
-        if needs_bounds or fraction > 0:
-            bound = self._robust_loss if 0 < fraction < 1 else ibp
-            robust = bound(self.bounded, input_box(x, eps, self.input_range), y, self.classes, fraction)
-            robust_loss, verified_error = robust.loss, 1 - robust.proved.to(logits.dtype).mean()
-        terms = {**dict.fromkeys(self.regularizers, nan), **dict.fromkeys(self.penalties, nan)}
-        terms |= {name: term(self.bounded) for name, term in fading.items()}
-        terms |= {name: term(self.bounded) for name, (term, _) in constant.items()}
-        loss = self._classification_loss(clean_loss, robust_loss, fraction)
-        if fading:
-            loss = loss + self.reg_weight * (1 - fraction) * sum(terms[name] for name in fading)
-        for name, (_, weight) in constant.items():
-            loss = loss + weight * terms[name]
-        eps_now = torch.as_tensor(eps, dtype=logits.dtype).max().to(x.device)
-        self._check_loss(loss, eps)
+        terms = self._terms(fraction)
+        eps = self._radius(fraction, at_least=self.min_eps if terms.fading or terms.constant else 0.0)
+        values = self._compiled.take(terms, x, y, eps, fraction) if self._compiled else None
+        if values is None:
+            box = partial(input_box, x, eps, self.input_range)
+            values = compute_step(terms, self.bounded, x, y, box, fraction)
+        self._check_loss(values.loss, eps)
+        return self._step_loss(values, eps)
+
+    def _terms(self, fraction: float) -> Terms:
+        return Terms(
+            phase=Phase.at(fraction),
+            robust_loss=self._robust_loss,
+            kappa=self.kappa if self.training else None,
+            reg_weight=self.reg_weight,
+            fading=self.regularizers if fraction < 1 else {},
+            constant=self.penalties if self.training else {},
+        )
+
+    def _step_loss(self, values: StepValues, eps: Epsilon) -> StepLoss:
+        nan = torch.full_like(values.clean_loss, torch.nan, requires_grad=False)
+        terms = {**dict.fromkeys((*self.regularizers, *self.penalties), nan), **values.terms}
         return StepLoss(
-            loss=loss,
-            clean_loss=clean_loss,
-            robust_loss=robust_loss,
+            loss=values.loss,
+            clean_loss=values.clean_loss,
+            robust_loss=nan if values.robust_loss is None else values.robust_loss,
             tightness=terms.get("tightness", nan),
             relu_balance=terms.get("relu_balance", nan),
-            eps=eps_now,
-            clean_error=(logits.detach().argmax(1) != y).to(logits.dtype).mean(),
-            verified_error=verified_error,
+            eps=scalar_like(nan, eps).max(),
+            clean_error=values.clean_error,
+            verified_error=nan if values.verified_error is None else values.verified_error,
             terms=terms,
         )
 
     def raise_pending_errors(self) -> None:
         """Raise what the checks of values found off the CPU since the last call; this waits for the device."""
         self._checks.raise_pending()
-
-    def _classification_loss(self, clean: Tensor, robust: Tensor, fraction: float) -> Tensor:
-        if fraction == 0:
-            return clean
-        if self.kappa is None or not self.training:
-            return robust
-        kappa = 1 - (1 - self.kappa) * fraction
-        return kappa * clean + (1 - kappa) * robust
 
     def _radius(self, fraction: float, *, at_least: float) -> Epsilon:
         largest = self.schedule.max_eps
