@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import lirpa_fastwarmup as fw
+from lirpa_fastwarmup.engine.layers import LayerBounds
 from lirpa_fastwarmup.recipe.regularizers import _imbalance
 from tests import networks
 from tests.reference import Box, propagate
@@ -124,7 +125,7 @@ def test_gradients_equal_finite_differences(regularizer, x):
 
 def imbalance(lower, upper):
     lower, upper = (torch.tensor(end, requires_grad=True) for end in (lower, upper))
-    term = _imbalance(lower, upper, tol=0.5)
+    (term,) = _imbalance([LayerBounds("", lower, upper)], tol=0.5)
     gradients = torch.autograd.grad(term, (lower, upper))
     return float(term.detach()) / 0.5, [float(g.abs().sum()) for g in gradients]
 

@@ -7,35 +7,74 @@ that a recording of one pass, with parameters, buffers and the batch as its inpu
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.fx import GraphModule
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 from lirpa_fastwarmup.engine import sharing
 from lirpa_fastwarmup.engine.bounds import box_ends
 from lirpa_fastwarmup.engine.compat import engine
 from lirpa_fastwarmup.engine.inputs import Epsilon, InputRange
 
-_MARK = "_is_nan_check"
+_READS = ("__bool__", "__int__", "__index__", "__float__", "item", "tolist")
+_CHECKS = ("isnan", "isinf")
 
 
-class _PassedNanChecks(TorchFunctionMode):
-    """Let ``if isnan(x).any()`` go on as if there were none: 0.7 asks so at every node; a recording has no values."""
+class _Reads(TorchFunctionMode):
+    """What a recording has to supply that tensors under recording lack: values, and boxes around them.
+
+    Shapes are the same for every batch that is replayed: integers that do not come from data are read as they are. Of
+    data, only ``if isnan(x).any()`` and the like is answered, with no; 0.7 asks so at every node.
+    """
+
+    def __init__(self, data: Iterable[Tensor]) -> None:
+        super().__init__()
+        for tensor in data:
+            _mark(tensor, "data")
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = tree_map(_unboxed, (args, kwargs or {}))
         name = getattr(func, "__name__", "")
-        if name == "__bool__" and getattr(args[0], _MARK, False):
-            return False
-        result = func(*args, **(kwargs or {}))
-        if name == "isnan" or (name == "any" and getattr(args[0], _MARK, False)):
-            setattr(result, _MARK, True)
+        if name in _READS:
+            if _marked(args[0], "check"):
+                return False
+            if not _is_data(args[0]):
+                with disable_proxy_modes_tracing():
+                    return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        given = tree_leaves((args, kwargs))
+        made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        if any(map(_is_data, given)):
+            for tensor in made:
+                _mark(tensor, "data")
+        if name in _CHECKS or (name in ("any", "all") and _marked(given[0], "check")):
+            _mark(result, "check")
         return result
+
+
+def _unboxed(value: Any) -> Any:
+    """The batch itself, where 0.7 passes the box through the network for what depends on shapes alone."""
+    return getattr(value, "_recorded_batch", value) if isinstance(value, engine.BoundedTensor) else value
+
+
+def _mark(tensor: Tensor, what: str) -> None:
+    setattr(tensor, f"_recorded_{what}", True)
+
+
+def _marked(tensor: Any, what: str) -> bool:
+    return getattr(tensor, f"_recorded_{what}", False)
+
+
+def _is_data(value: Any) -> bool:
+    """Whether ``value`` may be another one for another batch."""
+    return isinstance(value, Tensor) and (_marked(value, "data") or value.is_floating_point())
 
 
 class RecordableBox:
@@ -55,6 +94,7 @@ class RecordableBox:
     def around(self, x: Tensor, eps: Epsilon, input_range: InputRange | None) -> Any:
         """As :func:`lirpa_fastwarmup.engine.bounds.input_box`, without its checks; for bounds alone."""
         lower, upper = box_ends(x, eps, input_range)
+        self._box._recorded_batch = x
         self._box.ptb = engine.PerturbationLpNorm(norm=math.inf, eps=0.0, x_L=lower, x_U=upper)
         return self._box
 
@@ -78,7 +118,7 @@ def record(
 
     Args:
         function: returns tensors in any nesting of tuples, lists and dicts.
-        bounded: a BoundedModule; left without bounds, as after a forward pass.
+        bounded: a BoundedModule, whose nodes keep what was recorded; see :func:`forget_last_pass`.
         state: tensors in place of the wrapped model's parameters and buffers while it is recorded. Buffers among them
             are changed.
         inputs: an example of the arguments.
@@ -95,17 +135,14 @@ def record(
     def flat(*tensors: Tensor) -> Any:
         module = _Function(bounded.wrapped, function)
         module.training = bounded.training
-        with _PassedNanChecks():
+        with _Reads(tensors):
             return functional_call(module, dict(zip(names, tensors[: len(names)], strict=True)), tensors[len(names) :])
 
-    try:
-        return make_fx(flat)(*state.values(), *inputs)
-    finally:
-        _forget_last_pass(bounded)
+    return make_fx(flat)(*state.values(), *inputs)
 
 
 @torch.no_grad()
-def _forget_last_pass(bounded: Any) -> None:
-    """Let go of the tensors that nodes hold, which a pass that is never followed by another would keep in memory."""
+def forget_last_pass(bounded: Any) -> None:
+    """Let go of the tensors that the nodes of ``bounded`` hold, as a pass over the smallest batch does."""
     with sharing.without_bookkeeping(bounded):
         bounded.forward(*bounded.example)

@@ -7,6 +7,7 @@ The node classes here read the model's own modules instead.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,12 +17,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lirpa_fastwarmup.engine.compat import engine
-from lirpa_fastwarmup.engine.statistics import normalize_by_batch
+from lirpa_fastwarmup.engine.normalization import normalize_by_batch, scale_interval
 
 _bound: Any = engine.bound_general
 BoundParams: Any = _bound.BoundParams
 BoundBuffers: Any = _bound.BoundBuffers
 BoundBatchNormalization: Any = _bound.BoundBatchNormalization
+Interval: Any = _bound.Interval
 
 
 class SharedParameter(BoundParams):
@@ -51,11 +53,24 @@ class SharedBatchNorm(BoundBatchNormalization):
             self.momentum = self._count_batch()
         else:
             m, v = m.clone(), v.clone()
-        if not (self.use_mean and self.use_var and self.use_affine):
+        if self._ablated:
             return super().forward(x, w, b, m, v)
         self.patches_start = x.ndim > 2
         result, self.current_mean, self.current_var = normalize_by_batch(x, w, b, m, v, self.momentum, self.eps)
         return result
+
+    def interval_propagate(self, *v: Any) -> Any:
+        if self._ablated or self.bn_mode != "forward" or Interval.get_perturbation(v[0])[0] != math.inf:
+            return super().interval_propagate(*v)
+        (lower, upper), weight, bias = v[0], v[1][0], v[2][0]
+        if not self.training:
+            self.current_mean, self.current_var = v[3][0], v[4][0]
+        scale = weight / (self.current_var + self.eps).sqrt()
+        return scale_interval(lower, upper, scale, bias - self.current_mean * scale)
+
+    @property
+    def _ablated(self) -> bool:
+        return not (self.use_mean and self.use_var and self.use_affine)
 
     def _count_batch(self) -> float:
         """Count a batch, as nn.BatchNorm does, and return the share that it takes in the running statistics."""

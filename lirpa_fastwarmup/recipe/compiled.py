@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lirpa_fastwarmup.engine.bounds import input_box
-from lirpa_fastwarmup.engine.capture import RecordableBox, record
+from lirpa_fastwarmup.engine.capture import RecordableBox, forget_last_pass, record
 from lirpa_fastwarmup.engine.inputs import Epsilon, InputRange
 from lirpa_fastwarmup.engine.module import BoundedModule
 from lirpa_fastwarmup.recipe.cuda_graph import CudaGraph
@@ -121,8 +121,11 @@ class CompiledSteps:
         )
 
     def _compiled(self, terms: Terms, batch: Batch) -> _RecordedStep:
-        step = _RecordedStep(terms, self._bounded, self._input_range, batch, self._backend)
-        step.compare_with_eager(batch)
+        try:
+            step = _RecordedStep(terms, self._bounded, self._input_range, batch, self._backend)
+            step.compare_with_eager(batch)
+        finally:
+            forget_last_pass(self._bounded)  # No other is to come.
         logger.info("compiled the training step %s for batches of shape %s", terms.phase.value, tuple(batch.x.shape))
         return step
 
@@ -186,8 +189,12 @@ class _RecordedStep:
         return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
     def _copied_state(self) -> dict[str, Tensor]:
+        # Parameters again, because nodes may not hold anything else where they have held one.
         return {
-            name: tensor.detach().clone().requires_grad_(tensor.requires_grad) for name, tensor in self._state().items()
+            name: nn.Parameter(tensor.detach().clone(), tensor.requires_grad)
+            if isinstance(tensor, nn.Parameter)
+            else tensor.clone()
+            for name, tensor in self._state().items()
         }
 
     def compare_with_eager(self, batch: Batch) -> None:

@@ -8,14 +8,14 @@ layer reads, m the number of ReLU layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lirpa_fastwarmup.engine.graph import affine_weights
-from lirpa_fastwarmup.engine.layers import input_half_width, relu_bounds
+from lirpa_fastwarmup.engine.layers import LayerBounds, input_half_width, relu_bounds
 from lirpa_fastwarmup.recipe.moments import state_moments
 
 Regularizer = Callable[[Any], Tensor]
@@ -60,16 +60,21 @@ def relu_balance(bounded: Any, tol: float = 0.5) -> Tensor:
         RuntimeError: no bounds have been computed since the last forward pass.
         StructureError: the network has no ReLU.
     """
-    terms = [_imbalance(layer.lower, layer.upper, tol) for layer in relu_bounds(bounded)]
-    return torch.stack(terms).mean() / tol
+    return _imbalance(relu_bounds(bounded), tol).mean() / tol
 
 
-def _imbalance(lower: Tensor, upper: Tensor, tol: float) -> Tensor:
-    active, inactive = state_moments(lower, upper)
-    means, variances = _balance(active.total, -inactive.total), _balance(active.spread, inactive.spread)
-    term = (tol - means).clamp(min=0) + (tol - variances).clamp(min=0)
+def _imbalance(layers: Sequence[LayerBounds], tol: float) -> Tensor:
+    """For each layer max(0, tol − min(ρ, 1/ρ)) + max(0, tol − min(s, 1/s)), or 0; shape (layers,)."""
+    active, inactive = zip(*(state_moments(layer.lower, layer.upper) for layer in layers), strict=True)
+    # One row a layer, so that what follows costs the same for any depth.
+    balance = _balance(
+        torch.stack([torch.stack([moments.total, moments.spread]) for moments in active]),
+        torch.stack([torch.stack([-moments.total, moments.spread]) for moments in inactive]),
+    )
+    imbalance = (tol - balance).clamp(min=0).sum(1)
+    has_inactive = torch.stack([layer.upper.detach().amin() for layer in layers]) < 0
     # Selected on the device, so that nothing waits for the value.
-    return torch.where(upper.detach().amin() < 0, term, torch.zeros_like(term))
+    return torch.where(has_inactive, imbalance, torch.zeros_like(imbalance))
 
 
 def _balance(active: Tensor, inactive: Tensor) -> Tensor:
