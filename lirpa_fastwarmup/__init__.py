@@ -12,6 +12,7 @@ from lirpa_fastwarmup.engine.sharing import share_batchnorm_state
 from lirpa_fastwarmup.engine.tracing import TracedPathWarning
 from lirpa_fastwarmup.recipe import regularizers
 from lirpa_fastwarmup.recipe.batchnorm import insert_batchnorm
+from lirpa_fastwarmup.recipe.compiled import CompilationWarning
 from lirpa_fastwarmup.recipe.initialization import LayerInit, ibp_init_, initialize_
 from lirpa_fastwarmup.recipe.objective import NonFiniteLossError, ShortWarmup, StepLoss
 from lirpa_fastwarmup.recipe.schedule import ConstantEpsilon, LinearEpsilon, Schedule, SmoothedEpsilon
@@ -21,6 +22,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BoundedModule",
+    "CompilationWarning",
     "ConstantEpsilon",
     "LayerBounds",
     "LayerInit",

@@ -19,7 +19,7 @@ from lirpa_fastwarmup.recipe.schedule import SCHEDULES
 from lirpa_fastwarmup.training import METHODS, Settings, resume, settings_of_run, train
 from lirpa_fastwarmup.training.files import TENSORBOARD
 from lirpa_fastwarmup.training.progress import Listeners
-from lirpa_fastwarmup.training.settings import Optimizer, Select
+from lirpa_fastwarmup.training.settings import Optimizer, Precision, Select
 from lirpa_fastwarmup.training.tensorboard import TensorBoard
 
 _SWITCH = argparse.BooleanOptionalAction
@@ -70,6 +70,8 @@ _OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         "weight_decay": {"type": float},
         "grad_clip": {"type": float, "help": "largest norm of the gradient; 0 for no limit"},
         "average_decay": {"type": float, "help": "keep an exponential average of the weights with this decay"},
+        "compile": {"action": _SWITCH, "help": "compile the training step, once for each phase"},
+        "precision": {"choices": get_args(Precision), "help": "of products in training (tf32: on GPUs that have it)"},
         "seed": {"type": int},
     },
     "attack after training": {"pgd_steps": {"type": int}, "pgd_restarts": {"type": int}},

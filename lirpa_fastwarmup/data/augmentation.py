@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lirpa_fastwarmup.data.dataset import moved
+
 
 @dataclass(frozen=True)
 class Augmentation:
@@ -37,7 +39,7 @@ class Augmentation:
 
     def _draw(self, end: int, images: Tensor) -> Tensor:
         """Integers from 0 to ``end`` − 1, one for each image."""
-        return torch.randint(end, (len(images),), generator=self.generator).to(images.device)
+        return moved(torch.randint(end, (len(images),), generator=self.generator), images.device)
 
     def _cropped(self, images: Tensor) -> Tensor:
         count, channels, height, width = images.shape

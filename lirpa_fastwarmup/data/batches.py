@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lirpa_fastwarmup.data.augmentation import Augmentation
-from lirpa_fastwarmup.data.dataset import Split
+from lirpa_fastwarmup.data.dataset import Split, moved
 
 
 class Batches:
@@ -70,7 +70,7 @@ class Batches:
         for batch in range(first, self._count):
             chosen = order[batch * self.batch_size : (batch + 1) * self.batch_size]
             images, labels = self.split.images[chosen], self.split.labels[chosen]
-            images, labels = images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+            images, labels = moved(images, self.device), moved(labels, self.device)
             if self.augment is not None:
                 images = self.augment(images)
             self._position = batch + 1

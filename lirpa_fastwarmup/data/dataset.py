@@ -99,6 +99,13 @@ def generator_of(seed: int, stream: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(state) >> 1)
 
 
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """``tensor`` on ``device``; on its way to a GPU, nothing waits for it."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)  # From other memory, copies block.
+    return tensor.to(device)
+
+
 def place(split: Split, device: torch.device) -> Split:
     """``split`` on ``device``, if its images take less than half of the memory that is free there.
 

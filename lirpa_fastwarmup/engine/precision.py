@@ -41,6 +41,20 @@ def exact_arithmetic(device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
+def products_in_tf32(allowed: bool) -> Iterator[None]:
+    """Float32 products on a GPU with their inputs rounded to TF32, or not, whatever the process was set to."""
+    on_gpu = [_backends.cuda.matmul, _backends.cudnn.conv]
+    before = [backend.fp32_precision for backend in on_gpu]
+    try:
+        for backend in on_gpu:
+            backend.fp32_precision = "tf32" if allowed else "ieee"
+        yield
+    finally:
+        for backend, precision in zip(on_gpu, before, strict=True):
+            backend.fp32_precision = precision
+
+
+@contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
     """What a tensor is made in that is not told its dtype."""
     before = torch.get_default_dtype()

@@ -12,12 +12,13 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lirpa_fastwarmup.engine.module import BoundedModule
 from lirpa_fastwarmup.recipe.regularizers import Regularizer
-from lirpa_fastwarmup.recipe.robust import RobustLoss, ibp
+from lirpa_fastwarmup.recipe.robust import Robust, RobustLoss, ibp
 
 
 class Phase(Enum):
@@ -86,22 +87,34 @@ def compute_step(
     """One step's loss and what it is made of, on the batch ``x``, ``y`` and the ``box`` around it, at ε/ε_max."""
     logits = bounded(x)
     clean_loss = F.cross_entropy(logits, y)
-    loss, robust_loss, verified_error = clean_loss, None, None
-    if terms.need_bounds:
-        bound = terms.robust_loss if terms.phase is Phase.RAMP else ibp
-        robust = bound(bounded, box(), y, logits.shape[1], fraction)
-        robust_loss = robust.loss
-        verified_error = 1 - robust.proved.to(logits.dtype).mean()
-        if terms.phase is not Phase.START:
-            loss = _mixed(clean_loss, robust_loss, terms.kappa, fraction)
-    values = {name: term(bounded) for name, term in terms.fading.items()}
-    values |= {name: term(bounded) for name, (term, _) in terms.constant.items()}
+    clean_error = (logits.detach().argmax(1) != y).to(clean_loss.dtype).mean()
+    # Autocast would round bounds more coarsely than they are apart.
+    with torch.autocast(x.device.type, enabled=False):
+        robust = _robust(terms, bounded, box(), y, logits.shape[1], fraction) if terms.need_bounds else None
+        values = {name: term(bounded) for name, term in terms.fading.items()}
+        values |= {name: term(bounded) for name, (term, _) in terms.constant.items()}
+    loss = clean_loss
+    if robust is not None and terms.phase is not Phase.START:
+        loss = _mixed(clean_loss, robust.loss, terms.kappa, fraction)
     if terms.fading:
         loss = loss + terms.reg_weight * (1 - fraction) * sum(values[name] for name in terms.fading)
     for name, (_, weight) in terms.constant.items():
         loss = loss + weight * values[name]
-    clean_error = (logits.detach().argmax(1) != y).to(logits.dtype).mean()
-    return StepValues(loss, clean_loss, clean_error, robust_loss, verified_error, values)
+    return StepValues(
+        loss=loss,
+        clean_loss=clean_loss,
+        clean_error=clean_error,
+        robust_loss=None if robust is None else robust.loss,
+        verified_error=None if robust is None else 1 - robust.proved.to(clean_loss.dtype).mean(),
+        terms=values,
+    )
+
+
+def _robust(
+    terms: Terms, bounded: BoundedModule, box: Any, y: Tensor, classes: int, fraction: float | Tensor
+) -> Robust:
+    bound = terms.robust_loss if terms.phase is Phase.RAMP else ibp
+    return bound(bounded, box, y, classes, fraction)
 
 
 def _mixed(clean: Tensor, robust: Tensor, kappa: float | None, fraction: float | Tensor) -> Tensor:

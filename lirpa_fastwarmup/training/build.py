@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -156,12 +157,14 @@ def _objective(settings: Settings, bounded: BoundedModule, steps_per_epoch: int)
         tol=settings.tol,
         regularizers=("tightness", "relu_balance") if settings.regularizers else (),
         penalties={name: weight for name, weight in weights.items() if weight},
+        compile=settings.compile,
+        # The last batch of an epoch is taken eagerly: few steps would not repay another compilation.
+        compile_batch_size=math.ceil(settings.batch_size / settings.accumulate),
     )
 
 
 def _optimizer(settings: Settings, objective: ShortWarmup) -> Optimizer:
+    shared: dict[str, Any] = {"lr": settings.lr, "weight_decay": settings.weight_decay, "fused": True}
     if settings.optimizer == "sgd":
-        return SGD(
-            objective.parameters(), lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
-        )
-    return Adam(objective.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
+        return SGD(objective.parameters(), momentum=settings.momentum, **shared)
+    return Adam(objective.parameters(), **shared)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lirpa_fastwarmup.engine.precision import products_in_tf32
 from lirpa_fastwarmup.recipe.objective import NonFiniteLossError, StepLoss
 from lirpa_fastwarmup.training.build import Run
 from lirpa_fastwarmup.training.interrupt import StopRequest
@@ -68,7 +69,8 @@ def train_epoch(run: Run, position: Position, progress: Progress, stop: StopRequ
     progress.epoch_started(position.epoch, batches, position.batches_done)
     if position.batches_done < batches:
         for x, y in run.train_batches:
-            step = _take_step(run, position, x, y)
+            with products_in_tf32(run.settings.precision != "float32"):
+                step = _take_step(run, position, x, y)
             position.batches_done += 1
             position.seconds = time.perf_counter() - started
             told: dict[str, float] = {}
@@ -86,7 +88,8 @@ def train_epoch(run: Run, position: Position, progress: Progress, stop: StopRequ
 def _take_step(run: Run, position: Position, x: Tensor, y: Tensor) -> StepLoss:
     """One optimiser's step; its batch is computed in parts, whose gradients add up to that of the mean loss."""
     for part_x, part_y in _parts(run.settings, x, y):
-        step = run.objective(part_x, part_y)
+        with torch.autocast(run.device.type, torch.bfloat16, enabled=run.settings.precision == "bf16"):
+            step = run.objective(part_x, part_y)
         (step.loss * (len(part_y) / len(y))).backward()
         position.means.add(step, len(part_y))
     if run.settings.grad_clip:

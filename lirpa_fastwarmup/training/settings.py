@@ -16,6 +16,7 @@ from lirpa_fastwarmup.training.methods import Method, settings_of
 
 Optimizer = Literal["adam", "sgd"]
 Select = Literal["last", "validation", "test"]
+Precision = Literal["float32", "tf32", "bf16"]
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "method": get_args(Method),
@@ -24,6 +25,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "schedule": tuple(SCHEDULES),
     "optimizer": get_args(Optimizer),
     "select": get_args(Select),
+    "precision": get_args(Precision),
 }
 # Names, what their values must be, and whether a value is that.
 _RULES: list[tuple[tuple[str, ...], str, Callable[[Any], bool]]] = [
@@ -72,6 +74,9 @@ class Settings:
         lr_milestones, lr_factor: the rate is multiplied after so many finished epochs.
         grad_clip: largest norm of the gradient; 0 for no limit.
         average_decay: decay of the exponential average of weights that is evaluated and kept; ``None`` for none.
+        compile: compile the training step; see :class:`lirpa_fastwarmup.ShortWarmup`.
+        precision: of the products in training alone: float32 as it is, its inputs rounded to TF32 where a GPU does
+            that, or autocast to bfloat16. Errors are always taken in float32.
         precise_bn: recompute BatchNorm's population statistics over the training set before the last evaluation.
         init: initialisation; see :func:`lirpa_fastwarmup.recipe.initialization.initialize_`.
         batchnorm: full BatchNorm.
@@ -112,6 +117,8 @@ class Settings:
     lr_factor: float = 0.2
     grad_clip: float = 10.0
     average_decay: float | None = None
+    compile: bool = False
+    precision: Precision = "tf32"
     precise_bn: bool = False
     init: str = "ibp"
     batchnorm: bool = True

@@ -1,0 +1,97 @@
+"""Seconds and memory of a training step, forward and backward: clean, certified, compiled, and of others' code.
+
+python benchmarks/step_time.py --width 8 32
+python benchmarks/step_time.py --device cuda --shape 3 32 32 --width 64 --tf32
+python benchmarks/step_time.py --width 8 --vary batch 32 128 512 --only clean eager compiled
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import statistics
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import measure
+from ctrain_step import ctrain_step
+
+from lirpa_fastwarmup.engine.precision import products_in_tf32
+
+STEPS: dict[str, Callable[[measure.Setup], measure.Step]] = {
+    "clean": measure.clean_step,
+    "clean compiled": partial(measure.clean_step, compiled=True),
+    "eager": measure.certified_step,
+    "eager without regularisers": partial(measure.certified_step, regularizers=False),
+    "compiled": partial(measure.certified_step, compile=True),
+    "compiled without regularisers": partial(measure.certified_step, compile=True, regularizers=False),
+    "CROWN-IBP fused": partial(measure.certified_step, bound="crown-ibp-fused", regularizers=False),
+    "CROWN-IBP fused compiled": partial(
+        measure.certified_step, bound="crown-ibp-fused", regularizers=False, compile=True
+    ),
+    "CTRAIN Shi-IBP": ctrain_step,
+}
+VARIED = {"batch": "batch", "depth": "extra", "classes": "classes", "width": "width"}
+
+
+def measured(setup: measure.Setup, names: list[str], rounds: int) -> list[dict[str, Any]]:
+    """A row for each step that can be made."""
+    steps = {}
+    for name in names:
+        try:
+            steps[name] = STEPS[name](setup)
+        except ImportError as error:
+            print(f"{name}: left out, {error}")
+    times = measure.seconds_of(steps, rounds, setup.device)
+    return [
+        {
+            "setup": str(setup),
+            "step": name,
+            "seconds": statistics.median(times[name]),
+            "ratio": measure.ratio(times[name], times[names[0]]),
+            "peak_bytes": measure.peak_bytes(step, setup.device),
+        }
+        for name, step in steps.items()
+    ]
+
+
+def main() -> None:
+    """Measure, print, and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--model", default="cnn7")
+    parser.add_argument("--width", type=int, nargs="+", default=[None])
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--shape", type=int, nargs=3, default=(1, 28, 28))
+    parser.add_argument("--classes", type=int, default=10)
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--vary", nargs="+", metavar=("WHAT", "VALUE"), help=f"one of {', '.join(VARIED)}, and values")
+    parser.add_argument("--only", nargs="+", choices=STEPS, default=list(STEPS), help="the first is the base of ratios")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--tf32", action="store_true", help="let a GPU round products to TF32")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    base = measure.Setup(
+        options.model,
+        *(None, options.hidden, tuple(options.shape), options.classes, options.batch),
+        device=options.device,
+    )
+    what, *values = options.vary or ["width", *options.width]
+    rows = []
+    where = measure.machine(options.device)
+    print(", ".join(f"{name} {value}" for name, value in where.items()))
+    for value in values:
+        changes = {"width": options.width[0], VARIED[what]: None if value is None else int(value)}
+        setup = dataclasses.replace(base, **changes)
+        print(f"\n{setup}\n{'step':<32}{'seconds':>9}{'ratio':>8}{'peak MB':>9}", flush=True)
+        with products_in_tf32(options.tf32):
+            for row in measured(setup, options.only, options.rounds):
+                print(f"{row['step']:<32}{row['seconds']:>9.4f}{row['ratio']:>8.2f}{row['peak_bytes'] / 1e6:>9.0f}")
+                rows.append(row)
+    measure.write(options.json, {"machine": where, "tf32": options.tf32, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
