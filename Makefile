@@ -5,13 +5,17 @@ OUT ?= runs/mnist5k
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-all lint clean
 
 demo: $(INSTALLED)
 	$(BIN)/lirpa-fastwarmup train mnist5k --out $(OUT) --overwrite $(ARGS)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest $(ARGS)
+
+# With the tests that take minutes each.
+test-all: $(INSTALLED)
+	$(BIN)/python -m pytest -m "slow or not slow" $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -15,6 +15,7 @@ import torch
 
 from lirpa_fastwarmup import cli
 from lirpa_fastwarmup.presets import preset
+from lirpa_fastwarmup.recipe.compiled import CompiledSteps
 from lirpa_fastwarmup.training import OutputExistsError, TrainingInterrupted, resume, train
 
 # Three batches an epoch, everything random in use, and a state beside the weights' own.
@@ -289,3 +290,24 @@ def test_options_beside_resume_must_be_those_of_the_run(stopped, capsys):
 def test_an_unfinished_run_in_the_way_is_pointed_to(stopped):
     with pytest.raises(OutputExistsError, match=r"--overwrite, or go on with it by --resume"):
         train(SETTINGS, stopped)
+
+
+def test_a_stopped_run_with_compiled_steps_goes_on_to_the_same_end(tmp_path, monkeypatch):
+    # The recording is what could differ from run to run; a compiler's part is left to `make test-all`.
+    monkeypatch.setattr(CompiledSteps.__init__, "__kwdefaults__", {"batch_size": None, "backend": "eager"})
+    settings = SETTINGS.replace(compile=True)
+    train(settings, tmp_path / "unbroken")
+    with pytest.raises(TrainingInterrupted):
+        train(settings, tmp_path / "stopped", progress=SignalAt(4))
+    resume(tmp_path / "stopped")
+    assert_same_outcome(tmp_path / "unbroken", tmp_path / "stopped")
+
+
+@pytest.mark.slow
+def test_a_run_with_compiled_steps_is_resumed_by_another_process(tmp_path):
+    train(SETTINGS.replace(compile=True), tmp_path / "unbroken")
+    with pytest.raises(TrainingInterrupted):
+        train(SETTINGS.replace(compile=True), tmp_path / "stopped", progress=SignalAt(4))
+    command = [sys.executable, "-m", "lirpa_fastwarmup", "train", "--resume", "--out", str(tmp_path / "stopped")]
+    subprocess.run(command, check=True, capture_output=True)
+    assert_same_outcome(tmp_path / "unbroken", tmp_path / "stopped")
