@@ -263,3 +263,11 @@ def test_a_copy_compiles_anew(x, y):
         other.model[0].weight.mul_(0.5)
     before = float(compiled(x, y).loss.detach())
     assert float(other(x, y).loss.detach()) != before
+
+
+def test_under_autocast(x, y):
+    eager, compiled = pair(networks.SmallResNet(batchnorm=True), x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_same_step(eager, compiled, x, y, tolerance=1e-2)
+    assert_same_step(eager, compiled, x, y)
+    assert_compiled(compiled, 2)

@@ -315,3 +315,18 @@ def test_off_the_cpu_checks_wait_to_be_asked():
     with pytest.raises(ValueError, match="labels out of range"):
         checks.raise_pending()
     checks.raise_pending()
+
+
+def test_autocast_reaches_the_clean_pass_alone(x, y):
+    model = networks.SmallResNet(batchnorm=True)
+    exact, coarse = (at_step(objective(copy.deepcopy(model), x), 8) for _ in range(2))
+    expected = exact(x, y)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = coarse(x, y)
+    assert found.loss.dtype == torch.float32
+    assert all(layer.lower.dtype == torch.float32 for layer in fw.relu_bounds(coarse.bounded))
+    assert not torch.equal(found.clean_loss, expected.clean_loss)
+    for name in ("clean_loss", "robust_loss", "tightness"):
+        assert torch.allclose(getattr(found, name), getattr(expected, name), rtol=0.05), name
+    found.loss.backward()
+    assert all(parameter.grad.dtype == torch.float32 for parameter in coarse.parameters())

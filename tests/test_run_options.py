@@ -12,7 +12,9 @@ from torch import nn
 
 import lirpa_fastwarmup as fw
 from lirpa_fastwarmup import cli
+from lirpa_fastwarmup.engine.precision import products_in_tf32
 from lirpa_fastwarmup.presets import preset
+from lirpa_fastwarmup.recipe.compiled import CompiledSteps
 from lirpa_fastwarmup.training import METHODS, load_model, train
 from lirpa_fastwarmup.training.build import build_run
 from lirpa_fastwarmup.training.interrupt import StopRequest
@@ -328,3 +330,36 @@ def test_presets_whose_data_is_missing_name_the_files(name, tmp_path, capsys):
         "imagenet64": "train_data_batch",
     }
     assert wanted.get(name, "data_batch_1") in err
+
+
+def test_bfloat16_is_for_training_alone(tmp_path, monkeypatch):
+    seen = []
+    forward = fw.ShortWarmup.forward
+
+    def watched(self, x, y):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return forward(self, x, y)
+
+    monkeypatch.setattr(fw.ShortWarmup, "forward", watched)
+    train(SMALL.replace(precision="bf16"), tmp_path / "bf16")
+    train(SMALL, tmp_path / "float32")
+    assert seen == [True, True, False, False]
+    assert history(tmp_path / "bf16")[0]["loss"] != history(tmp_path / "float32")[0]["loss"]
+    assert load_model(tmp_path / "bf16" / "model.pt")[0].weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_products_in_tf32_are_set_and_set_back(allowed):
+    backends = [torch.backends.cuda.matmul, torch.backends.cudnn.conv]
+    before = [backend.fp32_precision for backend in backends]
+    with products_in_tf32(allowed):
+        assert [backend.fp32_precision for backend in backends] == ["tf32" if allowed else "ieee"] * 2
+    assert [backend.fp32_precision for backend in backends] == before
+
+
+def test_only_whole_batches_of_a_run_are_compiled(tmp_path, monkeypatch):
+    monkeypatch.setattr(CompiledSteps.__init__, "__kwdefaults__", {"batch_size": None, "backend": "eager"})
+    run, _ = one_epoch(SMALL.replace(compile=True, data_limit=60), tmp_path)  # 48 samples, and 12.
+    assert len(run.objective._compiled._steps) == 1
+    run, _ = one_epoch(SMALL.replace(compile=True, data_limit=60, accumulate=2), tmp_path)  # 24, 24, 6 and 6.
+    assert len(run.objective._compiled._steps) == 1
