@@ -5,7 +5,7 @@ OUT ?= runs/mnist5k
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-all lint results-cifar10 results-mnist clean
 
 demo: $(INSTALLED)
 	$(BIN)/lirpa-fastwarmup train mnist5k --out $(OUT) --overwrite $(ARGS)
@@ -29,6 +29,10 @@ $(INSTALLED): requirements.txt setup.cfg
 	$(BIN)/python -m pip install --quiet --no-deps auto_LiRPA==0.3 onnx2pytorch==0.6.0
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
+
+# The paper's experiments, on whatever device there is; DATA_DIR names the folder of the data. Stopped, they go on.
+results-cifar10 results-mnist: $(INSTALLED)
+	$(BIN)/python benchmarks/results.py $(@:results-%=%) --data-dir "$(DATA_DIR)" $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -37,6 +37,7 @@ class Setup:
         batch: samples.
         extra: convolutions, with BatchNorm and ReLU, that deepen CNN-7.
         device: where.
+        channels_last: images and weights in channels-last memory.
     """
 
     model: str = "cnn7"
@@ -47,12 +48,20 @@ class Setup:
     batch: int = 128
     extra: int = 0
     device: str = "cpu"
+    channels_last: bool = False
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """How images lie in memory."""
+        return torch.channels_last if self.channels_last else torch.contiguous_format
 
     def batch_of_noise(self) -> tuple[Tensor, Tensor]:
         """Inputs and labels, the same every time."""
         generator = torch.Generator().manual_seed(0)
         x = torch.rand(self.batch, *self.shape, generator=generator)
-        return x.to(self.device), (torch.arange(self.batch) % self.classes).to(self.device)
+        return x.to(self.device, memory_format=self.memory_format), (torch.arange(self.batch) % self.classes).to(
+            self.device
+        )
 
     def network(self) -> nn.Module:
         """The network, with its own initialisation, the same every time."""
@@ -61,7 +70,8 @@ class Setup:
         if self.model == "cnn7":
             sizes["hidden"] = self.hidden
         model: nn.Module = fw.models.MODELS[self.model](self.shape, self.classes, **sizes)
-        return (_deepened(model, self.extra) if self.extra else model).to(self.device)
+        model = _deepened(model, self.extra) if self.extra else model
+        return model.to(self.device, memory_format=self.memory_format)
 
     def __str__(self) -> str:
         deeper = f" and {self.extra} more convolutions" if self.extra else ""

@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 from lirpa_fastwarmup.engine.precision import products_in_tf32
 
 # What makes the host wait for the device, by the names that the profiler gives it.
-WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "aten::_local_scalar_dense")
+WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
 STEPS_RECORDED = 5
 
 
@@ -47,9 +47,10 @@ def main() -> None:
     own = "self_device_time_total" if on_gpu else "self_cpu_time_total"
     print(f"{setup}, step {options.step!r}, per step")
     print_table(events, own, options.rows)
-    waits = sum(event.count for event in events if event.key in WAITS)
-    # The profiler itself waits once, at its end.
-    print(f"waits of the host for the device: {max(0, waits - 1 if on_gpu else waits) / STEPS_RECORDED:g} per step")
+    if on_gpu:
+        waits = sum(event.count for event in events if event.key in WAITS)
+        # The profiler itself waits once, at its end.
+        print(f"waits of the host for the device: {max(0, waits - 1) / STEPS_RECORDED:g} per step")
 
 
 def print_table(events: Any, own: str, rows: int) -> None:

@@ -10,12 +10,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import statistics
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import measure
+import torch
 from ctrain_step import ctrain_step
 
 from lirpa_fastwarmup.engine.precision import products_in_tf32
@@ -71,13 +73,19 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=STEPS, default=list(STEPS), help="the first is the base of ratios")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--tf32", action="store_true", help="let a GPU round products to TF32")
+    parser.add_argument("--bf16", action="store_true", help="all steps under autocast to bfloat16")
+    parser.add_argument("--channels-last", action="store_true", help="images and weights in channels-last memory")
+    parser.add_argument("--threads", type=int, help="of the CPU")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     base = measure.Setup(
         options.model,
         *(None, options.hidden, tuple(options.shape), options.classes, options.batch),
         device=options.device,
+        channels_last=options.channels_last,
     )
+    if options.threads:
+        torch.set_num_threads(options.threads)
     what, *values = options.vary or ["width", *options.width]
     rows = []
     where = measure.machine(options.device)
@@ -86,11 +94,12 @@ def main() -> None:
         changes = {"width": options.width[0], VARIED[what]: None if value is None else int(value)}
         setup = dataclasses.replace(base, **changes)
         print(f"\n{setup}\n{'step':<32}{'seconds':>9}{'ratio':>8}{'peak MB':>9}", flush=True)
-        with products_in_tf32(options.tf32):
+        kind = torch.device(options.device).type
+        with products_in_tf32(options.tf32), torch.autocast(kind, torch.bfloat16, enabled=options.bf16):
             for row in measured(setup, options.only, options.rounds):
                 print(f"{row['step']:<32}{row['seconds']:>9.4f}{row['ratio']:>8.2f}{row['peak_bytes'] / 1e6:>9.0f}")
                 rows.append(row)
-    measure.write(options.json, {"machine": where, "tf32": options.tf32, "rows": rows})
+    measure.write(options.json, {"machine": where, "command": sys.argv, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -75,6 +75,9 @@ class CompiledSteps:
         self._steps: dict[Any, _RecordedStep] = {}
         self._failed = False
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_steps": {}}  # What is compiled stays with the process, and with the network.
+
     def take(self, terms: Terms, x: Tensor, y: Tensor, eps: Epsilon, fraction: float) -> StepValues | None:
         """The step, compiled; ``None`` where it has to be taken eagerly.
 
