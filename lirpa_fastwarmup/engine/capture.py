@@ -25,6 +25,14 @@ from lirpa_fastwarmup.engine.inputs import Epsilon, InputRange
 
 _READS = ("__bool__", "__int__", "__index__", "__float__", "item", "tolist")
 _CHECKS = ("isnan", "isinf")
+_SIZED = (
+    "reshape",
+    "view",
+    "expand",
+    "repeat",
+    "tile",
+    "permute",
+)  # Called with sizes, which the engine has in tensors.
 
 
 class _Reads(TorchFunctionMode):
@@ -48,6 +56,9 @@ class _Reads(TorchFunctionMode):
             if not _is_data(args[0]):
                 with disable_proxy_modes_tracing():
                     return func(*args, **kwargs)
+        if name in _SIZED:
+            with disable_proxy_modes_tracing():
+                args = (args[0], *tree_map(lambda size: size.tolist() if _is_constant(size) else size, args[1:]))
         result = func(*args, **kwargs)
         given = tree_leaves((args, kwargs))
         made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
@@ -70,6 +81,10 @@ def _mark(tensor: Tensor, what: str) -> None:
 
 def _marked(tensor: Any, what: str) -> bool:
     return getattr(tensor, f"_recorded_{what}", False)
+
+
+def _is_constant(value: Any) -> bool:
+    return isinstance(value, Tensor) and not _is_data(value)
 
 
 def _is_data(value: Any) -> bool:
