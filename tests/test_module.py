@@ -487,3 +487,13 @@ def test_bounds_of_any_batch_size(network, training, x):
             if not training:
                 assert torch.allclose(lower, model(x[:count]), atol=1e-3)
                 assert torch.allclose(upper, model(x[:count]), atol=1e-3)
+
+
+def test_building_under_autocast(x):
+    model = networks.SmallResNet(batchnorm=True).eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        bounded = fw.BoundedModule(model, x)
+    assert torch.allclose(bounded(x), model(x))
+    lower, upper = bounded.compute_bounds(x=(fw.input_box(x, 0.01),), method="IBP")
+    assert (lower <= model(x)).all()
+    assert (model(x) <= upper).all()

@@ -88,7 +88,8 @@ class BoundedModule(engine.BoundedModule):
                 "auto_LiRPA.BoundedModule, lirpa_fastwarmup.share_batchnorm_state(bounded, model) joins its "
                 "BatchNorm statistics with the model's"
             )
-        with unchanged(model):
+        # A trace would take autocast's conversions with it.
+        with unchanged(model), exact_arithmetic(_like(model).device):
             self._check_structure(model, example)
             with quiet_conversion():
                 # In evaluation mode a trace holds one node per BatchNorm and moves no statistics.
@@ -126,8 +127,7 @@ class BoundedModule(engine.BoundedModule):
         options = {**options, "sparse_features_alpha": False} if ENGINE_VERSION.startswith("0.3") else options
         model = copy.deepcopy(self.wrapped).to(dtype).eval().requires_grad_(False)
         example = tuple(x.to(dtype) if x.is_floating_point() else x for x in self.example)
-        # A trace would take autocast's conversions with it, and tables of S-shaped functions the default dtype.
-        with exact_arithmetic(self.example[0].device), default_dtype(dtype):
+        with default_dtype(dtype):  # Of the tables of S-shaped functions.
             return type(self)(model, example, options, *others)
 
     def check_incompatible_nodes(self, model: nn.Module) -> None:
