@@ -1,7 +1,7 @@
 """The paper's results, from training to certificates: run by run, each taken up where it was left.
 
     python benchmarks/results.py cifar10 --data-dir DIR
-    python benchmarks/results.py cifar10 --data-dir DIR --data-limit 2000 --epochs 3 --width 8    # does it run?
+    python benchmarks/results.py cifar10 --data-dir DIR --data-limit 2000 --epochs 3 --width 8 --pgd-steps 2    # does it run?
 
 A run is trained, verified and looked at layer by layer, by the commands that anybody would give; what is finished is
 not done again. Weights stay in ``--work``; text and pictures are copied to ``--out``.
@@ -19,7 +19,7 @@ from pathlib import Path
 from layer_statistics import write_layers
 
 KEPT = ("summary.json", "history.csv", "curves.png", "verification.json", "layers.csv")
-VERIFICATION = ("--methods", "IBP", "CROWN-IBP", "--pgd-steps", "50", "--restarts", "5")
+VERIFICATION = ("--methods", "IBP", "CROWN-IBP", "--restarts", "5")
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def command(*arguments: object) -> None:
 def changes_of(options: argparse.Namespace) -> list[str]:
     """The options that make every run a smaller one."""
     changes = ["--data-dir", str(options.data_dir)]
-    for name in ("data_limit", "width"):
+    for name in ("data_limit", "width", "pgd_steps"):
         if getattr(options, name) is not None:
             changes += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
     if options.epochs is not None:  # A ramp that leaves an epoch before and one after it.
@@ -77,7 +77,7 @@ def carry_out(planned: Planned, options: argparse.Namespace) -> None:
             command("train", planned.preset, *planned.options, *changes_of(options), "--out", run, *device)
     if not (run / "verification.json").exists():
         limit = ["--limit", options.verify_limit] if options.verify_limit else []
-        command("verify", run, *VERIFICATION, *limit, *device)
+        command("verify", run, *VERIFICATION, "--pgd-steps", options.pgd_steps or 50, *limit, *device)
     if not (run / "layers.csv").exists():
         write_layers(run)
     kept = options.out / planned.name
@@ -101,6 +101,7 @@ def main() -> None:
     parser.add_argument("--data-limit", type=int)
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--width", type=int)
+    parser.add_argument("--pgd-steps", type=int, help="of the attacks after training and in verification")
     parser.add_argument("--verify-limit", type=int, help="verify the first so many test samples only")
     options = parser.parse_args()
     runs = [run for run in RUNS[options.what] if not options.only or run.name in options.only]

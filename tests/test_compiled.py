@@ -182,6 +182,14 @@ def test_gradients_scale_and_add_up(x, y):
         assert (one.grad - other.grad).norm() <= 1e-4 * (1 + one.grad.norm())
 
 
+def test_two_steps_may_come_before_their_backward_pass(x, y):
+    eager, compiled = pair(networks.convolutional(), x)
+    for objective in (eager, compiled):
+        (objective(x, y).loss + objective(x.flip(0) * 0.5, y).loss).backward()
+    for one, other in zip(eager.parameters(), compiled.parameters(), strict=True):
+        assert (one.grad - other.grad).norm() <= 1e-4 * (1 + one.grad.norm())
+
+
 def test_evaluation_and_passes_without_gradient_stay_eager(x, y):
     eager, compiled = pair(networks.convolutional(), x)
     with torch.no_grad():

@@ -25,14 +25,8 @@ from lirpa_fastwarmup.engine.inputs import Epsilon, InputRange
 
 _READS = ("__bool__", "__int__", "__index__", "__float__", "item", "tolist")
 _CHECKS = ("isnan", "isinf")
-_SIZED = (
-    "reshape",
-    "view",
-    "expand",
-    "repeat",
-    "tile",
-    "permute",
-)  # Called with sizes, which the engine has in tensors.
+# Called with sizes, which the engine has in tensors.
+_SIZED = ("reshape", "view", "expand", "repeat", "tile", "permute")
 
 
 class _Reads(TorchFunctionMode):
@@ -153,7 +147,9 @@ def record(
         with _Reads(tensors):
             return functional_call(module, dict(zip(names, tensors[: len(names)], strict=True)), tensors[len(names) :])
 
-    return make_fx(flat)(*state.values(), *inputs)
+    return make_fx(flat)(
+        *state.values(), *(tensor.detach() for tensor in inputs)
+    )  # Marks stay on none of the caller's.
 
 
 @torch.no_grad()

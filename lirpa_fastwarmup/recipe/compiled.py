@@ -101,7 +101,7 @@ class CompiledSteps:
                 warnings.warn(
                     f"training steps are taken eagerly, as this one cannot be compiled: {_first_line(error)}",
                     CompilationWarning,
-                    stacklevel=4,
+                    stacklevel=5,
                 )
                 logger.debug("no compiled step", exc_info=True)
                 return None
@@ -121,7 +121,8 @@ class CompiledSteps:
         model, device = self._bounded.wrapped, batch.x.device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         return (
-            (terms.phase, terms.kappa, terms.reg_weight, tuple(terms.fading), tuple(terms.constant)),
+            (terms.phase, terms.kappa, terms.reg_weight, tuple(terms.fading)),
+            tuple((name, weight) for name, (_, weight) in terms.constant.items()),
             tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in (batch.x, batch.eps)),
             autocast,
             tuple(module.training for module in model.modules()),

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 _WARM_UP_RUNS = 3  # As torch.cuda.graph's documentation advises: libraries choose and allocate in the first runs.
 
@@ -15,7 +16,7 @@ class CudaGraph:
     """``function(*state, *inputs)``, captured once and replayed.
 
     The state is read and written where it lies; where it has moved, it is captured anew. Inputs are copied to where the
-    graph reads them. Results are overwritten by the next call.
+    graph reads them, and results from where it writes them.
 
     Args:
         function: without anything that waits for the device.
@@ -40,7 +41,10 @@ class CudaGraph:
             self._places = places
         assert self._graph is not None
         self._graph.replay()
-        return self._result
+        leaves, structure = tree_flatten(self._result)
+        computed = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        copies = iter(torch._foreach_mul(computed, 1))  # The next replay overwrites them. One launch for many.
+        return tree_unflatten([next(copies) if isinstance(leaf, Tensor) else leaf for leaf in leaves], structure)
 
     def _capture(self, state: tuple[Tensor, ...]) -> None:
         before = [tensor.clone() for tensor in state]
