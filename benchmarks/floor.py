@@ -52,7 +52,7 @@ def rates(device: str) -> tuple[float, float]:
     """Operations per second of large products, bytes per second of a large copy: the most that are seen."""
     size = 8192 if device.startswith("cuda") else 2048
     a, b = (torch.rand(size, size, device=device) for _ in range(2))
-    images, weight = torch.rand(64, 64, 56, 56, device=device), torch.rand(64, 64, 3, 3, device=device)
+    images, weight = torch.rand(128, 128, 14, 14, device=device), torch.rand(128, 128, 3, 3, device=device)
     convolution = 2 * images.numel() * weight[0].numel()
     large = torch.rand(64 * 2**20, device=device)
     target = torch.empty_like(large)

@@ -1,7 +1,7 @@
 """The paper's results, from training to certificates: run by run, each taken up where it was left.
 
     python benchmarks/results.py cifar10 --data-dir DIR
-    python benchmarks/results.py cifar10 --data-dir DIR --data-limit 2000 --epochs 3 --width 8 --pgd-steps 2    # does it run?
+    python benchmarks/results.py cifar10 --data-dir DIR --data-limit 2000 --epochs 3 --width 8 --pgd-steps 2  # A trial.
 
 A run is trained, verified and looked at layer by layer, by the commands that anybody would give; what is finished is
 not done again. Weights stay in ``--work``; text and pictures are copied to ``--out``.
