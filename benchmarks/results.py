@@ -10,6 +10,7 @@ not done again. Weights stay in ``--work``; text and pictures are copied to ``--
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import subprocess
 import sys
@@ -85,6 +86,9 @@ def carry_out(planned: Planned, options: argparse.Namespace) -> None:
     for name in KEPT:
         if (run / name).exists():
             shutil.copy(run / name, kept / name)
+    summary = json.loads((kept / "summary.json").read_text())
+    summary["settings"]["data_dir"] = None  # Where the data lay is nobody's business.
+    (kept / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
 
 
 def main() -> None:

@@ -30,6 +30,8 @@ COMMON = {
     "grad_clip": 10.0,
     "average_decay": None,
     "precise_bn": False,
+    "compile": False,
+    "precision": "tf32",
     "init": "ibp",
     "batchnorm": True,
     "bn_mean": True,
