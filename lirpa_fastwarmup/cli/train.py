@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from lirpa_fastwarmup.cli.options import device_named, find_factories_here, number
 from lirpa_fastwarmup.data import LOADERS
 from lirpa_fastwarmup.models import MODELS
 from lirpa_fastwarmup.presets import PRESETS, preset
+from lirpa_fastwarmup.recipe import compiled
 from lirpa_fastwarmup.recipe.initialization import INITIALIZATIONS
 from lirpa_fastwarmup.recipe.robust import LOSSES
 from lirpa_fastwarmup.recipe.schedule import SCHEDULES
@@ -171,11 +174,11 @@ def _train(options: argparse.Namespace) -> int:
         "device": device_named(options.device),
         "progress": Listeners(console, board) if board else console,
     }
+    # Compiling takes a minute, in which nothing else is told.
+    logging.getLogger(compiled.__name__).setLevel(logging.INFO)
     try:
-        if options.resume:
-            summary = resume(out, data_dir=options.data_dir, **told)
-        else:
-            summary = train(settings, out, overwrite=options.overwrite, **told)
+        with logging_redirect_tqdm():
+            summary = _run(options, settings, out, told)
     finally:
         console.close()
         if board:
@@ -183,6 +186,12 @@ def _train(options: argparse.Namespace) -> int:
     print(_table(summary))
     print(f"written to {out}")
     return 0
+
+
+def _run(options: argparse.Namespace, settings: Settings, out: Path, told: Mapping[str, Any]) -> dict[str, Any]:
+    if options.resume:
+        return resume(out, data_dir=options.data_dir, **told)
+    return train(settings, out, overwrite=options.overwrite, **told)
 
 
 def _resumed_settings(options: argparse.Namespace) -> Settings:

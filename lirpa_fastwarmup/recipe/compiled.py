@@ -130,12 +130,12 @@ class CompiledSteps:
         )
 
     def _compiled(self, terms: Terms, batch: Batch) -> _RecordedStep:
+        logger.info("compiling the training step %s, for batches of shape %s", terms.phase.value, tuple(batch.x.shape))
         try:
             step = _RecordedStep(terms, self._bounded, self._input_range, batch, self._backend)
             step.compare_with_eager(batch)
         finally:
             forget_last_pass(self._bounded)  # No other is to come.
-        logger.info("compiled the training step %s for batches of shape %s", terms.phase.value, tuple(batch.x.shape))
         return step
 
 
