@@ -10,6 +10,8 @@ from lirpa_fastwarmup.engine.layers import LayerBounds, relu_bounds
 from lirpa_fastwarmup.engine.module import BoundedModule
 from lirpa_fastwarmup.engine.sharing import share_batchnorm_state
 from lirpa_fastwarmup.engine.tracing import TracedPathWarning
+from lirpa_fastwarmup.inspection.figures import Inspection
+from lirpa_fastwarmup.inspection.inspect import inspect
 from lirpa_fastwarmup.recipe import regularizers
 from lirpa_fastwarmup.recipe.batchnorm import insert_batchnorm
 from lirpa_fastwarmup.recipe.compiled import CompilationWarning
@@ -24,6 +26,7 @@ __all__ = [
     "BoundedModule",
     "CompilationWarning",
     "ConstantEpsilon",
+    "Inspection",
     "LayerBounds",
     "LayerInit",
     "LinearEpsilon",
@@ -38,6 +41,7 @@ __all__ = [
     "initialize_",
     "input_box",
     "insert_batchnorm",
+    "inspect",
     "models",
     "regularizers",
     "relu_bounds",

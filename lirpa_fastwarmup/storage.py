@@ -32,13 +32,19 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
     write_atomically(path, (json.dumps(values, indent=2) + "\n").encode())
 
 
-def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write one line per row, under a line of the first row's names."""
+def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
+    """One line per row, under a line of all rows' names; what a row has not is left blank."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    names = dict.fromkeys(name for row in rows for name in row)
+    writer = csv.DictWriter(text, fieldnames=list(names), restval="", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    write_atomically(path, text.getvalue().encode())
+    return text.getvalue()
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write :func:`csv_text`."""
+    write_atomically(path, csv_text(rows).encode())
 
 
 def read_tensors(path: Path, otherwise: str) -> Any:

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from lirpa_fastwarmup import cli
-from lirpa_fastwarmup.inspection.compare import as_markdown, as_text, comparison
+from lirpa_fastwarmup.inspection.compare import comparison
+from lirpa_fastwarmup.inspection.table import as_markdown, as_text
 
 
 def run(folder, seed, errors, **settings):

@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from lirpa_fastwarmup.inspection.compare import as_markdown, as_text, comparison
+from lirpa_fastwarmup.inspection.compare import comparison
+from lirpa_fastwarmup.inspection.table import as_markdown, as_text
 
 
 def add_to(commands: Any) -> None:

@@ -4,81 +4,22 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from lirpa_fastwarmup.cli.options import device_named, find_factories_here, number
-from lirpa_fastwarmup.data import LOADERS
-from lirpa_fastwarmup.models import MODELS
-from lirpa_fastwarmup.presets import PRESETS, preset
+from lirpa_fastwarmup.cli.options import device_named, find_factories_here
+from lirpa_fastwarmup.cli.settings import add_settings, given_settings, settings_of
+from lirpa_fastwarmup.presets import PRESETS
 from lirpa_fastwarmup.recipe import compiled
-from lirpa_fastwarmup.recipe.initialization import INITIALIZATIONS
-from lirpa_fastwarmup.recipe.robust import LOSSES
-from lirpa_fastwarmup.recipe.schedule import SCHEDULES
-from lirpa_fastwarmup.training import METHODS, Settings, resume, settings_of_run, train
+from lirpa_fastwarmup.training import Settings, resume, settings_of_run, train
 from lirpa_fastwarmup.training.files import TENSORBOARD
 from lirpa_fastwarmup.training.progress import Listeners
-from lirpa_fastwarmup.training.settings import Optimizer, Precision, Select
 from lirpa_fastwarmup.training.tensorboard import TensorBoard
-
-_SWITCH = argparse.BooleanOptionalAction
-
-
-# The options that set a field of Settings, by group: the field (its option is spelt with dashes), and argparse's own.
-_OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
-    "data": {
-        "dataset": {"choices": sorted(LOADERS)},
-        "data_dir": {"type": Path, "metavar": "DIR", "help": "folder of the dataset's files"},
-        "data_limit": {"type": int, "metavar": "N", "help": "train on N samples, drawn by the seed"},
-        "validation": {"type": int, "metavar": "N", "help": "hold out N of them, and keep the best epoch on these"},
-        "select": {"choices": get_args(Select), "help": "which epoch's weights are kept"},
-        "flip": {"action": _SWITCH, "help": "augmentation: mirror images at random"},
-        "crop_padding": {"type": int, "metavar": "P", "help": "augmentation: random windows after padding by P pixels"},
-    },
-    "network": {
-        "model": {"metavar": "NAME", "help": f"{', '.join(MODELS)}, or package.module:factory"},
-        "width": {"type": int, "help": "channels of its first stage (ResNeXt: bottleneck width)"},
-        "hidden": {"type": int, "help": "features of its hidden linear layer"},
-        "bn_mean": {"action": _SWITCH, "help": "ablation: BatchNorm's mean"},
-        "bn_var": {"action": _SWITCH, "help": "ablation: BatchNorm's variance"},
-        "bn_affine": {"action": _SWITCH, "help": "ablation: BatchNorm's affine part"},
-        "precise_bn": {"action": _SWITCH, "help": "recompute BatchNorm's statistics after training"},
-    },
-    "objective": {
-        "eps": {"type": number, "help": "target radius in pixel units, a number or a fraction"},
-        "schedule": {"choices": tuple(SCHEDULES), "help": "how the radius grows"},
-        "ramp_start": {"type": int, "help": "epoch, from 1, at which it begins to grow"},
-        "ramp_length": {"type": int, "help": "epochs that it grows for"},
-        "bound": {"choices": tuple(LOSSES), "help": "what bounds the loss"},
-        "kappa": {"type": number, "help": "weight of the clean loss at the end of the ramp"},
-        "reg_weight": {"type": float, "help": "weight of the paper's regularisers"},
-        "tol": {"type": float, "help": "their tolerance"},
-        "stability_weight": {"type": float, "help": "of the ReLU stability of Xiao et al."},
-        "l1_weight": {"type": float, "help": "of the weights' absolute values"},
-        "volume_weight": {"type": float, "help": "of the relaxation volume of Balunović and Vechev"},
-    },
-    "optimisation": {
-        "epochs": {"type": int},
-        "batch_size": {"type": int},
-        "accumulate": {"type": int, "metavar": "PARTS", "help": "compute a batch in parts, one after the other"},
-        "optimizer": {"choices": get_args(Optimizer)},
-        "lr": {"type": float, "help": "learning rate"},
-        "lr_milestones": {"type": int, "nargs": "*", "help": "finished epochs after which it falls"},
-        "lr_factor": {"type": float, "help": "what it is multiplied by then"},
-        "momentum": {"type": float, "help": "of SGD"},
-        "weight_decay": {"type": float},
-        "grad_clip": {"type": float, "help": "largest norm of the gradient; 0 for no limit"},
-        "average_decay": {"type": float, "help": "keep an exponential average of the weights with this decay"},
-        "compile": {"action": _SWITCH, "help": "compile the training step, once for each phase"},
-        "precision": {"choices": get_args(Precision), "help": "of products in training (tf32: on GPUs that have it)"},
-        "seed": {"type": int},
-    },
-    "attack after training": {"pgd_steps": {"type": int}, "pgd_restarts": {"type": int}},
-}
 
 
 def add_to(commands: Any) -> None:
@@ -92,30 +33,7 @@ def add_to(commands: Any) -> None:
     command.add_argument("--show", action="store_true", help="print the settings and stop")
     command.add_argument("--device", help="cpu, cuda, cuda:1 …; by default a GPU if there is one")
     command.add_argument("--tensorboard", action="store_true", help=f"also log to DIR/{TENSORBOARD}")
-    method = command.add_argument_group("method", "changes the preset's objective; the options below change the method")
-    method.add_argument("--method", choices=tuple(METHODS))
-    method.add_argument("--init", choices=INITIALIZATIONS, help="initialisation")
-    method.add_argument("--no-init", dest="init", action="store_const", const="default", help="the network's own")
-    method.add_argument("--bn", dest="batchnorm", action=_SWITCH, help="full BatchNorm")
-    method.add_argument("--reg", dest="regularizers", action=_SWITCH, help="the paper's two regularisers")
-    for title, fields in _OPTIONS.items():
-        group = command.add_argument_group(title, "each overrides the preset's")
-        for field, arguments in fields.items():
-            group.add_argument(f"--{field.replace('_', '-')}", **arguments)
-
-
-def _settings(options: argparse.Namespace) -> Settings:
-    if options.preset is None:
-        raise ValueError(f"name a preset, one of {', '.join(PRESETS)}")
-    base = preset(options.preset)
-    if options.method is not None:
-        base = base.with_method(options.method)
-    changes = {name: value for name, value in _given(options).items() if name != "method"}
-    if "lr_milestones" in changes:
-        changes["lr_milestones"] = tuple(changes["lr_milestones"])
-    if changes.get("validation"):
-        changes.setdefault("select", "validation")
-    return base.replace(**changes)
+    add_settings(command)
 
 
 def _folder(options: argparse.Namespace) -> Path:
@@ -124,18 +42,13 @@ def _folder(options: argparse.Namespace) -> Path:
     return Path(options.out)
 
 
-def _given(options: argparse.Namespace) -> dict[str, Any]:
-    """The settings that were named on the command line."""
-    names = [name for name in Settings.names() if name != "preset"]
-    return {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-
-
 class _Console:
     """A progress bar per epoch, and a line for each that is done."""
 
     def __init__(self, epochs: int) -> None:
         self._epochs = epochs
         self._bar: Any = None
+        self._dead: dict[str, str] = {}
 
     def close(self) -> None:
         """Leave the line of the bar, so that what comes next has one of its own."""
@@ -149,21 +62,23 @@ class _Console:
         self._bar.update()
         if means:
             shown = ("eps", "loss", "clean_loss", "robust_loss", "verified_error")
-            self._bar.set_postfix({name: f"{means[name]:.4g}" for name in shown}, refresh=False)
+            self._bar.set_postfix({name: f"{means[name]:.4g}" for name in shown} | self._dead, refresh=False)
 
     def epoch_done(self, row: Mapping[str, float], seconds: float) -> None:
         self.close()
+        dead = "" if math.isnan(row["dead"]) else f"dead {row['dead']:5.1%}  "
+        self._dead = {"dead": f"{row['dead']:.1%}"} if dead else {}  # Told until the next epoch's.
         print(
             f"epoch {row['epoch']:>{len(str(self._epochs))}}/{self._epochs}  eps {row['eps']:.4f}  "
             f"loss {row['loss']:7.4f}  standard error {row['standard_error']:6.2%}  "
-            f"verified error {row['verified_error']:6.2%}  {seconds:.1f} s",
+            f"verified error {row['verified_error']:6.2%}  {dead}{seconds:.1f} s",
             flush=True,
         )
 
 
 def _train(options: argparse.Namespace) -> int:
     find_factories_here()
-    settings = _resumed_settings(options) if options.resume else _settings(options)
+    settings = _resumed_settings(options) if options.resume else settings_of(options)
     if options.show:
         print(settings)
         return 0
@@ -198,7 +113,7 @@ def _resumed_settings(options: argparse.Namespace) -> Settings:
     """The settings of the run that is resumed; other ones on the command line are refused."""
     settings = settings_of_run(_folder(options))
     saved = settings.as_dict()
-    named = (_settings(options).as_dict() if options.preset else saved) | _given(options)
+    named = (settings_of(options).as_dict() if options.preset else saved) | given_settings(options)
     names = [name for name in saved if name != "data_dir" and named[name] != saved[name]]
     if names:
         raise ValueError(

@@ -179,6 +179,12 @@ class NetworkGraph:
         above = self._above(relu.inputs[0], self._passes_linearly) or self._above(relu.inputs[0], lambda _: True)
         return above[-1].name if above else "input"
 
+    def relus_above(self, relu: Any) -> list[int]:
+        """Places, in ``relus``, of the nearest ReLUs that ``relu`` reads, through whatever lies between."""
+        at = {id(node): place for place, (_, node) in enumerate(self.relus)}
+        found = _reached(relu.inputs[0], lambda node: () if id(node) in at else node.inputs)
+        return sorted(place for node, place in at.items() if node in found)
+
     def called_more_than_once(self) -> list[str]:
         """Names of the modules whose weight serves in several places of the network."""
         names = [layer.parameter for layer in self.affine]

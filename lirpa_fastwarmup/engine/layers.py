@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lirpa_fastwarmup.engine.graph import AffineLayer, NetworkGraph, StructureError, read_graph
-from lirpa_fastwarmup.engine.sharing import BoundBatchNormalization
+from lirpa_fastwarmup.engine.sharing import BoundBatchNormalization, without_bookkeeping
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,18 @@ def relu_bounds(bounded: Any) -> list[LayerBounds]:
             "the network has no ReLU, whose inputs the regularisers are defined on: leave them out (regularizers=())"
         )
     return [LayerBounds(name, *_bounds_at(relu.inputs[0], graph)) for name, relu in graph.relus]
+
+
+def relus_read(bounded: Any) -> list[list[int]]:
+    """For each ReLU, in the order of :func:`relu_bounds`, the places of the nearest ones that it reads."""
+    graph = read_graph(bounded)
+    return [graph.relus_above(relu) for _, relu in graph.relus]
+
+
+def outputs_of_batch(bounded: Any, x: tuple[Tensor, ...]) -> Tensor:
+    """The outputs of a clean pass that moves no running statistics; in training mode, with those of the batch."""
+    with without_bookkeeping(bounded):
+        return bounded(*x)
 
 
 def input_half_width(bounded: Any) -> Tensor:

@@ -92,7 +92,7 @@ def ibp_init_(
     scales = [1.0] * len(layers)
     try:
         for layer in layers:
-            weight_of(layer).normal_(0.0, _std(layer, id(layer) in halved), generator=generator)
+            weight_of(layer).normal_(0.0, ibp_std(layer, id(layer) in halved), generator=generator)
         if calibrate is not None:
             scales = _calibrate(bounded, layers, calibrate, eps)
     except Exception:
@@ -100,7 +100,7 @@ def ibp_init_(
             weight_of(layer).copy_(weight)
         raise
     return [
-        LayerInit(layer.name, layer.fan_in, _std(layer, id(layer) in halved) * scale, id(layer) in halved)
+        LayerInit(layer.name, layer.fan_in, ibp_std(layer, id(layer) in halved) * scale, id(layer) in halved)
         for layer, scale in zip(layers, scales, strict=True)
     ]
 
@@ -141,7 +141,8 @@ def initialize_(
         ibp_init_(bounded, generator=generator, calibrate=calibrate if scheme == "ibp-calibrated" else None, eps=eps)
 
 
-def _std(layer: AffineLayer, halved: bool) -> float:
+def ibp_std(layer: AffineLayer, halved: bool) -> float:
+    """√(2π)/n, or ``halved`` for a layer that reads the ReLU of a residual sum: what :func:`ibp_init_` draws with."""
     return math.sqrt(2 * math.pi) / layer.fan_in / (2 if halved else 1)
 
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from lirpa_fastwarmup.inspection.figures import history_columns
+from lirpa_fastwarmup.inspection.inspect import inspect
 from lirpa_fastwarmup.recipe.objective import NonFiniteLossError
 from lirpa_fastwarmup.storage import write_csv, write_json
 from lirpa_fastwarmup.training import checkpoint, files
@@ -183,4 +185,11 @@ def _history_row(run: Run, position: Position) -> dict[str, float]:
     if run.validation_batches is not None:
         row["validation_standard_error"] = standard_error(run.plain, run.validation_batches)
         row["validation_verified_error"] = verified_error(run.evaluated, run.validation_batches, eps)
-    return row
+    return row | _layer_figures(run)
+
+
+def _layer_figures(run: Run) -> dict[str, float]:
+    """What the bounds look like over the first test samples, at the target ε: every ReLU layer's figures."""
+    samples, _ = next(iter(run.test_batches))
+    found = inspect(run.evaluated.eval(), samples, run.settings.eps)
+    return {"dead": found.dead, "input_half_width": found.input_half_width, **history_columns(found.relus)}
