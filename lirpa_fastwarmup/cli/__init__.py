@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 import lirpa_fastwarmup as fw
-from lirpa_fastwarmup.cli import compare, export, info, train, verify
+from lirpa_fastwarmup.cli import compare, export, info, inspect, report, train, verify
 from lirpa_fastwarmup.recipe.objective import NonFiniteLossError
 from lirpa_fastwarmup.training import TrainingInterrupted
 from lirpa_fastwarmup.verification import OutOfMemoryError, UnsoundBoundError
@@ -51,6 +51,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")
     parser.add_argument("--version", action="version", version=fw.__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (train, verify, export, compare, info):
+    for command in (train, inspect, verify, report, export, compare, info):
         command.add_to(commands)
     return parser

@@ -84,20 +84,39 @@ def _of_run(options: argparse.Namespace) -> Subject:
     given = [f"--{name}" for name in _TAKEN_FROM_RUN if getattr(options, name) is not None]
     if given:
         raise ValueError(f"{', '.join(given)} is for a network from elsewhere; that of a run is all in {options.run}")
-    path = options.run / MODEL
+    return subject_of_run(options.run, dataset=options.dataset, data_dir=options.data_dir, limit=options.limit)
+
+
+def subject_of_run(
+    folder: Path, *, dataset: str | None = None, data_dir: Path | None = None, limit: int | None = None
+) -> Subject:
+    """The network that a run kept, and its test samples, or the first ``limit`` of them.
+
+    Args:
+        folder: of the run.
+        dataset, data_dir: other data than that of the run, or the place where that is now.
+        limit: number of samples.
+
+    Raises:
+        OSError: ``folder`` holds no network, or files are missing.
+        ValueError, ImportError, TypeError, NotImplementedError: as of the functions that load them.
+    """
+    path = folder / MODEL
     if not path.is_file():
-        raise FileNotFoundError(f"{options.run} holds no trained network ({MODEL}): name the folder of a training run")
+        raise FileNotFoundError(
+            f"{folder} holds no trained network ({MODEL}): name the folder of a training run that finished an epoch"
+        )
     network, settings = load_model(path), settings_of_model(path)
-    data_dir = None if options.dataset else settings.data_dir
-    dataset, samples = _samples(options, options.dataset or settings.dataset, data_dir)
-    _check_output(network, str(path), dataset)
-    return Subject(network, str(path), dataset.name, samples, dataset.classes, settings.eps)
+    given = data_dir or (None if dataset else settings.data_dir)
+    loaded, samples = _samples(dataset or settings.dataset, given, limit)
+    _check_output(network, str(path), loaded)
+    return Subject(network, str(path), loaded.name, samples, loaded.classes, settings.eps)
 
 
 def _from_elsewhere(options: argparse.Namespace) -> Subject:
     if options.dataset is None:
         raise ValueError("a network from elsewhere needs the samples that it is verified on: name --dataset")
-    dataset, samples = _samples(options, options.dataset, None)
+    dataset, samples = _samples(options.dataset, options.data_dir, options.limit)
     name = options.model
     if name.endswith(".onnx"):
         if options.weights is not None:
@@ -116,14 +135,14 @@ def _from_elsewhere(options: argparse.Namespace) -> Subject:
     return Subject(network.eval(), name, dataset.name, samples, dataset.classes, None)
 
 
-def _samples(options: argparse.Namespace, name: str, data_dir: Path | None) -> tuple[data.Dataset, data.Split]:
-    dataset = data.load(name, options.data_dir or data_dir)
-    test, count = dataset.test, options.limit
-    if count is None:
+def _samples(name: str, data_dir: Path | None, limit: int | None) -> tuple[data.Dataset, data.Split]:
+    dataset = data.load(name, data_dir)
+    test = dataset.test
+    if limit is None:
         return dataset, test
-    if not 1 <= count <= len(test):
-        raise ValueError(f"the test set of {dataset.name} has {len(test)} samples; cannot take {count}")
-    return dataset, data.Split(test.images[:count], test.labels[:count])
+    if not 1 <= limit <= len(test):
+        raise ValueError(f"the test set of {dataset.name} has {len(test)} samples; cannot take {limit}")
+    return dataset, data.Split(test.images[:limit], test.labels[:limit])
 
 
 def _state_dict(path: Path) -> dict[str, Any]:

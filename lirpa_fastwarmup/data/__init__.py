@@ -8,7 +8,7 @@ from pathlib import Path
 from lirpa_fastwarmup.data import cifar10, imagenet64, mnist, mnist5k, npz, tiny_imagenet
 from lirpa_fastwarmup.data.augmentation import Augmentation
 from lirpa_fastwarmup.data.batches import Batches
-from lirpa_fastwarmup.data.dataset import Dataset, Split, generator_of, held_out, limited, place
+from lirpa_fastwarmup.data.dataset import Dataset, Split, generator_of, held_out, limited, place, spread, spread_indices
 from lirpa_fastwarmup.data.download import CorruptFileError
 
 LOADERS: dict[str, Callable[[Path | None], Dataset]] = {
@@ -47,4 +47,6 @@ __all__ = [
     "limited",
     "load",
     "place",
+    "spread",
+    "spread_indices",
 ]

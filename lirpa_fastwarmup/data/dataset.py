@@ -38,6 +38,11 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def inputs(self) -> Tensor:
+        """The images as networks read them: (samples, channels, height, width), from 0 to 1."""
+        return self.images.float() / 255
+
     def to(self, device: torch.device | str) -> Split:
         """The same on another device."""
         return Split(self.images.to(device), self.labels.to(device))
@@ -79,6 +84,17 @@ def limited(split: Split, count: int, *, seed: int) -> Split:
         raise ValueError(f"the training set has {len(split)} samples; cannot limit it to {count}")
     order = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))
     return split.take(order[:count].to(split.labels.device))
+
+
+def spread(split: Split, count: int) -> Split:
+    """``count`` samples at even distances over ``split``, which may be sorted by class; all, if it has fewer."""
+    return split.take(spread_indices(len(split), count).to(split.labels.device))
+
+
+def spread_indices(length: int, count: int) -> Tensor:
+    """``count`` indices at even distances from 0 to below ``length``; all, if there are fewer."""
+    count = min(count, length)
+    return torch.arange(count) * length // count
 
 
 def held_out(split: Split, count: int, *, seed: int) -> tuple[Split, Split]:

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lirpa_fastwarmup.inspection.records import SUMMARY, read_json
+
 # What may differ between the runs of a row.
 _NO_DIFFERENCE = ("seed", "data_dir")
 _FIGURES = ("standard_error", "pgd_error", "verified_error")
@@ -21,17 +23,17 @@ def read_summary(folder: Path) -> dict[str, Any]:
         FileNotFoundError: there is none, because the run is not finished or the folder holds no run.
         ValueError: it is no summary of a run.
     """
-    path = folder / "summary.json"
+    path = folder / SUMMARY
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no finished run (no {path.name})")
     try:
-        summary = json.loads(path.read_text())
-        missing = [name for name in (*_FIGURES, "dataset", "seed", "settings") if name not in summary]
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} cannot be read as the summary of a run: {error}") from error
+        summary = read_json(path)
+    except ValueError as error:
+        raise ValueError(f"{error}; a run's summary was expected") from error
+    missing = [name for name in (*_FIGURES, "dataset", "seed", "settings") if name not in summary]
     if missing:
         raise ValueError(f"{path} is not the summary of a run: it lacks {', '.join(missing)}")
-    return dict(summary)
+    return summary
 
 
 def comparison(folders: Sequence[Path]) -> list[tuple[str, ...]]:

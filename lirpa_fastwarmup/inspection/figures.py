@@ -165,24 +165,26 @@ class Inspection:
 
     def to_markdown(self) -> str:
         """The tables and verdicts in GitHub's Markdown."""
-        parts = [self._heading(), *(as_markdown(table) for table in self._tables()), self._output()]
+        parts = [self.heading(), *(as_markdown(table) for table in self.tables()), self.output_text()]
         return "\n\n".join(
             [part for part in parts if part] + [f"- **{one.kind}**: {one.text}" for one in self.verdicts]
         )
 
     def __str__(self) -> str:
-        parts = [self._heading(), *(as_text(table) for table in self._tables()), self._output()]
+        parts = [self.heading(), *(as_text(table) for table in self.tables()), self.output_text()]
         verdicts = "\n".join(f"! {one}" for one in self.verdicts) or "Nothing looks wrong."
         return "\n\n".join([part for part in (*parts, verdicts) if part])
 
-    def _heading(self) -> str:
+    def heading(self) -> str:
+        """What was looked at, in a line."""
         mode = "training mode (BatchNorm of the batch)" if self.training else "evaluation mode"
         return (
             f"{self.samples:,} samples, eps {self.eps:.6g}, {mode}; half-width of what the first layer reads: "
             f"{self.input_half_width:.4g}"
         )
 
-    def _output(self) -> str:
+    def output_text(self) -> str:
+        """What is known of the outputs, in a sentence; empty if nothing is."""
         if self.output is None:
             return ""
         return (
@@ -190,7 +192,8 @@ class Inspection:
             f"over the box, on average; certified for {self.output.certified:.1%} of the samples."
         )
 
-    def _tables(self) -> list[list[tuple[str, ...]]]:
+    def tables(self) -> list[list[tuple[str, ...]]]:
+        """The figures of ReLU layers and of affine layers, each table with its heading first."""
         none: list[tuple[str, ...]] = [("no ReLU layers",)]
         relus = [_RELU_HEAD, *map(_relu_row, self.relus)] if self.relus else none
         return [relus, [_AFFINE_HEAD, *map(_affine_row, self.affine)]]

@@ -162,7 +162,7 @@ def draw_growth_over_training(axes: Axes, history: History) -> None:
         axes.plot(epochs, _column(history, f"growth/{name}"), **series, markersize=3, label=name or "(the network)")
     axes.set_yscale("log")
     axes.set(xlabel="epoch", ylabel="Δᵢ/Δ₀ at the target ε")
-    _finish(axes, ncols=2)
+    _finish(axes, ncols=2, title="ReLU layer", title_fontsize="small")
 
 
 def draw_losses(axes: Axes, history: History) -> None:
@@ -255,7 +255,8 @@ def draw_margins(axes: Axes, margins: Sequence[float], *, bins: int = 40) -> Non
     # The far tail of what is not certified would squeeze the rest together.
     low = max(known[0], -3 * max(abs(known[-1]), 1e-12)) if known[0] < 0 else 0.0
     width = max(known[-1] - low, 1e-12) / bins
-    edges = [low + width * place for place in range(bins + 1)]
+    first = math.floor(low / width)
+    edges = [width * place for place in range(first, first + bins + 2)]  # One of them is 0.
     for chosen, label, color, hatch in (
         ([max(margin, low) for margin in known if margin <= 0], "not certified", _ORANGE, "////"),
         ([margin for margin in known if margin > 0], "certified", _BLUE, ""),

@@ -1,5 +1,6 @@
 """The training loop and the files that a run leaves."""
 
+from lirpa_fastwarmup.training.build import build_run
 from lirpa_fastwarmup.training.files import OutputExistsError
 from lirpa_fastwarmup.training.interrupt import TrainingInterrupted
 from lirpa_fastwarmup.training.methods import METHODS
@@ -12,6 +13,7 @@ __all__ = [
     "OutputExistsError",
     "Settings",
     "TrainingInterrupted",
+    "build_run",
     "load_model",
     "load_weights",
     "resume",

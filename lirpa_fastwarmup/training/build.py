@@ -21,6 +21,7 @@ from lirpa_fastwarmup.training.settings import Settings
 
 _EVALUATION_BATCH = 250
 _CALIBRATION_SAMPLES = 128
+_INSPECTED = 250
 _AUGMENTATION = 2  # The stream of random numbers beside the one that shuffles.
 
 
@@ -34,6 +35,7 @@ class Run:
         dataset_name: the name that results are reported under.
         train: the training samples, those held out excepted.
         train_batches, validation_batches, test_batches: of these, of the samples held out, of the test set.
+        inspected: inputs, from all over the test set, that the network is looked at with.
         objective: the loss on the trained network.
         optimizer: of its weights.
         average: the average of its weights, where one is kept.
@@ -47,6 +49,7 @@ class Run:
     train_batches: data.Batches
     validation_batches: data.Batches | None
     test_batches: data.Batches
+    inspected: torch.Tensor
     objective: ShortWarmup
     optimizer: Optimizer
     average: AveragedModel | None
@@ -93,6 +96,7 @@ def build_run(settings: Settings, device: torch.device) -> Run:
         train_batches=train_batches,
         validation_batches=_evaluation_batches(held_out, device) if held_out is not None else None,
         test_batches=_evaluation_batches(dataset.test, device),
+        inspected=data.spread(dataset.test, _INSPECTED).inputs.to(device),
         objective=objective,
         optimizer=_optimizer(settings, objective),
         average=average,
@@ -129,7 +133,7 @@ def _calibration_images(settings: Settings, samples: data.Split, device: torch.d
     if settings.init != "ibp-calibrated":
         return None
     some = data.limited(samples, min(_CALIBRATION_SAMPLES, len(samples)), seed=settings.seed)
-    return some.to(device).images.float() / 255
+    return some.to(device).inputs
 
 
 def _evaluation_batches(samples: data.Split, device: torch.device) -> data.Batches:

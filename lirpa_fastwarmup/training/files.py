@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from lirpa_fastwarmup import storage
+from lirpa_fastwarmup.inspection.records import HISTORY, SUMMARY
 from lirpa_fastwarmup.storage import make_folder, write_atomically
 from lirpa_fastwarmup.verification import report
 
-MODEL, CHECKPOINT, HISTORY, SUMMARY = "model.pt", "checkpoint.pt", "history.csv", "summary.json"
-CURVES, TENSORBOARD = "curves.png", "tensorboard"
+MODEL, CHECKPOINT, CURVES, TENSORBOARD = "model.pt", "checkpoint.pt", "curves.png", "tensorboard"
 # What is known of an earlier network goes with it.
 _WRITTEN = (MODEL, CHECKPOINT, HISTORY, SUMMARY, CURVES, *report.WRITTEN)
 

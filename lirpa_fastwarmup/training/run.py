@@ -12,6 +12,7 @@ import torch
 
 from lirpa_fastwarmup.inspection.figures import history_columns
 from lirpa_fastwarmup.inspection.inspect import inspect
+from lirpa_fastwarmup.inspection.records import HISTORY, SUMMARY
 from lirpa_fastwarmup.recipe.objective import NonFiniteLossError
 from lirpa_fastwarmup.storage import write_csv, write_json
 from lirpa_fastwarmup.training import checkpoint, files
@@ -102,8 +103,8 @@ def resume(
     """
     path = out / files.CHECKPOINT
     content = checkpoint.read(path)
-    if (out / files.SUMMARY).is_file():
-        summary: dict[str, Any] = json.loads((out / files.SUMMARY).read_text())
+    if (out / SUMMARY).is_file():
+        summary: dict[str, Any] = json.loads((out / SUMMARY).read_text())
         return summary
     files.prepare(out, overwrite=True)
     started = time.perf_counter()
@@ -145,7 +146,7 @@ def _to_the_end(
             stop.raise_if_asked()
     with raising_signals(out):
         summary = summarise(run, position, out, started)
-    write_json(out / files.SUMMARY, summary)
+    write_json(out / SUMMARY, summary)
     draw_curves(position.history, run.settings, out / files.CURVES)
     return summary
 
@@ -165,7 +166,7 @@ def _close_epoch(run: Run, position: Position, out: Path, progress: Progress) ->
     if column is None or position.best is None or row[column] < position.best[0]:
         position.best = None if column is None else (row[column], position.epoch)
         save_model(out / files.MODEL, run.evaluated.wrapped, run.architecture, run.settings, position.epoch)
-    write_csv(out / files.HISTORY, position.history)
+    write_csv(out / HISTORY, position.history)
     progress.epoch_done(row, position.seconds)
     position.epoch, position.batches_done, position.seconds = position.epoch + 1, 0, 0.0
     position.means = _no_means(run)
@@ -189,7 +190,6 @@ def _history_row(run: Run, position: Position) -> dict[str, float]:
 
 
 def _layer_figures(run: Run) -> dict[str, float]:
-    """What the bounds look like over the first test samples, at the target ε: every ReLU layer's figures."""
-    samples, _ = next(iter(run.test_batches))
-    found = inspect(run.evaluated.eval(), samples, run.settings.eps)
+    """Every ReLU layer's figures at the target ε, over some of the test samples."""
+    found = inspect(run.evaluated.eval(), run.inspected, run.settings.eps)
     return {"dead": found.dead, "input_half_width": found.input_half_width, **history_columns(found.relus)}

@@ -1,0 +1,151 @@
+"""``lirpa-fastwarmup report``: one self-contained page over one run or several."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import lirpa_fastwarmup as fw
+from lirpa_fastwarmup import data
+from lirpa_fastwarmup.cli.options import find_factories_here
+from lirpa_fastwarmup.cli.subject import Subject, subject_of_run
+from lirpa_fastwarmup.engine.bounds import ibp_margins, input_box
+from lirpa_fastwarmup.inspection.compare import comparison
+from lirpa_fastwarmup.inspection.records import RunRecord, Sample, read_json, read_record
+from lirpa_fastwarmup.inspection.report import render
+from lirpa_fastwarmup.storage import make_folder, write_atomically
+from lirpa_fastwarmup.training import settings_of_model, settings_of_run
+from lirpa_fastwarmup.training.files import CHECKPOINT, MODEL
+from lirpa_fastwarmup.verification import report as certificates
+
+logger = logging.getLogger(__name__)
+
+REPORT = "report.html"
+_SAMPLES = 1000  # Of the test set, bounded where no certificates are there.
+_INSPECTED = 250
+_SHOWN = 6
+
+
+def add_to(commands: Any) -> None:
+    """Add the command to the parser's ``commands``."""
+    command = commands.add_parser("report", help="a page over one run or several, with pictures inside")
+    command.set_defaults(command=_report)
+    command.add_argument("folders", type=Path, nargs="+", metavar="RUN_DIR", help="folder of a run, finished or not")
+    command.add_argument("--out", type=Path, metavar="FILE", help=f"by default {REPORT} in the first RUN_DIR")
+    command.add_argument("--data-dir", type=Path, metavar="DIR", help="folder of the dataset's files, if it was moved")
+
+
+def _report(options: argparse.Namespace) -> int:
+    find_factories_here()
+    out = options.out or options.folders[0] / REPORT
+    records = [_record(folder, options.data_dir) for folder in options.folders]
+    _tell_apart(records, options.folders)
+    finished = [folder for folder, one in zip(options.folders, records, strict=True) if one.summary is not None]
+    page = render(records, comparison(finished) if len(finished) > 1 else [], fw.__version__)
+    make_folder(out.parent)
+    write_atomically(out, page.encode())
+    print(f"written to {out}")
+    return 0
+
+
+def _tell_apart(records: Sequence[RunRecord], folders: Sequence[Path]) -> None:
+    """Call runs by the paths of their folders where these end in the same name."""
+    names = [record.name for record in records]
+    for record, folder in zip(records, folders, strict=True):
+        if names.count(record.name) > 1:
+            record.name = str(folder)
+
+
+def _record(folder: Path, data_dir: Path | None) -> RunRecord:
+    """All that is known of the run in ``folder``; what cannot be had is told in the record.
+
+    Raises:
+        FileNotFoundError: it holds no run.
+        ValueError: a text file in it is damaged.
+    """
+    record = read_record(folder)
+    if not record.settings:
+        record.settings = _settings(folder)
+    if not record.settings and not record.history:
+        raise FileNotFoundError(f"{folder} holds no run: neither a summary, nor a history, nor a checkpoint")
+    if (folder / certificates.SUMMARY).is_file():
+        record.verification = read_json(folder / certificates.SUMMARY)
+    else:
+        record.missing.append("There are no certificates: lirpa-fastwarmup verify RUN_DIR makes them.")
+    if record.summary is None:
+        record.missing.append(
+            "The run has not come to its end; lirpa-fastwarmup train --resume --out RUN_DIR goes on with it."
+        )
+    try:
+        _look_at_network(record, folder, subject_of_run(folder, data_dir=data_dir))
+    except (OSError, ValueError, ImportError, TypeError, NotImplementedError) as error:
+        record.missing.append(f"The network could not be looked at: {error}.")
+    return record
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    try:
+        if (folder / MODEL).is_file():
+            return settings_of_model(folder / MODEL).as_dict()
+        if (folder / CHECKPOINT).is_file():
+            return settings_of_run(folder).as_dict()
+    except ValueError as error:
+        logger.warning("%s", error)
+    return {}
+
+
+def _look_at_network(record: RunRecord, folder: Path, subject: Subject) -> None:
+    eps = subject.eps
+    assert eps is not None  # A run has one.
+    bounded = fw.BoundedModule(subject.network, torch.zeros(2, *subject.samples.images.shape[1:]))
+    record.inspection = fw.inspect(bounded, data.spread(subject.samples, _INSPECTED).inputs, eps)
+    path = folder / certificates.CERTIFICATES
+    known = _certified_samples(path, subject, eps) if path.is_file() else None
+    record.eps, samples = known or (eps, _bounded_samples(subject, bounded, eps))
+    samples.sort(key=lambda sample: sample.margin)
+    record.margins = [sample.margin for sample in samples]
+    shown = samples if len(samples) <= 2 * _SHOWN else [*samples[:_SHOWN], *samples[-_SHOWN:]]
+    record.samples = shown
+
+
+def _certified_samples(path: Path, subject: Subject, eps: float) -> tuple[float, list[Sample]] | None:
+    """The samples with a margin in ``certificates.csv``, at the run's radius, or else at the smallest there."""
+    with path.open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["margin_lower_bound"]]
+    radii = sorted({float(row["eps"]) for row in rows})
+    if not radii:
+        return None
+    chosen = min(radii, key=lambda one: (abs(one - eps) > 1e-12, one))
+    return chosen, [
+        _sample(subject, int(row["index"]), int(row["prediction"]), float(row["margin_lower_bound"]))
+        for row in rows
+        if float(row["eps"]) == chosen
+    ]
+
+
+@torch.no_grad()
+def _bounded_samples(subject: Subject, bounded: fw.BoundedModule, eps: float) -> list[Sample]:
+    """Test samples with the margins that IBP proves."""
+    samples: list[Sample] = []
+    indices = data.spread_indices(len(subject.samples), _SAMPLES)
+    for x, y in data.Batches(subject.samples.take(indices), _INSPECTED):
+        predictions = subject.network(x).argmax(1).tolist()
+        margins = ibp_margins(bounded, input_box(x, eps), y, subject.classes).amin(1).tolist()
+        for prediction, margin in zip(predictions, margins, strict=True):
+            samples.append(_sample(subject, int(indices[len(samples)]), prediction, margin))
+    return samples
+
+
+def _sample(subject: Subject, index: int, prediction: int, margin: float) -> Sample:
+    image: Tensor = subject.samples.images[index]
+    if len(image) not in (1, 3):  # Neither grey nor colours.
+        image = image[:1]
+    label = int(subject.samples.labels[index])
+    return Sample(index, label, prediction, margin, image.permute(1, 2, 0).numpy())
