@@ -75,7 +75,7 @@ def test_folders_without_a_finished_run(tmp_path, folders, capsys):
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match=r"holds no finished run \(no summary\.json\)"):
         comparison([*folders, tmp_path / "empty"])
-    for text, message in (("{", "cannot be read"), ("[]", "lacks standard_error"), ("3", "cannot be read")):
+    for text, message in (("{", "cannot be read"), ("{}", "lacks standard_error"), ("3", "holds no object")):
         (tmp_path / "empty" / "summary.json").write_text(text)
         with pytest.raises(ValueError, match=message):
             comparison([tmp_path / "empty"])
