@@ -5,7 +5,7 @@ OUT ?= runs/mnist5k
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
 
-.PHONY: demo test test-all lint results-cifar10 results-mnist clean
+.PHONY: demo test test-all lint docs results-cifar10 results-mnist clean
 
 demo: $(INSTALLED)
 	$(BIN)/lirpa-fastwarmup train mnist5k --out $(OUT) --overwrite $(ARGS)
@@ -21,6 +21,10 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The documentation, as pages: build/docs/index.html. A warning is an error.
+docs: $(INSTALLED)
+	$(BIN)/python -m sphinx --builder html --fail-on-warning --keep-going --quiet docs build/docs
 
 # Debian's python3 comes without ensurepip; then the pip that is there fills the environment.
 $(INSTALLED): requirements.txt setup.cfg

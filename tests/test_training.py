@@ -204,5 +204,5 @@ def test_runs_without_matplotlib(tmp_path):
     root = Path(__file__).parent.parent
     result = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert "curves.png was not drawn: matplotlib is missing (pip install 'lirpa_fastwarmup[plots]')" in result.stderr
+    assert "curves.png was not drawn: pictures need matplotlib: pip install 'lirpa_fastwarmup[plots]'" in result.stderr
     assert (tmp_path / "run" / "summary.json").exists()

@@ -30,10 +30,10 @@ def box_ends(x: Tensor, eps: Epsilon, input_range: InputRange | None) -> tuple[T
 
 
 def input_box(x: Tensor, eps: Epsilon, input_range: InputRange | None = (0.0, 1.0)) -> Any:
-    """The box {x' : |x' − x| ≤ eps, elementwise} ∩ input_range, as a BoundedTensor.
+    """The box ``{x' : |x' − x| ≤ eps, elementwise} ∩ input_range``, as a BoundedTensor.
 
     Args:
-        x: clean inputs (batch, *input), within ``input_range``.
+        x: clean inputs ``(batch, *input)``, within ``input_range``.
         eps: radius in units of the input: a number, one per channel, or a tensor of the input's shape.
         input_range: lowest and highest valid input, numbers or tensors; ``None`` for unclipped data.
 

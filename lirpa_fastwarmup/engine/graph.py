@@ -191,7 +191,7 @@ class NetworkGraph:
         return sorted({layer.name for layer in self.affine if names.count(layer.parameter) > 1})
 
     def spatial_rank(self, layer: AffineLayer) -> int:
-        """The number of spatial dimensions of ``layer``'s output (batch, channels, *space)."""
+        """The number of spatial dimensions of ``layer``'s output ``(batch, channels, *space)``."""
         return len(layer.node.output_shape) - 2
 
 

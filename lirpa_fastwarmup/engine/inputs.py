@@ -50,7 +50,7 @@ def check_radius(eps: Epsilon, input_range: InputRange | None) -> None:
 
 
 def broadcast_to_batch(value: float | Tensor, x: Tensor, what: str) -> float | Tensor:
-    """``value`` in a shape that broadcasts over the batch ``x`` of shape (batch, *input).
+    """``value`` in a shape that broadcasts over the batch ``x`` of shape ``(batch, *input)``.
 
     A vector is one value per channel (per feature, where inputs are vectors).
 

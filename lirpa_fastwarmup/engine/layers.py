@@ -16,7 +16,7 @@ from lirpa_fastwarmup.engine.sharing import BoundBatchNormalization, without_boo
 
 @dataclass(frozen=True)
 class LayerBounds:
-    """Bounds on the input of one ReLU, (batch, *neurons), named by the affine layer that feeds it."""
+    """Bounds on the input of one ReLU, ``(batch, *neurons)``, named by the affine layer that feeds it."""
 
     name: str
     lower: Tensor

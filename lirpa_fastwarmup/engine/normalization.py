@@ -18,7 +18,7 @@ def normalize_by_batch(
     batch, they cost several times the normalisation itself (on the CPU, the variance above all).
 
     Args:
-        x: (batch, channels, *space).
+        x: ``(batch, channels, *space)``.
         running_mean, running_var: moved towards the batch's by ``momentum``, in place.
     """
     return _BatchNormWithStatistics.apply(x, weight, bias, running_mean, running_var, momentum, eps)
@@ -61,7 +61,7 @@ def scale_interval(lower: Tensor, upper: Tensor, scale: Tensor, shift: Tensor) -
     """The interval of scale·z + shift for z from ``lower`` to ``upper``, per channel; differentiable once.
 
     Args:
-        lower, upper: (batch, channels, *space).
+        lower, upper: ``(batch, channels, *space)``.
         scale, shift: (channels,).
     """
     shape = (1, -1, *[1] * (lower.ndim - 2))

@@ -38,7 +38,7 @@ _TRANSPOSED: dict[int, Callable[..., Tensor]] = {
 class BoundConvNd(Bound):
     """A convolution over one, two or three spatial dimensions, plain or transposed.
 
-    Inputs are the features (batch, channels, *space), the weight and, optionally, the bias.
+    Inputs are the features ``(batch, channels, *space)``, the weight and, optionally, the bias.
     """
 
     def __init__(self, attr: Any, inputs: Any, output_index: int, options: Any, *, transposed: bool) -> None:

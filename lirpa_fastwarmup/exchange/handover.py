@@ -36,7 +36,7 @@ def export(
 
     Args:
         model: the plain network, on the CPU, in evaluation mode.
-        x: samples (batch, *input), float32.
+        x: samples ``(batch, *input)``, float32.
         y: labels (batch,), int64.
         eps: radius of the boxes, in units of the input.
         out: folder; made if absent.

@@ -27,7 +27,7 @@ class ReluFigures:
             sample (and place): no gradient reaches their weights.
         mean_ratio: ρ_i, the sum of c over always-active neurons to that of −c over always-inactive ones.
         variance_ratio: s_i, the same of (c − mean c)².
-        distance: mean |c|. Where it is smaller than the half-width, most neurons are unstable.
+        distance: mean absolute value of c. Where it is smaller than the half-width, most neurons are unstable.
     """
 
     name: str

@@ -38,8 +38,8 @@ def inspect(
 
     Args:
         bounded: the network.
-        x: inputs (batch, *input), or a tuple of them for a network of several inputs. A BoundedTensor brings a box of
-            its own.
+        x: inputs ``(batch, *input)``, or a tuple of them for a network of several inputs. A BoundedTensor brings a box
+            of its own.
         eps: radius of the box, in units of the input.
         input_range: lowest and highest valid input, to which the box is clipped; ``None`` for unclipped data.
 

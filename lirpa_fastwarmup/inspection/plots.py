@@ -62,7 +62,7 @@ def draw_bound_growth(axes: Axes, networks: Mapping[str, Inspection], *, formula
         axes: to draw into.
         networks: their inspections, by the names to call them.
         formula: also what the layers' :attr:`~lirpa_fastwarmup.inspection.figures.AffineFigures.expected_gain` multiply
-            to, as thin lines. It supposes layers one after the other, without BatchNorm.
+            to, as thin lines with crosses. It supposes layers one after the other, without BatchNorm.
 
     Raises:
         ValueError: none of the networks has a ReLU.
@@ -75,7 +75,8 @@ def draw_bound_growth(axes: Axes, networks: Mapping[str, Inspection], *, formula
         axes.plot(range(len(growth)), growth, **series, markersize=5, label=name)
         if formula:
             expected = _expected_growth(found)
-            axes.plot(range(len(expected)), expected, color=series["color"], linewidth=0.8, label=f"{name}, formula")
+            style = {"color": series["color"], "linewidth": 0.9, "marker": "x", "markersize": 9}
+            axes.plot(range(len(expected)), expected, **style, label=f"{name}, formula")
     axes.set_yscale("log")
     axes.set(xlabel="ReLU layer (0: input)", ylabel="mean half-width of bounds, Δᵢ/Δ₀", xticks=range(deepest + 1))
     _finish(axes)

@@ -12,7 +12,7 @@ class Normalize(nn.Module):
     """(x − mean)/std, channel by channel.
 
     Args:
-        mean, std: a value per channel of the input (batch, channels, *space).
+        mean, std: a value per channel of the input ``(batch, channels, *space)``.
 
     Raises:
         ValueError: the two differ in length, or a std is not positive.

@@ -67,7 +67,7 @@ def ibp_init_(
     Args:
         bounded: a BoundedModule of either engine.
         generator: source of the random numbers; by default torch's own.
-        calibrate: example inputs (batch, *input), or a tuple of them for a network of several inputs. A
+        calibrate: example inputs ``(batch, *input)``, or a tuple of them for a network of several inputs. A
             BoundedTensor (see :func:`lirpa_fastwarmup.input_box`) brings a box of its own.
         eps: radius of the unclipped box around plain ``calibrate``, in units of the input. The gain of a
             layer depends on it a little, since wide intervals leave more neurons undecided.

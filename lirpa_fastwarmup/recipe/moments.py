@@ -29,7 +29,7 @@ def state_moments(lower: Tensor, upper: Tensor) -> tuple[Moments, Moments]:
     """The moments of always-active (l > 0) and of always-inactive (u < 0) neurons, differentiable once.
 
     Args:
-        lower, upper: bounds on a ReLU layer's input (batch, *neurons).
+        lower, upper: bounds on a ReLU layer's input ``(batch, *neurons)``.
     """
     sums = _StateMoments.apply(lower, upper)
     return Moments(*sums[:2]), Moments(*sums[2:])

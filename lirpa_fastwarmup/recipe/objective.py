@@ -183,7 +183,7 @@ class ShortWarmup(nn.Module):
         """The objective on one batch.
 
         Args:
-            x: clean inputs (batch, *input), within ``input_range``.
+            x: clean inputs ``(batch, *input)``, within ``input_range``.
             y: labels (batch,), int64.
 
         Raises:

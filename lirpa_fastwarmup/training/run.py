@@ -98,8 +98,7 @@ def resume(
         FileNotFoundError: ``out`` holds no checkpoint.
         ValueError: the checkpoint is damaged, of another version, or of another network or data than its settings
             give now.
-
-        Others as :func:`train`.
+        Exception: as :func:`train`.
     """
     path = out / files.CHECKPOINT
     content = checkpoint.read(path)

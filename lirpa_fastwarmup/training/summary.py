@@ -15,6 +15,7 @@ from torch.optim.swa_utils import update_bn
 import lirpa_fastwarmup
 from lirpa_fastwarmup import data
 from lirpa_fastwarmup.engine.compat import ENGINE_VERSION
+from lirpa_fastwarmup.inspection.plots import save_training_curves
 from lirpa_fastwarmup.training import files
 from lirpa_fastwarmup.training.build import Run
 from lirpa_fastwarmup.training.loop import Position
@@ -101,10 +102,8 @@ def _commit() -> str:
 
 def draw_curves(history: list[dict[str, float]], settings: Settings, path: Path) -> None:
     """Draw the curves of a run, where matplotlib is installed."""
-    try:
-        from lirpa_fastwarmup.inspection.plots import save_training_curves
-    except ImportError:
-        logger.warning("%s was not drawn: matplotlib is missing (pip install 'lirpa_fastwarmup[plots]')", path.name)
-        return
     title = f"{settings.preset}, method {settings.method}, ε = {settings.eps:g}, seed {settings.seed}"
-    save_training_curves(history, path, title=title)
+    try:
+        save_training_curves(history, path, title=title)
+    except ImportError as error:
+        logger.warning("%s was not drawn: %s", path.name, error)

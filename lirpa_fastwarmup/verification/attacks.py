@@ -17,7 +17,7 @@ class Attack:
 
     Attributes:
         points: of each sample a misclassified point of its box where one was found, elsewhere the point met with the
-            lowest margin; shape (batch, *input).
+            lowest margin; shape ``(batch, *input)``.
         margins: z_y − max_j z_j there, shape (batch,).
         succeeded: whether the point is misclassified, shape (batch,).
     """
@@ -54,7 +54,7 @@ def attack(
 
     Args:
         model: the network, in evaluation mode.
-        x: clean inputs (batch, *input).
+        x: clean inputs ``(batch, *input)``.
         y: labels (batch,), int64.
         eps: radius of the box, in units of the input; may have one value per sample, shape (batch, 1, …).
         steps: gradient steps of each restart.

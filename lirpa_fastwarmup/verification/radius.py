@@ -88,8 +88,7 @@ def certified_radii(
     Raises:
         ValueError: ``tolerance`` is not above 0 or not below ``largest``.
         UnsoundBoundError: a point of some certified box is misclassified; ``result`` holds the radii.
-
-        Others as :func:`lirpa_fastwarmup.verify`.
+        Exception: as :func:`lirpa_fastwarmup.verify`.
     """
     check_network(bounded)
     if not 0 < tolerance < largest < float("inf"):

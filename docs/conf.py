@@ -1,0 +1,45 @@
+"""How the documentation is built: ``make docs``."""
+
+from __future__ import annotations
+
+import shutil
+from importlib.metadata import version as version_of
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+project = "lirpa_fastwarmup"
+author = "the authors of lirpa_fastwarmup"
+project_copyright = author
+version = release = version_of("lirpa_fastwarmup")
+
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "sphinx_copybutton",
+]
+exclude_patterns = ["_build"]
+html_theme = "furo"
+html_title = f"lirpa_fastwarmup {version}"
+html_show_sourcelink = False
+copybutton_prompt_text = "$ "
+
+myst_enable_extensions = ["dollarmath"]
+myst_heading_anchors = 3
+nb_execution_mode = "off"  # They are committed with their outputs, which a test keeps true.
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autodoc_type_aliases = {"Epsilon": "Epsilon", "InputRange": "InputRange", "Regularizer": "Regularizer"}
+autodoc_class_signature = "mixed"
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+napoleon_use_ivar = True  # Fields of dataclasses are documented by their class, and not a second time.
+
+# Notebooks live beside the scripts, where people look for them.
+(HERE / "notebooks").mkdir(exist_ok=True)
+for notebook in sorted((HERE.parent / "examples").glob("*.ipynb")):
+    shutil.copy(notebook, HERE / "notebooks" / notebook.name)

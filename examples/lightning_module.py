@@ -1,0 +1,83 @@
+"""Certified training inside Lightning: the objective as the loss of a LightningModule.
+
+    python examples/lightning_module.py
+
+Nothing is special but two calls: ``step()`` after each batch, which advances ε, and the objective in evaluation mode for
+validation, where it takes the target ε.
+"""
+
+from __future__ import annotations
+
+import lightning
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import lirpa_fastwarmup as fw
+from lirpa_fastwarmup import data
+
+EPS, BATCH = 0.1, 64
+
+
+class Certified(lightning.LightningModule):
+    """Any network, trained by the short warmup.
+
+    Args:
+        net: a plain network.
+        example: inputs that it takes, two or more.
+        eps: target radius.
+        ramp: epochs that ε grows for.
+        steps_per_epoch: batches in an epoch.
+    """
+
+    def __init__(self, net: nn.Module, example: Tensor, eps: float, ramp: int, steps_per_epoch: int) -> None:
+        super().__init__()
+        fw.insert_batchnorm(net, example)
+        bounded = fw.BoundedModule(net, example)
+        fw.ibp_init_(bounded)
+        schedule = fw.SmoothedEpsilon(eps, start=1, length=ramp, steps_per_epoch=steps_per_epoch)
+        self.objective = fw.ShortWarmup(bounded, schedule)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> Tensor:
+        """The objective on a batch, at the schedule's ε."""
+        out = self.objective(*batch)
+        self.log_dict({"eps": out.eps, "loss": out.loss.detach()}, prog_bar=True)
+        return out.loss
+
+    def on_train_batch_end(self, *_: object) -> None:
+        """Advance ε, after the optimiser has stepped."""
+        self.objective.step()
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], _: int) -> None:
+        """Errors at the target ε: Lightning has put all modules in evaluation mode."""
+        out = self.objective(*batch)
+        self.log_dict({"standard_error": out.clean_error, "verified_error": out.verified_error}, prog_bar=True)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Adam, as in the paper."""
+        return torch.optim.Adam(self.parameters(), lr=2e-3)
+
+
+def main(epochs: int = 6, ramp: int = 4) -> lightning.Trainer:
+    """Train on 4,000 digits."""
+    lightning.seed_everything(0)
+    digits = data.load("mnist5k")
+    train, test = (TensorDataset(split.inputs, split.labels) for split in (digits.train, digits.test))
+    loader = DataLoader(train, BATCH, shuffle=True, drop_last=True)
+    net = nn.Sequential(
+        *(nn.Conv2d(1, 8, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(8, 16, 3, stride=2, padding=1), nn.ReLU()),
+        *(nn.Flatten(), nn.Linear(16 * 7 * 7, 64), nn.ReLU(), nn.Linear(64, 10)),
+    )
+    module = Certified(net, digits.train.inputs[:2], EPS, ramp, len(loader))
+    # Gradients are clipped, as in the paper.
+    trainer = lightning.Trainer(
+        max_epochs=epochs, gradient_clip_val=10.0, logger=False, enable_checkpointing=False, accelerator="auto"
+    )
+    trainer.fit(module, loader, DataLoader(test, 250))
+    for name in ("standard_error", "verified_error"):
+        print(f"{name.replace('_', ' ')}  {float(trainer.callback_metrics[name]):.2%}")
+    return trainer
+
+
+if __name__ == "__main__":
+    main()
