@@ -25,6 +25,8 @@ exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = f"lirpa_fastwarmup {version}"
 html_show_sourcelink = False
+html_static_path = ["static"]
+html_css_files = ["wide.css"]
 copybutton_prompt_text = "$ "
 
 myst_enable_extensions = ["dollarmath"]

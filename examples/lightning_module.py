@@ -2,8 +2,8 @@
 
     python examples/lightning_module.py
 
-Nothing is special but two calls: ``step()`` after each batch, which advances ε, and the objective in evaluation mode for
-validation, where it takes the target ε.
+Nothing is special but two calls: ``step()`` after each batch, which advances ε, and the objective in evaluation mode
+for validation, where it takes the target ε.
 """
 
 from __future__ import annotations

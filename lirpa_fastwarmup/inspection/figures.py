@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from lirpa_fastwarmup.inspection.table import as_markdown, as_text
 from lirpa_fastwarmup.storage import csv_text, write_atomically
+
+_COLUMNS = 110
 
 
 @dataclass(frozen=True)
@@ -170,9 +173,12 @@ class Inspection:
             [part for part in parts if part] + [f"- **{one.kind}**: {one.text}" for one in self.verdicts]
         )
 
+    _repr_markdown_ = to_markdown  # How notebooks show it.
+
     def __str__(self) -> str:
         parts = [self.heading(), *(as_text(table) for table in self.tables()), self.output_text()]
-        verdicts = "\n".join(f"! {one}" for one in self.verdicts) or "Nothing looks wrong."
+        wrapped = [textwrap.fill(f"! {one}", _COLUMNS, subsequent_indent="  ") for one in self.verdicts]
+        verdicts = "\n".join(wrapped) or "Nothing looks wrong."
         return "\n\n".join([part for part in (*parts, verdicts) if part])
 
     def heading(self) -> str:

@@ -297,7 +297,8 @@ def draw_errors_over_eps(axes: Axes, results: Sequence[Mapping[str, Any]]) -> No
         above = [high - value for value, (_, high) in zip(values, ends, strict=True)]
         radii = [eps for eps, _ in points]
         axes.errorbar(radii, values, yerr=(below, above), **series, markersize=4, capsize=3, label=label)
-    axes.set(xlabel="ε (input units)", ylabel="error (%)", ylim=(0, 102))
+    axes.set(xlabel="ε (input units)", ylabel="error (%)")
+    axes.set_ylim(bottom=0)
     _finish(axes)
 
 
