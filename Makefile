@@ -39,4 +39,4 @@ results-cifar10 results-mnist: $(INSTALLED)
 	$(BIN)/python benchmarks/results.py $(@:results-%=%) --data-dir "$(DATA_DIR)" $(ARGS)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist docs/notebooks *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -17,9 +17,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from layer_statistics import write_layers
-
 KEPT = ("summary.json", "history.csv", "curves.png", "verification.json", "layers.csv")
+LOOKED_AT = 1000  # Test samples.
 VERIFICATION = ("--methods", "IBP", "CROWN-IBP", "--restarts", "5")
 
 
@@ -80,7 +79,7 @@ def carry_out(planned: Planned, options: argparse.Namespace) -> None:
         limit = ["--limit", options.verify_limit] if options.verify_limit else []
         command("verify", run, *VERIFICATION, "--pgd-steps", options.pgd_steps or 50, *limit, *device)
     if not (run / "layers.csv").exists():
-        write_layers(run)
+        command("inspect", run, "--samples", LOOKED_AT, "--csv", run / "layers.csv", *device)
     kept = options.out / planned.name
     kept.mkdir(parents=True, exist_ok=True)
     for name in KEPT:

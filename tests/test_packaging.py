@@ -34,7 +34,7 @@ def modules():
 def test_wheel_holds_every_module_and_the_marker_of_types(built):
     wheel, _ = built
     names = set(zipfile.ZipFile(wheel).namelist())
-    assert modules() | {"lirpa_fastwarmup/py.typed"} <= names
+    assert modules() | {"lirpa_fastwarmup/py.typed", "lirpa_fastwarmup/inspection/report.html.jinja"} <= names
     assert not any(name.startswith(("tests", "benchmarks", "examples")) for name in names)
 
 
@@ -52,7 +52,7 @@ def test_metadata(built):
     }
     # What the package and both engines import; the engine itself cannot be required.
     assert required == {"torch", "numpy", "appdirs", "tqdm", "graphviz", "packaging"}
-    for extra in ("demo", "plots", "dev"):
+    for extra in ("demo", "plots", "docs", "dev"):
         assert f"Provides-Extra: {extra}" in metadata
 
 
