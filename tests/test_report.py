@@ -166,11 +166,28 @@ def test_report_with_certificates_shows_the_extreme_samples(run_dir, capsys):
         rows = [row for row in csv.DictReader(file) if float(row["eps"]) == 0.01]
     rows.sort(key=lambda row: float(row["margin_lower_bound"]))
     shown = [rows[place]["index"] for place in (*range(6), *range(-6, 0))]
-    assert [str(sample.index) for sample in record.samples] == shown
+    assert [str(sample.index) for sample, _ in record.images] == shown
     test = data.load("mnist5k").test
-    for sample in record.samples:
-        assert np.array_equal(sample.image[..., 0], test.images[sample.index, 0].numpy())
+    for sample, image in record.images:
+        assert np.array_equal(image[..., 0], test.images[sample.index, 0].numpy())
         assert sample.label == int(test.labels[sample.index])
+
+
+def test_certificates_are_shown_without_the_data_too(run_dir, capsys):
+    assert run(capsys, "verify", run_dir, "--pgd-steps", 2, "--restarts", 1, "--limit", 50)[0] == 0
+    (run_dir / "model.pt").unlink()
+    assert run(capsys, "report", run_dir)[0] == 0
+    assert "Verified margins at" in (run_dir / "report.html").read_text()
+
+
+def test_images_of_other_data_than_the_certificates_are_not_shown(run_dir, capsys):
+    assert run(capsys, "verify", run_dir, "--pgd-steps", 2, "--restarts", 1, "--limit", 50)[0] == 0
+    content = json.loads((run_dir / "verification.json").read_text())
+    (run_dir / "verification.json").write_text(json.dumps({**content, "dataset": "other digits"}))
+    assert run(capsys, "report", run_dir)[0] == 0
+    page = (run_dir / "report.html").read_text()
+    assert "Certificates are of other digits" in page
+    assert "smallest verified margins" not in page
 
 
 def test_report_without_certificates_bounds_samples_itself(run_dir):
@@ -179,9 +196,10 @@ def test_report_without_certificates_bounds_samples_itself(run_dir):
     record = _record(run_dir, None)
     test = data.load("mnist5k").test
     bounded = fw.BoundedModule(load_model(run_dir / "model.pt"), test.inputs[:2])
-    chosen = torch.tensor([sample.index for sample in record.samples])
+    assert len(record.samples) == 1000
+    chosen = torch.tensor([sample.index for sample in record.samples[:20]])
     found = fw.verify(bounded, (test.inputs[chosen], test.labels[chosen]), 0.01, methods=("IBP",), restarts=0)
-    assert [sample.margin for sample in record.samples] == pytest.approx(
+    assert [sample.margin for sample in record.samples[:20]] == pytest.approx(
         [one.margin for one in found.certificates], rel=1e-3, abs=1e-5
     )
 

@@ -18,7 +18,7 @@ from lirpa_fastwarmup.cli.options import find_factories_here
 from lirpa_fastwarmup.cli.subject import Subject, subject_of_run
 from lirpa_fastwarmup.engine.bounds import ibp_margins, input_box
 from lirpa_fastwarmup.inspection.compare import comparison
-from lirpa_fastwarmup.inspection.records import RunRecord, Sample, read_json, read_record
+from lirpa_fastwarmup.inspection.records import Image, RunRecord, Sample, read_json, read_record
 from lirpa_fastwarmup.inspection.report import render
 from lirpa_fastwarmup.storage import make_folder, write_atomically
 from lirpa_fastwarmup.training import settings_of_model, settings_of_run
@@ -31,6 +31,7 @@ REPORT = "report.html"
 _SAMPLES = 1000  # Of the test set, bounded where no certificates are there.
 _INSPECTED = 250
 _SHOWN = 6
+_SAME = 1e-12  # Radii that differ by less are one.
 
 
 def add_to(commands: Any) -> None:
@@ -83,8 +84,11 @@ def _record(folder: Path, data_dir: Path | None) -> RunRecord:
         record.missing.append(
             "The run has not come to its end; lirpa-fastwarmup train --resume --out RUN_DIR goes on with it."
         )
+    path = folder / certificates.CERTIFICATES
+    if path.is_file():
+        record.eps, record.samples = _certified_samples(path, record.settings.get("eps", 0.0))
     try:
-        _look_at_network(record, folder, subject_of_run(folder, data_dir=data_dir))
+        _look_at_network(record, subject_of_run(folder, data_dir=data_dir))
     except (OSError, ValueError, ImportError, TypeError, NotImplementedError) as error:
         record.missing.append(f"The network could not be looked at: {error}.")
     return record
@@ -101,33 +105,39 @@ def _settings(folder: Path) -> dict[str, Any]:
     return {}
 
 
-def _look_at_network(record: RunRecord, folder: Path, subject: Subject) -> None:
+def _certified_samples(path: Path, eps: float) -> tuple[float, list[Sample]]:
+    """The samples with a margin in ``certificates.csv``, at the run's radius, or else at the smallest there."""
+    with path.open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["margin_lower_bound"]]
+    chosen = min((float(row["eps"]) for row in rows), key=lambda one: (abs(one - eps) > _SAME, one), default=eps)
+    samples = [
+        Sample(int(row["index"]), int(row["label"]), int(row["prediction"]), float(row["margin_lower_bound"]))
+        for row in rows
+        if float(row["eps"]) == chosen
+    ]
+    return chosen, sorted(samples, key=_margin)
+
+
+def _margin(sample: Sample) -> float:
+    return sample.margin
+
+
+def _look_at_network(record: RunRecord, subject: Subject) -> None:
+    """Inspect the network, and take the images of the samples that are hardest and easiest to certify."""
     eps = subject.eps
     assert eps is not None  # A run has one.
     bounded = fw.BoundedModule(subject.network, torch.zeros(2, *subject.samples.images.shape[1:]))
     record.inspection = fw.inspect(bounded, data.spread(subject.samples, _INSPECTED).inputs, eps)
-    path = folder / certificates.CERTIFICATES
-    known = _certified_samples(path, subject, eps) if path.is_file() else None
-    record.eps, samples = known or (eps, _bounded_samples(subject, bounded, eps))
-    samples.sort(key=lambda sample: sample.margin)
-    record.margins = [sample.margin for sample in samples]
-    shown = samples if len(samples) <= 2 * _SHOWN else [*samples[:_SHOWN], *samples[-_SHOWN:]]
-    record.samples = shown
-
-
-def _certified_samples(path: Path, subject: Subject, eps: float) -> tuple[float, list[Sample]] | None:
-    """The samples with a margin in ``certificates.csv``, at the run's radius, or else at the smallest there."""
-    with path.open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["margin_lower_bound"]]
-    radii = sorted({float(row["eps"]) for row in rows})
-    if not radii:
-        return None
-    chosen = min(radii, key=lambda one: (abs(one - eps) > 1e-12, one))
-    return chosen, [
-        _sample(subject, int(row["index"]), int(row["prediction"]), float(row["margin_lower_bound"]))
-        for row in rows
-        if float(row["eps"]) == chosen
-    ]
+    if not record.samples:
+        record.eps, record.samples = eps, _bounded_samples(subject, bounded, eps)
+    elif record.verification is not None and record.verification.get("dataset") != subject.dataset:
+        record.missing.append(
+            f"Certificates are of {record.verification.get('dataset')}, whose images the run does not have."
+        )
+        return
+    few = len(record.samples) <= 2 * _SHOWN
+    shown = record.samples if few else [*record.samples[:_SHOWN], *record.samples[-_SHOWN:]]
+    record.images = [(sample, _image(subject.samples.images[sample.index])) for sample in shown]
 
 
 @torch.no_grad()
@@ -138,14 +148,12 @@ def _bounded_samples(subject: Subject, bounded: fw.BoundedModule, eps: float) ->
     for x, y in data.Batches(subject.samples.take(indices), _INSPECTED):
         predictions = subject.network(x).argmax(1).tolist()
         margins = ibp_margins(bounded, input_box(x, eps), y, subject.classes).amin(1).tolist()
-        for prediction, margin in zip(predictions, margins, strict=True):
-            samples.append(_sample(subject, int(indices[len(samples)]), prediction, margin))
-    return samples
+        for label, prediction, margin in zip(y.tolist(), predictions, margins, strict=True):
+            samples.append(Sample(int(indices[len(samples)]), label, prediction, margin))
+    return sorted(samples, key=_margin)
 
 
-def _sample(subject: Subject, index: int, prediction: int, margin: float) -> Sample:
-    image: Tensor = subject.samples.images[index]
-    if len(image) not in (1, 3):  # Neither grey nor colours.
-        image = image[:1]
-    label = int(subject.samples.labels[index])
-    return Sample(index, label, prediction, margin, image.permute(1, 2, 0).numpy())
+def _image(pixels: Tensor) -> Image:
+    if len(pixels) not in (1, 3):  # Neither grey nor colours.
+        pixels = pixels[:1]
+    return pixels.permute(1, 2, 0).numpy()

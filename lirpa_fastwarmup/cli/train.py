@@ -61,7 +61,7 @@ class _Console:
     def step_done(self, means: Mapping[str, float]) -> None:
         self._bar.update()
         if means:
-            shown = ("eps", "loss", "clean_loss", "robust_loss", "verified_error")
+            shown = ("eps", "loss", "clean_loss", "robust_loss", "clean_error", "verified_error")
             self._bar.set_postfix({name: f"{means[name]:.4g}" for name in shown} | self._dead, refresh=False)
 
     def epoch_done(self, row: Mapping[str, float], seconds: float) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lirpa_fastwarmup.engine.bounds import ibp_margins, input_box, proved
 from lirpa_fastwarmup.engine.graph import AffineLayer, NetworkGraph, read_graph, weight_of
-from lirpa_fastwarmup.engine.inputs import Epsilon, InputRange, check_radius
+from lirpa_fastwarmup.engine.inputs import Epsilon, InputRange, check_radius, inputs_error, inputs_fit
 from lirpa_fastwarmup.engine.layers import LayerBounds, input_half_width, outputs_of_batch, relu_bounds, relus_read
 from lirpa_fastwarmup.engine.module import BoundedModule
 from lirpa_fastwarmup.engine.precision import exact_arithmetic
@@ -58,7 +58,7 @@ def inspect(
     tensors = (x,) if isinstance(x, Tensor) else tuple(x)
     if not all(len(tensor) for tensor in tensors):
         raise ValueError("there is nothing to inspect: the batch is empty. Pass a batch of real inputs")
-    boxes = tuple(one if hasattr(one, "ptb") else input_box(one, eps, input_range) for one in tensors)
+    boxes = tuple(one if hasattr(one, "ptb") else _box(one, eps, input_range) for one in tensors)
     with exact_arithmetic(boxes[0].device), torch.autocast(boxes[0].device.type, enabled=False):
         outputs = outputs_of_batch(bounded, tuple(torch.as_tensor(one) for one in tensors))
         output = _bound(bounded, boxes, outputs)
@@ -74,6 +74,12 @@ def inspect(
         output=output,
     )
     return dataclasses.replace(found, verdicts=verdicts(found))
+
+
+def _box(x: Tensor, eps: Epsilon, input_range: InputRange | None) -> Any:
+    if not bool(inputs_fit(x, input_range)):  # On any device: figures are read from it anyway.
+        raise inputs_error(x, input_range)
+    return input_box(x, eps, input_range)
 
 
 def _bound(bounded: BoundedModule, boxes: tuple[Any, ...], outputs: Tensor) -> OutputFigures | None:
@@ -120,20 +126,18 @@ def _relu_figures(
 
 def _sums(layer: LayerBounds) -> Tensor:
     """Mean half-width, shares of active, inactive and dead, mean |c|, and the sums of ρ and s, in double precision."""
-    lower, upper = layer.lower.double(), layer.upper.double()
+    lower, upper = layer.lower, layer.upper
     highest = upper.amax([0, *range(2, upper.ndim)])
     active, inactive = state_moments(lower, upper)
-    return torch.stack(
-        [
-            (upper - lower).mean() / 2,
-            (lower > 0).double().mean(),
-            (upper <= 0).double().mean(),
-            (highest <= 0).double().mean(),
-            ((lower + upper) / 2).abs().mean(),
-            *(active.total, active.spread),
-            *(inactive.total, inactive.spread),
-        ]
-    )
+    figures = [
+        (upper - lower).mean(dtype=torch.float64) / 2,
+        (lower > 0).sum() / lower.numel(),
+        (upper <= 0).sum() / upper.numel(),
+        (highest <= 0).sum() / highest.numel(),
+        torch.lerp(lower, upper, 0.5).abs().mean(dtype=torch.float64),
+        *(active.total, active.spread, inactive.total, inactive.spread),
+    ]
+    return torch.stack([figure.double() for figure in figures])
 
 
 def _ratio(above: float, below: float) -> float:

@@ -17,22 +17,23 @@ from lirpa_fastwarmup.inspection.figures import Inspection
 SUMMARY, HISTORY = "summary.json", "history.csv"
 
 
+Image = np.ndarray[Any, np.dtype[np.uint8]]
+
+
 @dataclass(frozen=True)
 class Sample:
-    """A test image and what is known of it.
+    """A test sample and what is known of it.
 
     Attributes:
         index: its place in the test set.
         label, prediction: its class, and the network's.
         margin: the lower bound on min_j z_y − z_j over the box: above 0 is certified.
-        image: (height, width, channels), bytes.
     """
 
     index: int
     label: int
     prediction: int
     margin: float
-    image: np.ndarray[Any, np.dtype[np.uint8]]
 
 
 @dataclass
@@ -45,9 +46,10 @@ class RunRecord:
         summary: of a finished run.
         history: a row for each finished epoch.
         verification: the content of ``verification.json``.
-        margins: each sample's verified margin, and eps, the radius that they hold at.
+        samples: those whose margin is known, the smallest margin first.
+        eps: the radius that the margins hold at.
         inspection: of the kept network.
-        samples: those of the smallest and of the largest margin.
+        images: of the samples with the smallest and with the largest margins, (height, width, channels), bytes.
         missing: what there is not, and why, one sentence each.
     """
 
@@ -56,10 +58,10 @@ class RunRecord:
     summary: Mapping[str, Any] | None = None
     history: list[dict[str, float]] = field(default_factory=list)
     verification: Mapping[str, Any] | None = None
-    margins: list[float] = field(default_factory=list)
+    samples: list[Sample] = field(default_factory=list)
     eps: float | None = None
     inspection: Inspection | None = None
-    samples: list[Sample] = field(default_factory=list)
+    images: list[tuple[Sample, Image]] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lirpa_fastwarmup.inspection import plots
-from lirpa_fastwarmup.inspection.records import RunRecord, Sample
+from lirpa_fastwarmup.inspection.records import Image, RunRecord, Sample
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -64,7 +64,7 @@ def _run(record: RunRecord) -> dict[str, Any]:
         "tables": [] if found is None else found.tables(),
         "certificates": _certificate_rows(record.verification),
         "certificate_pictures": _certificate_pictures(record),
-        "samples": [_samples_picture(record.samples)] if record.samples else [],
+        "samples": [_samples_picture(record.images)] if record.images else [],
         "settings": {name: value for name, value in record.settings.items() if value is not None},
     }
 
@@ -179,19 +179,21 @@ def _certificate_pictures(record: RunRecord) -> list[Picture]:
     results = record.verification.get("results", []) if record.verification else []
     if len([one for one in results if isinstance(one["eps"], int | float)]) > 1:
         pictures.append(_panel("Errors over ε, with 95 % intervals", lambda a: plots.draw_errors_over_eps(a, results)))
-    if any(map(math.isfinite, record.margins)):
-        caption = f"Verified margins at ε = {record.eps:.5g}"
-        pictures.append(_panel(caption, lambda axes: plots.draw_margins(axes, record.margins)))
+    margins = [sample.margin for sample in record.samples]
+    if any(map(math.isfinite, margins)):
+        pictures.append(
+            _panel(f"Verified margins at ε = {record.eps:.5g}", lambda axes: plots.draw_margins(axes, margins))
+        )
     return pictures
 
 
-def _samples_picture(samples: Sequence[Sample]) -> Picture:
-    columns = (len(samples) + 1) // 2
+def _samples_picture(images: Sequence[tuple[Sample, Image]]) -> Picture:
+    columns = (len(images) + 1) // 2
     figure = plots.new_figure(figsize=(1.5 * columns, 4))
     for panel in figure.subplots(2, columns, squeeze=False).flat:
         panel.axis("off")
-    for panel, sample in zip(figure.axes, samples, strict=False):
-        panel.imshow(sample.image, cmap="gray", vmin=0, vmax=255)
+    for panel, (sample, image) in zip(figure.axes, images, strict=False):
+        panel.imshow(image, cmap="gray", vmin=0, vmax=255)
         panel.set_title(
             f"#{sample.index}: {sample.label} → {sample.prediction}\nmargin {sample.margin:.3g}", fontsize="small"
         )
