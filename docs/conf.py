@@ -41,6 +41,8 @@ myst_heading_anchors = 3
 myst_update_mathjax = False
 html_math_renderer = "mathml"
 nb_execution_mode = "off"  # They are committed with their outputs, which a test keeps true.
+nb_merge_streams = True
+nb_render_markdown_format = "myst"
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
