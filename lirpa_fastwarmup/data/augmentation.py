@@ -28,25 +28,32 @@ class Augmentation:
     crop_padding: int = 0
     generator: torch.Generator | None = None
 
-    def __call__(self, images: Tensor) -> Tensor:
-        """The images (batch, channels, height, width), uint8, augmented; pixels are moved, never mixed."""
+    def __call__(self, images: Tensor, whole: int | None = None, shard: slice = slice(None)) -> Tensor:
+        """The images, augmented; pixels are moved, never mixed.
+
+        Args:
+            images: (batch, channels, height, width), uint8.
+            whole: the size of a batch that they are a part of, for which random numbers are drawn.
+            shard: their places in it.
+        """
+
+        def draw(end: int) -> Tensor:
+            """Integers from 0 to ``end`` − 1, one for each image."""
+            count = len(images) if whole is None else whole
+            return moved(torch.randint(end, (count,), generator=self.generator)[shard], images.device)
+
         if self.flip:
-            mirrored = self._draw(2, images).bool().view(-1, 1, 1, 1)
-            images = torch.where(mirrored, images.flip(3), images)
+            images = torch.where(draw(2).bool().view(-1, 1, 1, 1), images.flip(3), images)
         if self.crop_padding:
-            images = self._cropped(images)
+            ends = 2 * self.crop_padding + 1
+            images = self._cropped(images, draw(ends), draw(ends))
         return images
 
-    def _draw(self, end: int, images: Tensor) -> Tensor:
-        """Integers from 0 to ``end`` − 1, one for each image."""
-        return moved(torch.randint(end, (len(images),), generator=self.generator), images.device)
-
-    def _cropped(self, images: Tensor) -> Tensor:
+    def _cropped(self, images: Tensor, vertical: Tensor, horizontal: Tensor) -> Tensor:
         count, channels, height, width = images.shape
-        padding = self.crop_padding
         # Padding by the edge is reading the edge again: indices are clamped, and nothing is copied twice.
-        rows = self._window(self._draw(2 * padding + 1, images), height)
-        columns = self._window(self._draw(2 * padding + 1, images), width)
+        rows = self._window(vertical, height)
+        columns = self._window(horizontal, width)
         index = rows.view(count, height, 1) * width + columns.view(count, 1, width)
         index = index.view(count, 1, height * width).expand(-1, channels, -1)
         return images.flatten(2).gather(2, index).view_as(images)

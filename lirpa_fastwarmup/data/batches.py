@@ -26,9 +26,12 @@ class Batches:
         drop_single: leave out a last batch of one sample.
         augment: applied to each batch.
         device: where batches are wanted; by default where the split is.
+        shard: (rank, size): of each batch, every size-th sample is given out, from that of number ``rank`` on. Together
+            the shards of all ranks are the batch, augmented as it would be in one piece.
 
     Raises:
-        ValueError: ``batch_size`` is less than 1, or no batch would be left.
+        ValueError: ``batch_size`` is less than 1, or no batch would be left, in which each rank has a sample (two, with
+            ``drop_single``).
     """
 
     def __init__(
@@ -40,17 +43,26 @@ class Batches:
         drop_single: bool = False,
         augment: Augmentation | None = None,
         device: torch.device | None = None,
+        shard: tuple[int, int] = (0, 1),
     ) -> None:
+        rank, size = shard
+        least = size * (2 if drop_single else 1)
         if batch_size < 1:
             raise ValueError(f"batch size must be at least 1, found {batch_size}")
+        if size > 1 and batch_size < least:
+            raise ValueError(
+                f"a batch of {batch_size} over {size} processes leaves some of them less than the {least // size} "
+                "sample(s) that they need: the batch size is that of all processes together; use larger batches, or "
+                "fewer processes"
+            )
         self.split = split
         self.batch_size = batch_size
         self.generator = generator
         self.augment = augment
         self.device = split.labels.device if device is None else device
         whole, rest = divmod(len(split), batch_size)
-        keep_rest = rest > 1 or (rest == 1 and not drop_single)
-        self._count = whole + keep_rest
+        self._count = whole + (rest >= least)
+        self._shard = slice(rank, None, size)
         if self._count == 0 or (drop_single and batch_size == 1):
             raise ValueError(
                 f"{len(split)} sample(s) in batches of {batch_size} leave no batch of two, which BatchNorm needs to be "
@@ -68,13 +80,18 @@ class Batches:
         first, self._first = self._first, 0
         order = self._order()
         for batch in range(first, self._count):
-            chosen = order[batch * self.batch_size : (batch + 1) * self.batch_size]
+            together = order[batch * self.batch_size : (batch + 1) * self.batch_size]
+            chosen = together[self._shard]
             images, labels = self.split.images[chosen], self.split.labels[chosen]
             images, labels = moved(images, self.device), moved(labels, self.device)
             if self.augment is not None:
-                images = self.augment(images)
+                images = self.augment(images, len(together), self._shard)
             self._position = batch + 1
             yield images.float() / 255, labels
+
+    def samples_in(self, batch: int) -> int:
+        """The samples of batch number ``batch``, counted from 0, in all shards together."""
+        return min(self.batch_size, len(self.split) - batch * self.batch_size)
 
     def _order(self) -> Tensor:
         count, device = len(self.split), self.split.labels.device

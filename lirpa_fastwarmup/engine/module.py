@@ -67,6 +67,7 @@ class BoundedModule(engine.BoundedModule):
     _arguments: tuple[Any, ...]
     _built = False
     _bounding = False
+    _over_ranks = False
 
     def __init__(
         self,
@@ -178,6 +179,25 @@ class BoundedModule(engine.BoundedModule):
                 "was built without (bound_opts['bn']), so that the two compute different functions. Use full "
                 "BatchNorm, or the bounded network's own outputs and bounds"
             )
+
+    @property
+    def over_ranks(self) -> bool:
+        """Whether a batch, in training mode, is the batches of all processes together; see :meth:`join_ranks`."""
+        return self._over_ranks
+
+    def join_ranks(self) -> Self:
+        """In training mode, take a batch to be the batches of all processes (torch.distributed) together.
+
+        BatchNorm's statistics are then of all of them, in clean passes and hence in bounds, as nn.SyncBatchNorm does
+        it; and so are the figures that the paper's regularisers are made of, which are not linear in the batch. Every
+        process must make every pass, and compute every regulariser.
+
+        Raises:
+            NotImplementedError: BatchNorm is ablated.
+        """
+        sharing.batchnorm_over_ranks(self)
+        self._over_ranks = True
+        return self
 
     # One state and one mode with the wrapped model.
 

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lirpa_fastwarmup.distributed import differentiable_total
+
 
 def normalize_by_batch(
     x: Tensor, weight: Tensor, bias: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float, eps: float
@@ -55,6 +57,23 @@ class _BatchNormWithStatistics(torch.autograd.Function):
             offset = grad_mean / count - slope * mean
             gradients[0].add_(x * slope.view(shape)).add_(offset.view(shape))
         return (*gradients, None, None, None, None)
+
+
+def normalize_over_ranks(
+    x: Tensor, weight: Tensor, bias: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`normalize_by_batch`, with the statistics of all processes' batches together."""
+    shape, over = (1, -1, *[1] * (x.ndim - 2)), [dim for dim in range(x.ndim) if dim != 1]
+    own = x.new_tensor([x.numel() // x.shape[1]])
+    sums = differentiable_total(torch.cat([x.sum(over), own]))
+    count = sums[-1].detach()
+    mean = sums[:-1] / count
+    deviation = x - mean.view(shape)
+    var = differentiable_total(deviation.square().sum(over)) / count
+    running_mean.lerp_(mean.detach(), momentum)
+    running_var.lerp_(var.detach() * (count / (count - 1)), momentum)
+    scale = weight / (var + eps).sqrt()
+    return deviation * scale.view(shape) + bias.view(shape), mean, var
 
 
 def scale_interval(lower: Tensor, upper: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:

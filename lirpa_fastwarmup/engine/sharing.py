@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lirpa_fastwarmup.engine.compat import engine
-from lirpa_fastwarmup.engine.normalization import normalize_by_batch, scale_interval
+from lirpa_fastwarmup.engine.normalization import normalize_by_batch, normalize_over_ranks, scale_interval
 
 _bound: Any = engine.bound_general
 BoundParams: Any = _bound.BoundParams
@@ -39,10 +39,12 @@ class SharedBatchNorm(BoundBatchNormalization):
     Attributes:
         owner: that module, in a tuple, so that it is not registered as a child of the node.
         keeps_books: whether a pass in training mode moves the running statistics.
+        over_ranks: whether a batch's statistics are those of all processes together.
     """
 
     owner: tuple[_BatchNorm]
     keeps_books: bool
+    over_ranks: bool
     eps: float
     momentum: float
 
@@ -56,7 +58,8 @@ class SharedBatchNorm(BoundBatchNormalization):
         if self._ablated:
             return super().forward(x, w, b, m, v)
         self.patches_start = x.ndim > 2
-        result, self.current_mean, self.current_var = normalize_by_batch(x, w, b, m, v, self.momentum, self.eps)
+        normalize = normalize_over_ranks if self.over_ranks else normalize_by_batch
+        result, self.current_mean, self.current_var = normalize(x, w, b, m, v, self.momentum, self.eps)
         return result
 
     def interval_propagate(self, *v: Any) -> Any:
@@ -142,6 +145,23 @@ def adopt_batchnorm(bounded: Any, model: nn.Module, kind: type[SharedBatchNorm])
             node.__class__ = kind
             object.__setattr__(node, "owner", (owner[0],))
             node.keeps_books = True
+            node.over_ranks = False
+
+
+def batchnorm_over_ranks(bounded: Any) -> None:
+    """Take BatchNorm's statistics, in training mode, over the batches of all processes.
+
+    Raises:
+        NotImplementedError: part of BatchNorm is ablated.
+    """
+    for node in bounded._modules.values():
+        if isinstance(node, SharedBatchNorm):
+            if node._ablated:
+                raise NotImplementedError(
+                    "BatchNorm with a part left out (bound_opts['bn']) has no statistics over several processes: use "
+                    "full BatchNorm, or statistics of each process"
+                )
+            node.over_ranks = True
 
 
 def adopt_parameters(bounded: Any) -> None:

@@ -95,6 +95,8 @@ class CompiledSteps:
         key = self._key(terms, batch)
         if key not in self._steps:
             try:
+                if self._bounded.over_ranks:
+                    raise NotImplementedError("sums over several processes cannot be recorded")
                 self._steps[key] = self._compiled(terms, batch)
             except Exception as error:
                 self._failed = True

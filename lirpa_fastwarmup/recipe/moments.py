@@ -6,11 +6,14 @@ twice as often, forward and backward; and without masks of booleans, with which 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from lirpa_fastwarmup.distributed import differentiable_total
 
 
 class Moments(NamedTuple):
@@ -33,6 +36,33 @@ def state_moments(lower: Tensor, upper: Tensor) -> tuple[Moments, Moments]:
     """
     sums = _StateMoments.apply(lower, upper)
     return Moments(*sums[:2]), Moments(*sums[2:])
+
+
+def over_ranks(bounded: Any) -> bool:
+    """Whether figures are those of all processes' batches; see :meth:`lirpa_fastwarmup.BoundedModule.join_ranks`."""
+    return getattr(bounded, "over_ranks", False) and bounded.training
+
+
+def means_over_ranks(means: Tensor, samples: int) -> Tensor:
+    """Means over this process's ``samples`` as means over the samples of all processes; shape (means,)."""
+    sums = differentiable_total(torch.cat([means * samples, means.new_tensor([samples])]))
+    return sums[:-1] / sums[-1].detach()
+
+
+def moments_over_ranks(layers: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """The moments of :func:`state_moments` over all processes, two per state, for each layer: shape (layers, 4).
+
+    Args:
+        layers: lower and upper bounds ``(batch, *neurons)`` of this process's batch.
+    """
+    centres = [torch.lerp(lower, upper, 0.5) for lower, upper in layers]
+    means = means_over_ranks(torch.stack([centre.mean() for centre in centres]), len(centres[0]))
+    rows = []
+    for centre, mean, (lower, upper) in zip(centres, means, layers, strict=True):
+        for condition in (lower.detach(), -upper.detach()):
+            spread = _where_positive(centre - mean, condition).square().sum()
+            rows += [_where_positive(centre, condition).sum(), spread]
+    return differentiable_total(torch.stack(rows)).view(len(layers), 4)
 
 
 def _where_positive(values: Tensor, condition: Tensor) -> Tensor:

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lirpa_fastwarmup.distributed import total
 from lirpa_fastwarmup.engine.graph import affine_weights
 from lirpa_fastwarmup.engine.layers import LayerBounds, input_half_width, relu_bounds
-from lirpa_fastwarmup.recipe.moments import state_moments
+from lirpa_fastwarmup.recipe.moments import Moments, means_over_ranks, moments_over_ranks, over_ranks, state_moments
 
 Regularizer = Callable[[Any], Tensor]
 
@@ -37,8 +38,13 @@ def tightness(bounded: Any, tol: float = 0.5) -> Tensor:
         RuntimeError: no bounds have been computed since the last forward pass.
         StructureError: the network has no ReLU.
     """
-    widths = torch.stack([(layer.upper - layer.lower).mean() for layer in relu_bounds(bounded)]) / 2
-    ratio = input_half_width(bounded) / widths.clamp(min=_SMALLEST_WIDTH)
+    layers = relu_bounds(bounded)
+    widths = torch.stack([(layer.upper - layer.lower).mean() for layer in layers]) / 2
+    at_input = input_half_width(bounded)
+    if over_ranks(bounded):
+        means = means_over_ranks(torch.cat([widths, at_input.view(1)]), len(layers[0].lower))
+        widths, at_input = means[:-1], means[-1]
+    ratio = at_input / widths.clamp(min=_SMALLEST_WIDTH)
     return (tol - ratio).clamp(min=0).mean() / tol
 
 
@@ -60,21 +66,27 @@ def relu_balance(bounded: Any, tol: float = 0.5) -> Tensor:
         RuntimeError: no bounds have been computed since the last forward pass.
         StructureError: the network has no ReLU.
     """
-    return _imbalance(relu_bounds(bounded), tol).mean() / tol
+    return _imbalance(relu_bounds(bounded), tol, across_ranks=over_ranks(bounded)).mean() / tol
 
 
-def _imbalance(layers: Sequence[LayerBounds], tol: float) -> Tensor:
+def _imbalance(layers: Sequence[LayerBounds], tol: float, *, across_ranks: bool = False) -> Tensor:
     """For each layer max(0, tol − min(ρ, 1/ρ)) + max(0, tol − min(s, 1/s)), or 0; shape (layers,)."""
-    active, inactive = zip(*(state_moments(layer.lower, layer.upper) for layer in layers), strict=True)
-    # One row a layer, so that what follows costs the same for any depth.
-    balance = _balance(
-        torch.stack([torch.stack([moments.total, moments.spread]) for moments in active]),
-        torch.stack([torch.stack([-moments.total, moments.spread]) for moments in inactive]),
-    )
-    imbalance = (tol - balance).clamp(min=0).sum(1)
     has_inactive = torch.stack([layer.upper.detach().amin() for layer in layers]) < 0
+    if across_ranks:
+        moments = moments_over_ranks([(layer.lower, layer.upper) for layer in layers])
+        has_inactive = total(has_inactive.int()) > 0
+    else:
+        # One row a layer, so that what follows costs the same for any depth.
+        moments = torch.stack([_row(*state_moments(layer.lower, layer.upper)) for layer in layers])
+    active, inactive = moments[:, :2], moments[:, 2:]
+    balance = _balance(active, torch.stack([-inactive[:, 0], inactive[:, 1]], 1))
+    imbalance = (tol - balance).clamp(min=0).sum(1)
     # Selected on the device, so that nothing waits for the value.
     return torch.where(has_inactive, imbalance, torch.zeros_like(imbalance))
+
+
+def _row(active: Moments, inactive: Moments) -> Tensor:
+    return torch.stack([*active, *inactive])
 
 
 def _balance(active: Tensor, inactive: Tensor) -> Tensor:

@@ -1,0 +1,140 @@
+"""Several processes that compute one run, as torchrun starts them: who they are, and sums over them.
+
+The processes are PyTorch's default process group. Without one, a process is alone, and sums are what it has.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+_TIMEOUT = timedelta(minutes=10)  # How long one rank may wait for the others.
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """A process among those that compute one run.
+
+    Attributes:
+        rank: its number, from 0.
+        size: how many there are.
+    """
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def leads(self) -> bool:
+        """Whether it is the one that writes."""
+        return self.rank == 0
+
+
+ALONE = Ranks()
+
+
+def present() -> Ranks:
+    """This process among those of the default process group."""
+    if dist.is_available() and dist.is_initialized():
+        return Ranks(dist.get_rank(), dist.get_world_size())
+    return ALONE
+
+
+def local_device(named: torch.device) -> torch.device:
+    """The device of this process: of several GPUs, each process that torchrun started on a machine has its own.
+
+    Raises:
+        ValueError: the machine has fewer GPUs than processes.
+    """
+    place = os.environ.get("LOCAL_RANK")
+    if named.type != "cuda" or named.index is not None or place is None:
+        return named
+    if int(place) >= torch.cuda.device_count():
+        raise ValueError(
+            f"process {place} of this machine has no GPU, as there are {torch.cuda.device_count()}: start as many "
+            "processes as there are GPUs (--nproc-per-node)"
+        )
+    return torch.device("cuda", int(place))
+
+
+@contextmanager
+def joined(device: torch.device) -> Iterator[Ranks]:
+    """Be one of the processes that torchrun started, for as long as the block lasts; alone where it did not.
+
+    Args:
+        device: where this process computes; NCCL connects GPUs, gloo everything else.
+
+    Raises:
+        RuntimeError: this PyTorch has no NCCL, or the processes do not find one another.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or present() != ALONE:
+        yield present()
+        return
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if not dist.is_backend_available(backend):
+        raise RuntimeError(
+            f"several processes on {device.type} are connected by {backend}, which this PyTorch was built without: "
+            "install one with it, or train on one device"
+        )
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group(backend, timeout=_TIMEOUT)
+    try:
+        yield present()
+    finally:
+        dist.destroy_process_group()
+
+
+def total(values: Tensor) -> Tensor:
+    """The sum over all processes, without a gradient; shape and dtype as ``values``."""
+    if present().size == 1:
+        return values
+    result = values.detach().clone()
+    dist.all_reduce(result)
+    return result
+
+
+def differentiable_total(values: Tensor) -> Tensor:
+    """The sum over all processes. Its gradient is the sum of the gradients that all of them have for it."""
+    return values if present().size == 1 else _Total.apply(values)
+
+
+class _Total(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        return total(values)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return total(grad)
+
+
+def from_leader(value: _T) -> _T:
+    """What rank 0 has, on every rank; any object that can be pickled."""
+    if present().size == 1:
+        return value
+    holder = [value if present().leads else None]
+    dist.broadcast_object_list(holder, src=0)
+    return holder[0]  # type: ignore[return-value]
+
+
+def gathered(value: _T) -> list[_T]:
+    """What every rank has, by rank, on all of them."""
+    if present().size == 1:
+        return [value]
+    values: list[Any] = [None] * present().size
+    dist.all_gather_object(values, value)
+    return values
+
+
+def wait_for_all() -> None:
+    """Go on when every rank has come here."""
+    gathered(None)
