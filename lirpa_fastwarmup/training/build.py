@@ -12,6 +12,7 @@ from torch.optim import SGD, Adam, Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from lirpa_fastwarmup import data
+from lirpa_fastwarmup.distributed import Ranks, present
 from lirpa_fastwarmup.engine.module import BoundedModule
 from lirpa_fastwarmup.recipe.initialization import initialize_
 from lirpa_fastwarmup.recipe.objective import ShortWarmup
@@ -37,6 +38,9 @@ class Run:
         train_batches, validation_batches, test_batches: of these, of the samples held out, of the test set.
         inspected: inputs, from all over the test set, that the network is looked at with.
         objective: the loss on the trained network.
+        trained: what computes the loss: the objective, or DistributedDataParallel around it, by which gradients are
+            averaged over all processes.
+        ranks: the processes that train.
         optimizer: of its weights.
         average: the average of its weights, where one is kept.
         evaluated: the network whose errors are taken and whose weights are kept: the average, or the trained one.
@@ -51,6 +55,8 @@ class Run:
     test_batches: data.Batches
     inspected: torch.Tensor
     objective: ShortWarmup
+    trained: nn.Module
+    ranks: Ranks
     optimizer: Optimizer
     average: AveragedModel | None
     evaluated: BoundedModule
@@ -74,15 +80,18 @@ def build_run(settings: Settings, device: torch.device) -> Run:
             text says what.
     """
     dataset = data.load(settings.dataset, settings.data_dir)
+    ranks = present()
     train, held_out = _training_samples(settings, dataset)
-    train_batches = _training_batches(settings, data.place(train, device), device)
+    train_batches = _training_batches(settings, data.place(train, device), device, ranks)
     architecture = architecture_of(settings, dataset)
     # Everything random hangs on the seed, and the caller's random state stays as it is.
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(settings.seed)
         bounded = _bounded(settings, build_network(architecture).to(device), dataset.in_shape)
         initialize_(bounded, settings.init, calibrate=_calibration_images(settings, train, device), eps=settings.eps)
-    objective = _objective(settings, bounded, len(train_batches))
+    if settings.sync_batchnorm:
+        bounded.join_ranks()
+    objective = _objective(settings, bounded, len(train_batches), ranks)
     average = None
     if settings.average_decay is not None:
         average = AveragedModel(
@@ -94,10 +103,12 @@ def build_run(settings: Settings, device: torch.device) -> Run:
         dataset_name=dataset.name,
         train=train_batches.split,
         train_batches=train_batches,
-        validation_batches=_evaluation_batches(held_out, device) if held_out is not None else None,
-        test_batches=_evaluation_batches(dataset.test, device),
+        validation_batches=None if held_out is None else _evaluation_batches(held_out, device, ranks),
+        test_batches=_evaluation_batches(dataset.test, device, ranks),
         inspected=data.spread(dataset.test, _INSPECTED).inputs.to(device),
         objective=objective,
+        trained=objective,
+        ranks=ranks,
         optimizer=_optimizer(settings, objective),
         average=average,
         evaluated=bounded if average is None else _bounded(settings, average.module.eval(), dataset.in_shape),
@@ -111,7 +122,7 @@ def _training_samples(settings: Settings, dataset: data.Dataset) -> tuple[data.S
     return data.held_out(samples, settings.validation, seed=settings.seed) if settings.validation else (samples, None)
 
 
-def _training_batches(settings: Settings, samples: data.Split, device: torch.device) -> data.Batches:
+def _training_batches(settings: Settings, samples: data.Split, device: torch.device, ranks: Ranks) -> data.Batches:
     augmentation = None
     if settings.flip or settings.crop_padding:
         augmentation = data.Augmentation(
@@ -126,6 +137,7 @@ def _training_batches(settings: Settings, samples: data.Split, device: torch.dev
         drop_single=settings.batchnorm,
         augment=augmentation,
         device=device,
+        shard=(ranks.rank, ranks.size),
     )
 
 
@@ -136,7 +148,11 @@ def _calibration_images(settings: Settings, samples: data.Split, device: torch.d
     return some.to(device).inputs
 
 
-def _evaluation_batches(samples: data.Split, device: torch.device) -> data.Batches:
+def _evaluation_batches(samples: data.Split, device: torch.device, ranks: Ranks) -> data.Batches:
+    if ranks.size > 1:
+        if len(samples) < ranks.size:
+            raise ValueError(f"{len(samples)} sample(s) to evaluate on cannot be shared among {ranks.size} processes")
+        samples = samples.take(torch.arange(ranks.rank, len(samples), ranks.size))
     return data.Batches(data.place(samples, device), _EVALUATION_BATCH, device=device)
 
 
@@ -146,7 +162,7 @@ def _bounded(settings: Settings, model: nn.Module, in_shape: tuple[int, int, int
     return BoundedModule(model, example, bound_opts=options if settings.ablates_batchnorm else None)
 
 
-def _objective(settings: Settings, bounded: BoundedModule, steps_per_epoch: int) -> ShortWarmup:
+def _objective(settings: Settings, bounded: BoundedModule, steps_per_epoch: int, ranks: Ranks) -> ShortWarmup:
     weights = {
         "relu_stability": settings.stability_weight,
         "weight_l1": settings.l1_weight,
@@ -163,7 +179,7 @@ def _objective(settings: Settings, bounded: BoundedModule, steps_per_epoch: int)
         penalties={name: weight for name, weight in weights.items() if weight},
         compile=settings.compile,
         # The last batch of an epoch is taken eagerly: few steps would not repay another compilation.
-        compile_batch_size=math.ceil(settings.batch_size / settings.accumulate),
+        compile_batch_size=math.ceil(math.ceil(settings.batch_size / ranks.size) / settings.accumulate),
     )
 
 

@@ -15,20 +15,22 @@ _FORMAT = 1
 
 
 def save(path: Path, run: Run, position: Position) -> None:
-    """Write the state of ``run`` at ``position``; until that is done, an earlier checkpoint stays whole."""
-    files.write_tensors(
-        path,
-        {
-            "format": _FORMAT,
-            "settings": run.settings.as_dict(),
-            "train_samples": len(run.train),
-            "objective": run.objective.state_dict(),
-            "optimizer": run.optimizer.state_dict(),
-            "batches": run.train_batches.state_dict(),
-            "average": None if run.average is None else run.average.state_dict(),
-            "position": {**vars(position), "means": position.means.state_dict()},
-        },
-    )
+    """Write the state of ``run`` at ``position``; until that is done, an earlier checkpoint stays whole.
+
+    Every process must call this; the first one writes. What it writes does not hang on their number.
+    """
+    content = {
+        "format": _FORMAT,
+        "settings": run.settings.as_dict(),
+        "train_samples": len(run.train),
+        "objective": run.objective.state_dict(),
+        "optimizer": run.optimizer.state_dict(),
+        "batches": run.train_batches.state_dict(),
+        "average": None if run.average is None else run.average.state_dict(),
+        "position": {**vars(position), "means": position.means.state_dict()},
+    }
+    if run.ranks.leads:
+        files.write_tensors(path, content)
 
 
 def read(path: Path) -> dict[str, Any]:

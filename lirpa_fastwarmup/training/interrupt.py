@@ -42,6 +42,11 @@ class StopRequest:
     def __bool__(self) -> bool:
         return self._signal_number is not None
 
+    def agree(self) -> None:
+        """Another process was asked to stop, if this one was not."""
+        if self._signal_number is None:
+            self._signal_number = signal.SIGTERM
+
     def raise_if_asked(self) -> None:
         """Raise :class:`TrainingInterrupted` if a stop was asked for."""
         if self._signal_number is not None:

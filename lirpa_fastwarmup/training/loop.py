@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
+from lirpa_fastwarmup.distributed import total
 from lirpa_fastwarmup.engine.precision import products_in_tf32
 from lirpa_fastwarmup.recipe.objective import NonFiniteLossError, StepLoss
 from lirpa_fastwarmup.training.build import Run
@@ -74,12 +76,17 @@ def train_epoch(run: Run, position: Position, progress: Progress, stop: StopRequ
             position.batches_done += 1
             position.seconds = time.perf_counter() - started
             told: dict[str, float] = {}
-            if position.batches_done % interval == 0 or position.batches_done == batches or stop:
+            stopping = bool(stop)
+            if run.ranks.size > 1:  # All of them, or none; asked where they wait for one another anyway.
+                due = position.batches_done % interval == 0
+                stopping = due and bool(total(torch.tensor(float(bool(stop)), device=run.device)) > 0)
+            if position.batches_done % interval == 0 or position.batches_done == batches or stopping:
                 run.objective.raise_pending_errors()
                 position.eps = float(step.eps)
                 told = {"eps": position.eps, **position.means.read()}
             progress.step_done(told)
-            if stop:
+            if stopping:
+                stop.agree()
                 break
     if position.batches_done == batches:
         _require_finite(run)
@@ -87,10 +94,15 @@ def train_epoch(run: Run, position: Position, progress: Progress, stop: StopRequ
 
 def _take_step(run: Run, position: Position, x: Tensor, y: Tensor) -> StepLoss:
     """One optimiser's step; its batch is computed in parts, whose gradients add up to that of the mean loss."""
-    for part_x, part_y in _parts(run.settings, x, y):
-        with torch.autocast(run.device.type, torch.bfloat16, enabled=run.settings.precision == "bf16"):
-            step = run.objective(part_x, part_y)
-        (step.loss * (len(part_y) / len(y))).backward()
+    parts = _parts(run.settings, x, y)
+    # Gradients are averaged over the processes, whose shares of the last batch may differ by a sample.
+    share = run.train_batches.samples_in(position.batches_done) / run.ranks.size
+    for part_x, part_y in parts:
+        last = part_y is parts[-1][1]
+        with _without_averaging(run) if not last else nullcontext():
+            with torch.autocast(run.device.type, torch.bfloat16, enabled=run.settings.precision == "bf16"):
+                step: StepLoss = run.trained(part_x, part_y)
+            (step.loss * (len(part_y) / share)).backward()
         position.means.add(step, len(part_y))
     if run.settings.grad_clip:
         nn.utils.clip_grad_norm_(run.objective.parameters(), run.settings.grad_clip)
@@ -102,10 +114,15 @@ def _take_step(run: Run, position: Position, x: Tensor, y: Tensor) -> StepLoss:
     return step
 
 
-def _parts(settings: Settings, x: Tensor, y: Tensor) -> Any:
+def _without_averaging(run: Run) -> AbstractContextManager[None]:
+    """Gradients of a part that others follow stay where they are."""
+    return run.trained.no_sync() if isinstance(run.trained, DistributedDataParallel) else nullcontext()
+
+
+def _parts(settings: Settings, x: Tensor, y: Tensor) -> list[tuple[Tensor, Tensor]]:
     # Every part keeps two samples, which BatchNorm needs.
     count = max(1, min(settings.accumulate, len(y) // 2 if settings.batchnorm else len(y)))
-    return zip(x.tensor_split(count), y.tensor_split(count), strict=True)
+    return list(zip(x.tensor_split(count), y.tensor_split(count), strict=True))
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from lirpa_fastwarmup.distributed import from_leader, present
 from lirpa_fastwarmup.inspection.figures import history_columns
 from lirpa_fastwarmup.inspection.inspect import inspect
 from lirpa_fastwarmup.inspection.records import HISTORY, SUMMARY
@@ -21,6 +22,7 @@ from lirpa_fastwarmup.training.interrupt import deferred_signals, raising_signal
 from lirpa_fastwarmup.training.loop import Position, learning_rate, train_epoch
 from lirpa_fastwarmup.training.network import save_model
 from lirpa_fastwarmup.training.progress import EpochMeans, Listeners, Progress
+from lirpa_fastwarmup.training.ranks import join_ranks, over_ranks
 from lirpa_fastwarmup.training.settings import Settings
 from lirpa_fastwarmup.training.summary import draw_curves, summarise
 from lirpa_fastwarmup.verification import standard_error, verified_error
@@ -62,9 +64,11 @@ def train(
             ``model.pt`` is that of the last whole epoch.
         TrainingInterrupted: a signal came.
     """
-    files.prepare(out, overwrite=overwrite)
+    if present().leads:
+        files.prepare(out, overwrite=overwrite)
     started = time.perf_counter()
     run = build_run(settings, torch.device(device))
+    join_ranks(run)
     ramp_end = settings.ramp_start + settings.ramp_length - 1
     if ramp_end > settings.epochs:
         logger.warning(
@@ -101,17 +105,26 @@ def resume(
         Exception: as :func:`train`.
     """
     path = out / files.CHECKPOINT
-    content = checkpoint.read(path)
-    if (out / SUMMARY).is_file():
-        summary: dict[str, Any] = json.loads((out / SUMMARY).read_text())
-        return summary
-    files.prepare(out, overwrite=True)
+    left: Any = from_leader(_left_in(out) if present().leads else None)
+    content, summary = left
+    if summary is not None:
+        return dict(summary)
     started = time.perf_counter()
     settings: Settings = content["settings"]
     run = build_run(settings if data_dir is None else settings.replace(data_dir=data_dir), torch.device(device))
+    join_ranks(run)
     position = Position(_no_means(run))
     checkpoint.restore(content, run, position, path)
     return _to_the_end(run, position, out, progress or Listeners(), started, fresh=False)
+
+
+def _left_in(out: Path) -> Any:
+    """The checkpoint in ``out``, and the summary if the run is finished."""
+    content = checkpoint.read(out / files.CHECKPOINT)
+    if (out / SUMMARY).is_file():
+        return content, json.loads((out / SUMMARY).read_text())
+    files.prepare(out, overwrite=True)
+    return content, None
 
 
 def settings_of_run(out: Path) -> Settings:
@@ -135,9 +148,9 @@ def _to_the_end(
                 train_epoch(run, position, progress, stop)
             except NonFiniteLossError as error:
                 raise _diverged(error, position, out) from error
-            if fresh:
+            if fresh and run.ranks.leads:
                 files.remove_earlier_run(out)  # Not before there is something to put in its place.
-                fresh = False
+            fresh = False
             if position.batches_done == len(run.train_batches):
                 _close_epoch(run, position, out, progress)
             position.elapsed = time.perf_counter() - started
@@ -145,8 +158,9 @@ def _to_the_end(
             stop.raise_if_asked()
     with raising_signals(out):
         summary = summarise(run, position, out, started)
-    write_json(out / SUMMARY, summary)
-    draw_curves(position.history, run.settings, out / files.CURVES)
+    if run.ranks.leads:
+        write_json(out / SUMMARY, summary)
+        draw_curves(position.history, run.settings, out / files.CURVES)
     return summary
 
 
@@ -164,8 +178,10 @@ def _close_epoch(run: Run, position: Position, out: Path, progress: Progress) ->
     column = _CHOSEN_BY.get(run.settings.select)
     if column is None or position.best is None or row[column] < position.best[0]:
         position.best = None if column is None else (row[column], position.epoch)
-        save_model(out / files.MODEL, run.evaluated.wrapped, run.architecture, run.settings, position.epoch)
-    write_csv(out / HISTORY, position.history)
+        if run.ranks.leads:
+            save_model(out / files.MODEL, run.evaluated.wrapped, run.architecture, run.settings, position.epoch)
+    if run.ranks.leads:
+        write_csv(out / HISTORY, position.history)
     progress.epoch_done(row, position.seconds)
     position.epoch, position.batches_done, position.seconds = position.epoch + 1, 0, 0.0
     position.means = _no_means(run)
@@ -179,12 +195,13 @@ def _history_row(run: Run, position: Position) -> dict[str, float]:
         "eps": position.eps,
         "lr": learning_rate(run.settings, position.epoch),
         **{f"train_{name}" if name.endswith("error") else name: value for name, value in means.items()},
-        "standard_error": standard_error(run.plain, run.test_batches),
-        "verified_error": verified_error(run.evaluated, run.test_batches, eps),
+        "standard_error": over_ranks(standard_error(run.plain, run.test_batches), run.test_batches),
+        "verified_error": over_ranks(verified_error(run.evaluated, run.test_batches, eps), run.test_batches),
     }
-    if run.validation_batches is not None:
-        row["validation_standard_error"] = standard_error(run.plain, run.validation_batches)
-        row["validation_verified_error"] = verified_error(run.evaluated, run.validation_batches, eps)
+    held_out = run.validation_batches
+    if held_out is not None:
+        row["validation_standard_error"] = over_ranks(standard_error(run.plain, held_out), held_out)
+        row["validation_verified_error"] = over_ranks(verified_error(run.evaluated, held_out, eps), held_out)
     return row | _layer_figures(run)
 
 

@@ -66,7 +66,7 @@ class Settings:
         model: name of the network, or ``package.module:factory``.
         width, hidden: its size; ``width=None`` for the paper's.
         eps: target radius, in units of the input (pixels from 0 to 1).
-        batch_size: samples in an optimiser's step.
+        batch_size: samples in an optimiser's step, of all processes together.
         accumulate: parts that a batch is computed in, each with BatchNorm statistics of its own.
         epochs: passes over the training set.
         schedule, ramp_start, ramp_length: how ε grows, from the start of which epoch (counted from 1), for how many.
@@ -77,6 +77,8 @@ class Settings:
         compile: compile the training step; see :class:`lirpa_fastwarmup.ShortWarmup`.
         precision: of the products in training alone: float32 as it is, its inputs rounded to TF32 where a GPU does
             that, or autocast to bfloat16. Errors are always taken in float32.
+        sync_batchnorm: where several processes train, take BatchNorm's statistics, and the figures of the paper's
+            regularisers, over all of them; see :meth:`lirpa_fastwarmup.BoundedModule.join_ranks`.
         precise_bn: recompute BatchNorm's population statistics over the training set before the last evaluation.
         init: initialisation; see :func:`lirpa_fastwarmup.recipe.initialization.initialize_`.
         batchnorm: full BatchNorm.
@@ -119,6 +121,7 @@ class Settings:
     average_decay: float | None = None
     compile: bool = False
     precision: Precision = "tf32"
+    sync_batchnorm: bool = False
     precise_bn: bool = False
     init: str = "ibp"
     batchnorm: bool = True

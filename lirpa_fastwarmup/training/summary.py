@@ -14,12 +14,14 @@ from torch.optim.swa_utils import update_bn
 
 import lirpa_fastwarmup
 from lirpa_fastwarmup import data
+from lirpa_fastwarmup.distributed import from_leader, total
 from lirpa_fastwarmup.engine.compat import ENGINE_VERSION
 from lirpa_fastwarmup.inspection.plots import save_training_curves
 from lirpa_fastwarmup.training import files
 from lirpa_fastwarmup.training.build import Run
 from lirpa_fastwarmup.training.loop import Position
 from lirpa_fastwarmup.training.network import load_kept_weights, save_model
+from lirpa_fastwarmup.training.ranks import over_ranks
 from lirpa_fastwarmup.training.settings import Settings
 from lirpa_fastwarmup.verification import evaluate
 
@@ -38,10 +40,13 @@ def _finish_network(run: Run, position: Position, out: Path) -> int:
     epoch = len(position.history) if position.best is None else position.best[1]
     network = run.evaluated.wrapped
     if run.settings.select != "last":
-        load_kept_weights(network, out / files.MODEL)
+        if run.ranks.leads:
+            load_kept_weights(network, out / files.MODEL)
+        network.load_state_dict(from_leader(network.state_dict()))
     if run.settings.precise_bn:
         update_bn(data.Batches(run.train, _PRECISE_BATCH, drop_single=True, device=run.device), network)
-        save_model(out / files.MODEL, network, run.architecture, run.settings, epoch)
+        if run.ranks.leads:
+            save_model(out / files.MODEL, network, run.architecture, run.settings, epoch)
     return epoch
 
 
@@ -64,15 +69,16 @@ def summarise(run: Run, position: Position, out: Path, started: float) -> dict[s
         "dataset": run.dataset_name,
         "train_samples": len(run.train),
         "validation_samples": settings.validation,
-        "test_samples": len(run.test_batches.split),
+        "test_samples": int(total(torch.tensor(len(run.test_batches.split), device=run.device))),
+        "processes": run.ranks.size,
         "seed": settings.seed,
         "eps": settings.eps,
         "epochs": settings.epochs,
         "selected_epoch": epoch,
         "selected_by": _SELECTION[settings.select],
-        "standard_error": errors.standard,
-        "pgd_error": None if math.isnan(errors.pgd) else errors.pgd,
-        "verified_error": errors.verified,
+        "standard_error": over_ranks(errors.standard, run.test_batches),
+        "pgd_error": None if math.isnan(errors.pgd) else over_ranks(errors.pgd, run.test_batches),
+        "verified_error": over_ranks(errors.verified, run.test_batches),
         "seconds": time.perf_counter() - started,
         "train_seconds_per_epoch": sum(position.epoch_seconds) / len(position.epoch_seconds),
         "device": str(run.device),
