@@ -73,7 +73,8 @@ def joined(device: torch.device) -> Iterator[Ranks]:
         device: where this process computes; NCCL connects GPUs, gloo everything else.
 
     Raises:
-        RuntimeError: this PyTorch has no NCCL, or the processes do not find one another.
+        RuntimeError: this PyTorch has no NCCL.
+        ConnectionError: the processes do not find one another, or one of them is lost.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or present() != ALONE:
         yield present()
@@ -86,11 +87,20 @@ def joined(device: torch.device) -> Iterator[Ranks]:
         )
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group(backend, timeout=_TIMEOUT)
+    rank = os.environ.get("RANK")
     try:
+        dist.init_process_group(backend, timeout=_TIMEOUT)
         yield present()
+    except RuntimeError as error:
+        if not (isinstance(error, dist.DistError) or "gloo" in str(error) or "onnection" in str(error)):
+            raise
+        raise ConnectionError(
+            f"rank {rank} lost the connection to the others, or waited for {_TIMEOUT} in vain: one of them ended, and "
+            f"its own error is the one to look for ({str(error).splitlines()[0]})"
+        ) from error
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def total(values: Tensor) -> Tensor:

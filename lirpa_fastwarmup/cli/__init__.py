@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch.distributed.elastic.multiprocessing.errors import record
 
 import lirpa_fastwarmup as fw
 from lirpa_fastwarmup.cli import compare, export, info, inspect, report, train, verify
@@ -25,10 +29,15 @@ _BY_SIGNAL = 128  # What a shell adds to the signal's number.
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING, stream=sys.stderr)
+    rank = os.environ.get("RANK")
+    # Of several processes the first one tells what all of them would.
+    level = logging.WARNING if rank in (None, "0") else logging.ERROR
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=level, stream=sys.stderr)
     options = _parser().parse_args(arguments)
     try:
-        return int(options.command(options))
+        # torchrun then tells the error of the process that failed first.
+        carry_out: Callable[[argparse.Namespace], Any] = options.command if rank is None else record(options.command)
+        return int(carry_out(options))
     except TrainingInterrupted as stopped:
         command = shlex.join([_PROGRAM, "train", "--resume", "--out", str(stopped.out)])
         print(f"{_PROGRAM}: {stopped}. To go on:\n    {command}", file=sys.stderr)
@@ -40,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except _EXPECTED as error:
         if options.traceback:
             raise
-        print(f"{_PROGRAM}: error: {error}", file=sys.stderr)
+        print(f"{_PROGRAM}{'' if rank is None else f', rank {rank}'}: error: {error}", file=sys.stderr)
         return 1
 
 

@@ -5,19 +5,22 @@ from __future__ import annotations
 import argparse
 import logging
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from lirpa_fastwarmup.cli.options import device_named, find_factories_here
 from lirpa_fastwarmup.cli.settings import add_settings, given_settings, settings_of
+from lirpa_fastwarmup.distributed import Ranks, joined, local_device
 from lirpa_fastwarmup.presets import PRESETS
 from lirpa_fastwarmup.recipe import compiled
 from lirpa_fastwarmup.training import Settings, resume, settings_of_run, train
-from lirpa_fastwarmup.training.files import TENSORBOARD
+from lirpa_fastwarmup.training.files import CHECKPOINT, TENSORBOARD
 from lirpa_fastwarmup.training.progress import Listeners
 from lirpa_fastwarmup.training.tensorboard import TensorBoard
 
@@ -78,29 +81,45 @@ class _Console:
 
 def _train(options: argparse.Namespace) -> int:
     find_factories_here()
-    settings = _resumed_settings(options) if options.resume else settings_of(options)
     if options.show:
-        print(settings)
+        print(_resumed_settings(options) if options.resume else settings_of(options))
         return 0
+    device = local_device(device_named(options.device))
+    with joined(device) as ranks:
+        _go_on_after_restart(options)
+        settings = _resumed_settings(options) if options.resume else settings_of(options)
+        summary = _with_progress(options, settings, device, ranks)
+        if ranks.leads:
+            print(_table(summary))
+            print(f"written to {_folder(options)}")
+    return 0
+
+
+def _go_on_after_restart(options: argparse.Namespace) -> None:
+    """After torchrun has restarted the processes, the same command goes on from the last checkpoint."""
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) and options.preset is not None:
+        out = _folder(options)
+        options.resume, options.overwrite = (out / CHECKPOINT).is_file(), True
+
+
+def _with_progress(
+    options: argparse.Namespace, settings: Settings, device: torch.device, ranks: Ranks
+) -> dict[str, Any]:
     out = _folder(options)
+    if not ranks.leads:
+        return _run(options, settings, out, {"device": device})
     console = _Console(settings.epochs)
     board = TensorBoard(out / TENSORBOARD) if options.tensorboard else None
-    told: dict[str, Any] = {
-        "device": device_named(options.device),
-        "progress": Listeners(console, board) if board else console,
-    }
+    told = {"device": device, "progress": Listeners(console, board) if board else console}
     # Compiling takes a minute, in which nothing else is told.
     logging.getLogger(compiled.__name__).setLevel(logging.INFO)
     try:
         with logging_redirect_tqdm():
-            summary = _run(options, settings, out, told)
+            return _run(options, settings, out, told)
     finally:
         console.close()
         if board:
             board.close()
-    print(_table(summary))
-    print(f"written to {out}")
-    return 0
 
 
 def _run(options: argparse.Namespace, settings: Settings, out: Path, told: Mapping[str, Any]) -> dict[str, Any]:

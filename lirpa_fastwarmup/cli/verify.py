@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 import lirpa_fastwarmup as fw
 from lirpa_fastwarmup.cli.options import device_named, number
 from lirpa_fastwarmup.cli.subject import Subject, add_arguments, check_named, subject_of
 from lirpa_fastwarmup.data import Batches
+from lirpa_fastwarmup.distributed import Ranks, gathered, joined, local_device, wait_for_all
 from lirpa_fastwarmup.engine.compat import ENGINE_VERSION
 from lirpa_fastwarmup.engine.inputs import check_radius
 from lirpa_fastwarmup.storage import make_folder, write_csv, write_json
@@ -64,19 +68,26 @@ def add_to(commands: Any) -> None:
 
 def _verify(options: argparse.Namespace) -> int:
     check_named(options)
-    out = _folder(options)
-    subject = subject_of(options)
-    radii = options.eps or ([] if options.radius else [subject.eps])
-    if None in radii:
-        raise ValueError("name the radius to certify, --eps 8/255, or ask for the largest one with --radius")
-    for eps in radii:  # Before hours go into the first of them.
-        check_radius(eps, (0.0, 1.0))
-    device = device_named(options.device)
+    device = local_device(device_named(options.device))
+    with joined(device) as ranks:
+        out = _folder(options) if ranks.leads else options.out or options.run
+        subject = subject_of(options)
+        radii = options.eps or ([] if options.radius else [subject.eps])
+        if None in radii:
+            raise ValueError("name the radius to certify, --eps 8/255, or ask for the largest one with --radius")
+        for eps in radii:  # Before hours go into the first of them.
+            check_radius(eps, (0.0, 1.0))
+        return _carry_out(options, subject, radii, out, device, ranks)
+
+
+def _carry_out(
+    options: argparse.Namespace, subject: Subject, radii: Sequence[float], out: Path, device: torch.device, ranks: Ranks
+) -> int:
     example = torch.zeros(2, *subject.samples.images.shape[1:], device=device)
     bounded = fw.BoundedModule(subject.network.to(device), example)
-    journal = Journal(out / report.JOURNAL)
+    journal = Journal(out / (report.JOURNAL if ranks.leads else f"{report.JOURNAL}.{ranks.rank}"))
     started = time.perf_counter()
-    task = _Task(options, subject, bounded, journal)
+    task = _Task(options, subject, bounded, journal, ranks)
     try:
         verifications = [task.verify(eps) for eps in radii]
         certified = task.radii() if options.radius else None
@@ -84,7 +95,10 @@ def _verify(options: argparse.Namespace) -> int:
         raise KeyboardInterrupt(f"finished batches are kept in {journal.path}; the same command goes on") from None
     finally:
         task.close()
-    _write(out, options, subject, verifications, certified, device, time.perf_counter() - started)
+    if ranks.leads:
+        found = [one for one in verifications if one is not None]
+        _write(out, options, subject, found, certified, device, time.perf_counter() - started, ranks)
+    wait_for_all()  # No process forgets what it knows before it is written.
     journal.forget()
     if task.contradictions:
         raise UnsoundBoundError(task.contradictions)
@@ -108,20 +122,26 @@ def _folder(options: argparse.Namespace) -> Path:
 
 
 class _Task:
-    """One network's verification at several radii, with a bar for each; unsound bounds stop none of them."""
+    """One network's verification at several radii, with a bar for each; unsound bounds stop none of them.
+
+    Of several processes, each computes every size-th batch into a journal of its own; from all of these the first one
+    puts the results together, as it would go on with a verification that was interrupted.
+    """
 
     def __init__(
-        self, options: argparse.Namespace, subject: Subject, bounded: fw.BoundedModule, journal: Journal
+        self, options: argparse.Namespace, subject: Subject, bounded: fw.BoundedModule, journal: Journal, ranks: Ranks
     ) -> None:
         self._options = options
         self._samples = Batches(subject.samples, options.batch_size)
         self._bounded = bounded.eval()
         self._journal = journal
+        self._ranks = ranks
         self._bar: Any = None
         self.contradictions: list[str] = []
 
     def _given(self, title: str) -> dict[str, Any]:
-        self._bar = tqdm(total=len(self._samples.split), desc=title, unit="sample", leave=False, disable=None)
+        shown = None if self._ranks.leads else True
+        self._bar = tqdm(total=len(self._samples.split), desc=title, unit="sample", leave=False, disable=shown)
         return {
             "methods": self._options.methods,
             "pgd_steps": self._options.pgd_steps,
@@ -140,11 +160,33 @@ class _Task:
         if self._bar is not None:
             self._bar.close()
 
-    def verify(self, eps: float) -> Verification:
+    def _share(self, compute: Callable[[Iterable[tuple[Tensor, Tensor]]], object], title: str) -> None:
+        """Compute this process's batches, and give the first one what all of them found."""
+        if self._ranks.size == 1:
+            return
+        told: list[str] = []
+        if self._ranks.rank < len(self._samples):
+            try:
+                compute(islice(self._samples, self._ranks.rank, None, self._ranks.size))
+            except UnsoundBoundError as error:
+                told = [f"{title}, of every {self._ranks.size}th batch: {text}" for text in error.contradictions]
+        for rank, (entries, others) in enumerate(gathered((self._journal.used(), told))):
+            if self._ranks.leads and rank:
+                self.contradictions += others
+                for key, value in entries.items():
+                    self._journal.put(key, value)
+
+    def verify(self, eps: float) -> Verification | None:
+        """The verification at ``eps``; ``None`` where another process has it."""
+        title = f"eps {eps:.5g}"
+        compute: Callable[[Any], Verification] = partial(
+            verify, self._bounded, eps=eps, float64=self._options.float64, **self._given(title)
+        )
+        self._share(compute, title)
+        if not self._ranks.leads:
+            return None
         try:
-            found = verify(
-                self._bounded, self._samples, eps, float64=self._options.float64, **self._given(f"eps {eps:.5g}")
-            )
+            found = compute(self._samples)
         except UnsoundBoundError as error:
             found = cast("Verification", error.result)
             self.contradictions += [f"at eps {eps:g} {text}" for text in error.contradictions]
@@ -152,9 +194,16 @@ class _Task:
         print(report.as_text(found), flush=True)
         return found
 
-    def radii(self) -> list[Radius]:
+    def radii(self) -> list[Radius] | None:
+        """The largest radii; ``None`` where another process has them."""
+        compute: Callable[[Any], list[Radius]] = partial(
+            certified_radii, self._bounded, tolerance=_TOLERANCE, **self._given("radius")
+        )
+        self._share(compute, "radius")
+        if not self._ranks.leads:
+            return None
         try:
-            found = certified_radii(self._bounded, self._samples, tolerance=_TOLERANCE, **self._given("radius"))
+            found = compute(self._samples)
         except UnsoundBoundError as error:
             found = cast("list[Radius]", error.result)
             self.contradictions += error.contradictions
@@ -171,6 +220,7 @@ def _write(
     radii: Sequence[Radius] | None,
     device: torch.device,
     seconds: float,
+    ranks: Ranks,
 ) -> None:
     for name in report.WRITTEN:
         (out / name).unlink(missing_ok=True)
@@ -189,6 +239,7 @@ def _write(
         "package": fw.__version__,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
+        "processes": ranks.size,
         "seconds": seconds,
     }
     if verifications:

@@ -43,6 +43,10 @@ class Journal:
         self._used.add(key)
         return self._known.get(key)
 
+    def used(self) -> dict[str, Any]:
+        """What was asked for since this object was made, as far as it is known."""
+        return {key: self._known[key] for key in self._used if key in self._known}
+
     def put(self, key: str, value: Any) -> None:
         """Write a result down."""
         self._known[key] = value
