@@ -43,14 +43,14 @@ def folders(tmp_path):
 def test_runs_that_differ_in_their_seed_share_a_row(folders):
     # Standard deviations of the sample: |0.02 − 0.04|/√2 = 1.41 %, |0.1 − 0.2|/√2 = 7.07 %.
     assert comparison(folders) == [
-        ("dataset", "method", "kappa", "seeds", "standard %", "PGD %", "verified %"),
-        ("MNIST", "fast", "–", "0, 1", "3.00 ± 1.41", "5.00 ± 1.41", "15.00 ± 7.07"),
-        ("MNIST", "gowal", "0.5", "0", "5.00", "–", "30.00"),
+        ("dataset", "method", "kappa", "seeds", "standard %", "PGD %", "verified %", "runs"),
+        ("MNIST", "fast", "–", "0, 1", "3.00 ± 1.41", "5.00 ± 1.41", "15.00 ± 7.07", "a, b"),
+        ("MNIST", "gowal", "0.5", "0", "5.00", "–", "30.00", "c"),
     ]
 
 
 def test_one_row_needs_no_column_of_settings(folders):
-    assert comparison(folders[:1])[0] == ("dataset", "seeds", "standard %", "PGD %", "verified %")
+    assert comparison(folders[:1])[0] == ("dataset", "seeds", "standard %", "PGD %", "verified %", "runs")
 
 
 def test_a_limit_on_the_data_makes_another_row(tmp_path):

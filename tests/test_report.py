@@ -180,6 +180,22 @@ def test_certificates_are_shown_without_the_data_too(run_dir, capsys):
     assert "Verified margins at" in (run_dir / "report.html").read_text()
 
 
+def test_certificates_of_an_earlier_network_go_when_training_goes_on(crashed, capsys):
+    state = torch.load(crashed / "checkpoint.pt")
+    state["position"]["epoch"], state["position"]["history"] = 3, state["position"]["history"][:2]
+    torch.save(state, crashed / "checkpoint.pt")
+    assert run(capsys, "verify", crashed, "--pgd-steps", 1, "--restarts", 1, "--limit", 20)[0] == 0
+    assert run(capsys, "train", "--resume", "--out", crashed)[0] == 0
+    assert not (crashed / "certificates.csv").exists()
+    assert not (crashed / "verification.json").exists()
+
+
+def test_report_tells_that_not_all_samples_were_verified(run_dir, capsys):
+    assert run(capsys, "verify", run_dir, "--pgd-steps", 1, "--restarts", 1, "--limit", 20)[0] == 0
+    assert run(capsys, "report", run_dir)[0] == 0
+    assert "20 of the 1000 test samples" in texts((run_dir / "report.html").read_text())
+
+
 def test_images_of_other_data_than_the_certificates_are_not_shown(run_dir, capsys):
     assert run(capsys, "verify", run_dir, "--pgd-steps", 2, "--restarts", 1, "--limit", 50)[0] == 0
     content = json.loads((run_dir / "verification.json").read_text())

@@ -67,7 +67,7 @@ def _of_preset(options: argparse.Namespace) -> tuple[BoundedModule, Tensor, floa
     options.preset = options.what
     settings = settings_of(options)
     device = device_named(options.device)
-    run = build_run(settings, device)
+    run = build_run(settings.replace(regularizers=False), device)  # Nothing is trained.
     bounded = run.objective.bounded.train(options.training is not False)
     return bounded, _inputs(run.test_batches.split, options.samples).to(device), settings.eps
 

@@ -87,6 +87,10 @@ def _record(folder: Path, data_dir: Path | None) -> RunRecord:
     path = folder / certificates.CERTIFICATES
     if path.is_file():
         record.eps, record.samples = _certified_samples(path, record.settings.get("eps", 0.0))
+    if record.verification and record.summary:
+        few, all_of_them = record.verification.get("samples"), record.summary["test_samples"]
+        if few != all_of_them:
+            record.missing.append(f"Certificates are of {few} of the {all_of_them} test samples, the first ones.")
     try:
         _look_at_network(record, subject_of_run(folder, data_dir=data_dir))
     except (OSError, ValueError, ImportError, TypeError, NotImplementedError) as error:

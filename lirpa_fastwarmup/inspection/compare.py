@@ -47,11 +47,11 @@ def comparison(folders: Sequence[Path]) -> list[tuple[str, ...]]:
     """
     groups: dict[str, list[dict[str, Any]]] = {}
     for folder in folders:
-        summary = read_summary(folder)
+        summary = {**read_summary(folder), "run": folder.resolve().name}
         groups.setdefault(_key(summary), []).append(summary)
     rows = list(groups.values())
     columns = _differing([summaries[0] for summaries in rows])
-    table = [("dataset", *columns, "seeds", *(f"{head} %" for head in _HEADS))]
+    table = [("dataset", *columns, "seeds", *(f"{head} %" for head in _HEADS), "runs")]
     for summaries in rows:
         first = summaries[0]
         table.append(
@@ -60,6 +60,7 @@ def comparison(folders: Sequence[Path]) -> list[tuple[str, ...]]:
                 *(_setting(first, name) for name in columns),
                 ", ".join(str(summary["seed"]) for summary in sorted(summaries, key=lambda run: int(run["seed"]))),
                 *(_figure([summary[name] for summary in summaries]) for name in _FIGURES),
+                ", ".join(summary["run"] for summary in summaries),
             )
         )
     return table

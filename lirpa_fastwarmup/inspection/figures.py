@@ -93,7 +93,7 @@ class OutputFigures:
     Attributes:
         gap: mean of z_k − max_{j≠k} z_j, on the samples themselves.
         lower_bound: mean of IBP's lower bound on that over the box.
-        certified: share of samples whose class IBP proves to stay the same.
+        certified: share of samples whose predicted class, right or wrong, IBP proves to stay the same.
         spread: largest standard deviation of an output over the samples.
     """
 
@@ -108,8 +108,8 @@ class Verdict:
     """Something that is wrong, and what to do.
 
     Attributes:
-        kind: "not finite", "exploded bounds", "vanished signal", "no BatchNorm", "inactive ReLUs", "active ReLUs",
-            "imbalanced ReLUs", "unstable ReLUs" or "constant outputs".
+        kind: "not finite", "exploded bounds", "wide bounds", "inactive ReLUs", "active ReLUs", "constant outputs",
+            "imbalanced ReLUs", "unstable ReLUs" or "no BatchNorm".
         layers: where, by name; empty where it is the network as a whole.
         text: what was found, with its numbers, and the remedy.
     """
@@ -178,7 +178,7 @@ class Inspection:
     def __str__(self) -> str:
         parts = [self.heading(), *(as_text(table) for table in self.tables()), self.output_text()]
         wrapped = [textwrap.fill(f"! {one}", _COLUMNS, subsequent_indent="  ") for one in self.verdicts]
-        verdicts = "\n".join(wrapped) or "Nothing looks wrong."
+        verdicts = "\n".join(wrapped) or self.praise()
         return "\n\n".join([part for part in (*parts, verdicts) if part])
 
     def heading(self) -> str:
@@ -189,13 +189,20 @@ class Inspection:
             f"{self.input_half_width:.4g}"
         )
 
+    def praise(self) -> str:
+        """What to say where there is no verdict."""
+        if self.relus:
+            return "Nothing looks wrong."
+        return "Nothing is known to be wrong; without ReLU layers, the bounds between layers are not judged."
+
     def output_text(self) -> str:
         """What is known of the outputs, in a sentence; empty if nothing is."""
         if self.output is None:
             return ""
         return (
             f"Predicted class: {self.output.gap:.3g} ahead of the next one, at least {self.output.lower_bound:.3g} "
-            f"over the box, on average; certified for {self.output.certified:.1%} of the samples."
+            f"over the box, on average; proved to stay the same, right or wrong, for {self.output.certified:.1%} of "
+            "the samples."
         )
 
     def tables(self) -> list[list[tuple[str, ...]]]:

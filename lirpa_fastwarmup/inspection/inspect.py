@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from lirpa_fastwarmup.engine.bounds import ibp_margins, input_box, proved
 from lirpa_fastwarmup.engine.graph import AffineLayer, NetworkGraph, read_graph, weight_of
@@ -45,8 +46,9 @@ def inspect(
 
     Raises:
         TypeError: ``bounded`` is no :class:`lirpa_fastwarmup.BoundedModule`.
-        ValueError: the batch is empty; ``eps`` is 0 (all widths would be 0), negative, not finite or wider than the
-            input range; ``x`` lies outside its range.
+        ValueError: the batch is empty, or of one sample while BatchNorm is in training mode; the inputs are not as
+            many, or of other shapes, than the network was wrapped for; ``eps`` is 0 (all widths would be 0), negative,
+            not finite or wider than the input range; ``x`` lies outside its range.
         NotImplementedError: Dropout is in training mode.
     """
     if not isinstance(bounded, BoundedModule):
@@ -56,8 +58,7 @@ def inspect(
         )
     check_radius(eps, input_range)
     tensors = (x,) if isinstance(x, Tensor) else tuple(x)
-    if not all(len(tensor) for tensor in tensors):
-        raise ValueError("there is nothing to inspect: the batch is empty. Pass a batch of real inputs")
+    _check_inputs(bounded, tensors)
     boxes = tuple(one if hasattr(one, "ptb") else _box(one, eps, input_range) for one in tensors)
     with exact_arithmetic(boxes[0].device), torch.autocast(boxes[0].device.type, enabled=False):
         outputs = outputs_of_batch(bounded, tuple(torch.as_tensor(one) for one in tensors))
@@ -74,6 +75,23 @@ def inspect(
         output=output,
     )
     return dataclasses.replace(found, verdicts=verdicts(found))
+
+
+def _check_inputs(bounded: BoundedModule, tensors: tuple[Tensor, ...]) -> None:
+    expected = [tuple(one.shape[1:]) for one in bounded.example]
+    found = [tuple(one.shape[1:]) for one in tensors]
+    if found != expected:
+        raise ValueError(
+            f"the network was wrapped for a batch of inputs of shape {', '.join(map(str, expected))}, found "
+            f"{', '.join(map(str, found))}: pass its inputs alone, batch first, without labels"
+        )
+    samples = min(len(one) for one in tensors)
+    if samples == 0:
+        raise ValueError("there is nothing to inspect: the batch is empty. Pass a batch of real inputs")
+    if samples == 1 and any(isinstance(m, _BatchNorm) and m.training for m in bounded.wrapped.modules()):
+        raise ValueError(
+            "one sample has no statistics for BatchNorm in training mode: pass more, or call bounded.eval()"
+        )
 
 
 def _box(x: Tensor, eps: Epsilon, input_range: InputRange | None) -> Any:

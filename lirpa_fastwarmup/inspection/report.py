@@ -102,13 +102,21 @@ def _percent(value: float | None) -> str:
 def _certificate_rows(verification: Mapping[str, Any] | None) -> list[tuple[str, ...]]:
     if verification is None or not verification.get("results"):
         return []
-    rows: list[tuple[str, ...]] = [("ε", "standard", "PGD", "verified", "decided by")]
+    rows: list[tuple[str, ...]] = [("ε", "samples", "standard", "PGD", "verified", "decided by")]
     for one in verification["results"]:
         stages = one["stages"].items()
         decided = ", ".join(f"{name} {stage.get('proved', stage.get('attacked')):,}" for name, stage in stages)
         shares = (one[name] for name in ("standard_error", "pgd_error", "verified_error"))
-        rows.append((f"{one['eps']}", *(_interval(share) for share in shares), decided))
+        rows.append((_radius(one["eps"]), _samples(verification), *(_interval(share) for share in shares), decided))
     return rows
+
+
+def _samples(verification: Mapping[str, Any]) -> str:
+    return f"{verification['samples']:,}" if "samples" in verification else "–"
+
+
+def _radius(eps: Any) -> str:
+    return f"{eps:.6g}" if isinstance(eps, int | float) else "one for each channel or element"
 
 
 def _interval(share: Mapping[str, Any] | None) -> str:
@@ -129,7 +137,7 @@ def _picture(figure: Figure, caption: str) -> Picture:
 
 
 def _panel(caption: str, draw: Callable[[Axes], None], *, over_epochs: bool = False) -> Picture:
-    figure = plots.new_figure(figsize=(6.4, 4))
+    figure = plots.new_figure(figsize=(5.2, 3.4))
     axes = figure.subplots()
     draw(axes)
     if over_epochs:
@@ -189,7 +197,7 @@ def _certificate_pictures(record: RunRecord) -> list[Picture]:
 
 def _samples_picture(images: Sequence[tuple[Sample, Image]]) -> Picture:
     columns = (len(images) + 1) // 2
-    figure = plots.new_figure(figsize=(1.5 * columns, 4))
+    figure = plots.new_figure(figsize=(1.1 * columns, 3.1))
     for panel in figure.subplots(2, columns, squeeze=False).flat:
         panel.axis("off")
     for panel, (sample, image) in zip(figure.axes, images, strict=False):

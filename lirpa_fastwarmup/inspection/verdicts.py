@@ -28,7 +28,7 @@ def verdicts(found: Inspection) -> tuple[Verdict, ...]:
     if broken:
         return (broken,)
     checks: Sequence[Callable[[Inspection], Verdict | None]] = (
-        *(_constant, _exploded, _inactive, _active, _imbalanced, _unstable, _without_batchnorm),
+        *(_exploded, _inactive, _active, _constant, _imbalanced, _unstable, _without_batchnorm),
     )
     return tuple(verdict for verdict in (check(found) for check in checks) if verdict)
 
@@ -71,7 +71,7 @@ def _exploded(found: Inspection) -> Verdict | None:
     growth = found.growth_per_layer
     if not (growth > _GROWTH and found.relus[-1].growth > _TOTAL_GROWTH):
         return None
-    last = found.relus[-1]
+    kind, last = "exploded bounds", found.relus[-1]
     text = f"bounds grow {growth:.3g}× per layer, {last.growth:.3g}× from the input to layer {last.name}"
     hidden = [layer for layer in found.affine if not layer.classification and layer.expected_gain]
     gains = [layer.expected_gain or 1.0 for layer in hidden]
@@ -84,14 +84,16 @@ def _exploded(found: Inspection) -> Verdict | None:
             "initialisation): call ibp_init_ before training"
         )
     elif found.training:
-        text += (
-            ", BatchNorm, which divides by the deviation of the batch, for the rest. Before the warmup that is as it "
-            "should be, and the tightness regulariser mends it; if it lasts, raise reg_weight or let ε grow over more "
-            "epochs (ramp_length)"
+        kind = "wide bounds"
+        text = (
+            f"before the warmup as it should be. The weights alone widen bounds {expected:.3g}× per layer; BatchNorm, "
+            f"which divides by the deviation of the batch, makes that {growth:.3g}×, {last.growth:.3g}× from the input "
+            f"to layer {last.name}. The tightness regulariser brings it down; if it lasts, raise reg_weight or let ε "
+            "grow over more epochs (ramp_length)"
         )
     else:
         text += ": train with the tightness regulariser (ShortWarmup), with a larger reg_weight if that was so already"
-    return Verdict("exploded bounds", tuple(layer.name for layer in found.relus if layer.gain > _GROWTH), text)
+    return Verdict(kind, tuple(layer.name for layer in found.relus if layer.gain > _GROWTH), text)
 
 
 def _inactive(found: Inspection) -> Verdict | None:

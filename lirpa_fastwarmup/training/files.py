@@ -41,6 +41,12 @@ def prepare(folder: Path, *, overwrite: bool) -> None:
     make_folder(folder)
 
 
+def remove_certificates(folder: Path) -> None:
+    """Remove what was verified of an earlier network in ``folder``."""
+    for name in report.WRITTEN:
+        (folder / name).unlink(missing_ok=True)
+
+
 def remove_earlier_run(folder: Path) -> None:
     """Remove what an earlier run wrote to ``folder``, and nothing else."""
     for name in _WRITTEN:

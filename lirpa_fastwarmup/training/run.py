@@ -179,6 +179,7 @@ def _close_epoch(run: Run, position: Position, out: Path, progress: Progress) ->
     if column is None or position.best is None or row[column] < position.best[0]:
         position.best = None if column is None else (row[column], position.epoch)
         if run.ranks.leads:
+            files.remove_certificates(out)
             save_model(out / files.MODEL, run.evaluated.wrapped, run.architecture, run.settings, position.epoch)
     if run.ranks.leads:
         write_csv(out / HISTORY, position.history)

@@ -1,0 +1,108 @@
+"""What several processes compute in the tests of them; each function runs in a process of its own."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+
+import lirpa_fastwarmup as fw
+from tests.networks import SmallResNet, convolutional
+
+NETWORKS = {"convolutional": convolutional, "residual": lambda: SmallResNet(batchnorm=True)}
+
+
+def _joined(rank: int, size: int, folder: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size)
+    try:
+        torch.save(function(rank, size, *arguments), f"{folder}/{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def results_of(size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """What ``function(rank, size, *arguments)`` gives in each of ``size`` processes."""
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_joined, (size, folder, function, arguments), nprocs=size)
+        return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(size)]
+
+
+def objective(network: str, *, training: bool, regularised: bool, bound: str = "ibp") -> fw.ShortWarmup:
+    """A fresh objective in the middle of its ramp, the same in every process."""
+    torch.manual_seed(0)
+    bounded = fw.BoundedModule(NETWORKS[network](), torch.rand(2, 1, 8, 8))
+    fw.ibp_init_(bounded)
+    schedule = fw.SmoothedEpsilon(0.05, 1, 10, 10)
+    warmup = fw.ShortWarmup(bounded, schedule, reg_weight=0.5 if regularised else 0.0, bound=bound)
+    warmup.steps_done = 60
+    if not training:  # BatchNorm in evaluation mode alone: the radius is still the ramp's.
+        for module in warmup.model.modules():
+            if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+                module.eval()
+    return warmup
+
+
+def batch(count: int) -> tuple[Tensor, Tensor]:
+    """Samples, the same in every process."""
+    x = torch.rand(count, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    x[::3] *= 0.2
+    return x, torch.arange(count) % 3
+
+
+def step_of(warmup: nn.Module, x: Tensor, y: Tensor) -> dict[str, Any]:
+    """The gradients of a step, its terms, and the state that it leaves."""
+    out = warmup(x, y)
+    out.loss.backward()
+    inner = getattr(warmup, "module", warmup)
+    return {
+        "gradients": {name: parameter.grad for name, parameter in inner.named_parameters()},
+        "terms": {name: float(value.detach()) for name, value in out.terms.items()},
+        "state": inner.state_dict(),
+    }
+
+
+def shared_step(rank: int, size: int, count: int, together: bool, options: dict[str, Any]) -> dict[str, Any]:
+    """One step on this process's share of a batch."""
+    warmup = objective(**options)
+    if together:
+        warmup.bounded.join_ranks()
+    x, y = batch(count)
+    return step_of(nn.parallel.DistributedDataParallel(warmup), x[rank::size], y[rank::size])
+
+
+def compiled_over_ranks(rank: int, size: int) -> list[str]:
+    """The warnings of a compiled step with statistics over all processes."""
+    import warnings
+
+    bounded = fw.BoundedModule(convolutional(), torch.rand(2, 1, 8, 8)).join_ranks()
+    warmup = fw.ShortWarmup(bounded, fw.ConstantEpsilon(0.05), compile=True)
+    x, y = batch(8)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", fw.CompilationWarning)
+        warmup(x[rank::size], y[rank::size]).loss.backward()
+    return [str(one.message) for one in caught if isinstance(one.message, fw.CompilationWarning)]
+
+
+def joined_runs(rank: int, size: int, change: str) -> str:
+    """The error of processes whose settings, or data, differ."""
+    from lirpa_fastwarmup.presets import preset
+    from lirpa_fastwarmup.training.build import build_run
+    from lirpa_fastwarmup.training.ranks import join_ranks
+
+    settings = preset("mnist5k").replace(width=2, hidden=8, data_limit=64, batch_size=16)
+    changes: dict[str, Any] = {"settings": {"lr": 0.1}, "data": {"data_limit": 48}, "nothing": {}}[change]
+    run = build_run(settings.replace(**changes) if rank else settings, torch.device("cpu"))
+    if change == "data":
+        run.settings = settings
+    try:
+        join_ranks(run)
+    except ValueError as error:
+        return str(error)
+    return ""

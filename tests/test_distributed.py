@@ -1,0 +1,295 @@
+"""Two processes against one: gradients, statistics, batches, and whole runs under torchrun."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from lirpa_fastwarmup import data
+from lirpa_fastwarmup.inspection.records import read_history
+from tests import ranks
+
+SMALL = (
+    *("--width", "2", "--hidden", "8", "--epochs", "3", "--ramp-length", "2", "--data-limit", "301", "--lr", "5e-3"),
+    *("--eps", "0.01", "--pgd-steps", "1", "--pgd-restarts", "1", "--seed", "3"),
+)
+
+
+def assert_close(found, expected, largest):
+    for name, value in expected.items():
+        assert torch.allclose(found[name].float(), value.float(), rtol=0, atol=1e-5 * largest), name
+
+
+@pytest.mark.parametrize("network", ranks.NETWORKS)
+def test_gradients_of_two_processes_are_those_of_one_with_batchnorm_in_evaluation_mode(network):
+    options = {"network": network, "training": False, "regularised": False}
+    first, second = ranks.results_of(2, ranks.shared_step, 16, False, options)
+    alone = ranks.step_of(ranks.objective(**options), *ranks.batch(16))
+    largest = max(float(gradient.abs().max()) for gradient in alone["gradients"].values())
+    for found in (first, second):
+        assert_close(found["gradients"], alone["gradients"], largest)
+
+
+@pytest.mark.parametrize(
+    ("network", "bound", "regularised"),
+    [
+        ("convolutional", "ibp", True),
+        ("residual", "ibp", True),
+        ("convolutional", "crown-ibp-fused", True),
+        ("residual", "ibp", False),
+    ],
+)
+def test_gradients_are_those_of_one_with_statistics_over_all_processes(network, bound, regularised):
+    options = {"network": network, "training": True, "regularised": regularised, "bound": bound}
+    first, second = ranks.results_of(2, ranks.shared_step, 16, True, options)
+    alone = ranks.step_of(ranks.objective(**options), *ranks.batch(16))
+    largest = max(float(gradient.abs().max()) for gradient in alone["gradients"].values())
+    for found in (first, second):
+        assert_close(found["gradients"], alone["gradients"], largest)
+        assert_close(found["state"], alone["state"], 1.0)
+        assert found["terms"] == pytest.approx(alone["terms"], rel=1e-5)
+    if regularised:
+        assert alone["terms"]["tightness"] > 0
+
+
+def test_without_them_statistics_are_each_process_own():
+    options = {"network": "convolutional", "training": True, "regularised": True}
+    first, second = ranks.results_of(2, ranks.shared_step, 16, False, options)
+    assert first["terms"] != second["terms"]
+    for name, gradient in first["gradients"].items():  # Averaged, and so the same on both.
+        assert torch.equal(gradient, second["gradients"][name])
+
+
+def test_steps_with_statistics_over_all_processes_are_not_compiled():
+    for found in ranks.results_of(2, ranks.compiled_over_ranks):
+        assert len(found) == 1
+        assert "several processes" in found[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"), [("settings", "other settings"), ("data", "other data"), ("nothing", "")]
+)
+def test_processes_of_different_runs_are_refused_on_all_of_them(change, message):
+    for found in ranks.results_of(2, ranks.joined_runs, change):
+        assert message in found
+        assert bool(found) == bool(message)
+
+
+@pytest.mark.parametrize(("samples", "batch", "size"), [(40, 8, 2), (37, 8, 2), (41, 8, 3), (33, 16, 4)])
+def test_shards_make_up_the_batches_of_one_process(samples, batch, size):
+    images = torch.arange(samples * 3 * 6 * 6, dtype=torch.int64).remainder(251).view(samples, 3, 6, 6).byte()
+    split = data.Split(images, torch.arange(samples) % 5)
+
+    def batches(shard):
+        augmentation = data.Augmentation(flip=True, crop_padding=1, generator=torch.Generator().manual_seed(2))
+        return data.Batches(
+            *(split, batch),
+            generator=torch.Generator().manual_seed(1),
+            augment=augmentation,
+            shard=shard,
+            drop_single=True,
+        )
+
+    alone = list(batches((0, 1)))
+    shards = [list(batches((rank, size))) for rank in range(size)]
+    assert len({len(shard) for shard in shards}) == 1
+    for place, parts in enumerate(zip(*shards, strict=True)):
+        x, y = alone[place]
+        assert batches((0, size)).samples_in(place) == len(y) == sum(len(part) for _, part in parts)
+        for rank, (part_x, part_y) in enumerate(parts):
+            assert torch.equal(part_x, x[rank::size])
+            assert torch.equal(part_y, y[rank::size])
+            assert len(part_y) >= 2  # Which BatchNorm needs.
+
+
+def test_batches_that_are_too_small_for_the_processes_are_refused():
+    split = data.Split(torch.zeros(40, 1, 4, 4, dtype=torch.uint8), torch.zeros(40, dtype=torch.int64))
+    with pytest.raises(ValueError, match="a batch of 5 over 3 processes"):
+        data.Batches(split, 5, drop_single=True, shard=(0, 3))
+    assert len(data.Batches(split, 6, drop_single=True, shard=(0, 3))) == 6  # Four samples are left over.
+
+
+def torchrun(*arguments, processes=2, options=()):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [
+            *(
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--standalone",
+                "--nproc-per-node",
+                str(processes),
+                *options,
+            ),
+            *("-m", "lirpa_fastwarmup", *map(str, arguments)),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+        env=environment,
+    )
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """A run of two processes with statistics over both, and the same by one."""
+    folder = tmp_path_factory.mktemp("pair")
+    done = torchrun("train", "mnist5k", "--out", folder / "two", *SMALL, "--sync-batchnorm", "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    alone = torchrun("train", "mnist5k", "--out", folder / "one", *SMALL, "--device", "cpu", processes=1)
+    assert alone.returncode == 0, alone.stderr
+    return folder, done.stdout
+
+
+def assert_histories_agree(first, second):
+    assert len(first) == len(second)
+    for one, other in zip(first, second, strict=True):
+        assert one["eps"] == other["eps"]
+        for name in ("loss", "clean_loss", "robust_loss", "tightness"):
+            assert one[name] == pytest.approx(other[name], rel=1e-3, abs=1e-5, nan_ok=True), name
+        assert one["train_clean_error"] == pytest.approx(other["train_clean_error"], abs=0.02)
+        # So short a training leaves logits close together, where the last bit decides of the class.
+        assert one["standard_error"] == pytest.approx(other["standard_error"], abs=0.15)
+
+
+def test_a_run_of_two_processes_is_that_of_one(pair):
+    folder, out = pair
+    histories = [read_history(folder / name / "history.csv") for name in ("two", "one")]
+    assert_histories_agree(*histories)
+    summaries = [json.loads((folder / name / "summary.json").read_text()) for name in ("two", "one")]
+    assert [summary["processes"] for summary in summaries] == [2, 1]
+    assert [summary["test_samples"] for summary in summaries] == [1000, 1000]
+    for summary in summaries:
+        assert summary["standard_error"] <= summary["pgd_error"] <= summary["verified_error"]
+    assert out.count("epoch 3/3") == 1  # Rank 0 alone tells.
+
+
+def test_certificates_of_two_processes_are_those_of_one(pair, tmp_path):
+    folder, _ = pair
+    options = (
+        "--limit",
+        90,
+        "--batch-size",
+        20,
+        "--pgd-steps",
+        3,
+        "--restarts",
+        1,
+        "--eps",
+        0.005,
+        0.01,
+        "--device",
+        "cpu",
+    )
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        done = torchrun("verify", folder / "one", *options, "--out", out, processes=processes)
+        assert done.returncode == 0, done.stderr
+        assert sorted(path.name for path in out.iterdir()) == ["certificates.csv", "verification.json"]
+    rows = [list(csv.reader((tmp_path / name / "certificates.csv").open())) for name in ("1", "2")]
+    assert rows[0] == rows[1]
+    assert len(rows[0]) == 181
+    for out in ("a", "b"):
+        done = torchrun(
+            *("verify", folder / "one", "--radius", "--limit", 30, "--batch-size", 8, "--methods", "IBP"),
+            *("--pgd-steps", 2, "--out", tmp_path / out, "--device", "cpu"),
+            processes=1 + (out == "b"),
+        )
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "a" / "radii.csv").read_text() == (tmp_path / "b" / "radii.csv").read_text()
+
+
+def pid_of(rank, folder):
+    """The process that trains into ``folder`` as ``rank``."""
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (process / "cmdline").read_bytes().split(b"\0")
+            environment = (process / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if str(folder).encode() in words and f"RANK={rank}".encode() in environment and b"lirpa_fastwarmup" in words:
+            return int(process.name)
+    return None
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds processes in /proc")
+def test_a_rank_that_is_killed_is_restarted_and_the_run_ends_as_unbroken(pair, tmp_path):
+    folder, _ = pair
+    command = [
+        *(
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            "--max-restarts",
+            "1",
+        ),
+        *("-m", "lirpa_fastwarmup", "train", "mnist5k", "--out", str(tmp_path / "run"), *SMALL, "--sync-batchnorm"),
+        *("--device", "cpu"),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    ) as process:
+        said = ""
+        for line in process.stdout:
+            said += line
+            if "epoch 1/3" in line and said.count("epoch 1/3") == 1:
+                time.sleep(0.1)  # Somewhere in the second epoch.
+                os.kill(pid_of(1, tmp_path / "run"), signal.SIGKILL)
+        assert process.wait(timeout=300) == 0, said
+    assert "-9" in said  # torchrun tells how rank 1 ended.
+    assert "lost the connection" in said
+    unbroken = read_history(folder / "two" / "history.csv")
+    assert_histories_agree(read_history(tmp_path / "run" / "history.csv"), unbroken)
+
+
+def test_a_checkpoint_of_two_processes_resumes_on_one(pair, tmp_path):
+    folder, _ = pair
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+        *("-m", "lirpa_fastwarmup", "train", "mnist5k", "--out", str(tmp_path / "run"), *SMALL, "--sync-batchnorm"),
+        *("--device", "cpu"),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    ) as process:
+        for line in process.stdout:
+            if "epoch 1/3" in line:
+                process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=120) != 0
+    assert not (tmp_path / "run" / "summary.json").exists()
+    done = torchrun("train", "--resume", "--out", tmp_path / "run", "--device", "cpu", processes=1)
+    assert done.returncode == 0, done.stderr
+    assert_histories_agree(read_history(tmp_path / "run" / "history.csv"), read_history(folder / "two" / "history.csv"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--batch-size", "3"), "a batch of 3 over 2 processes"),
+        (("--lr", "1e30"), "loss is"),
+        (("--dataset", "npz", "--data-dir", "nowhere"), "nowhere"),
+    ],
+)
+def test_mistakes_end_all_processes_with_their_reason(options, message, tmp_path):
+    begun = time.monotonic()
+    done = torchrun("train", "mnist5k", "--out", tmp_path / "run", *SMALL, *options, "--device", "cpu")
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert "rank 0" in done.stderr
+    assert time.monotonic() - begun < 120  # Nothing waits for those that have ended.
