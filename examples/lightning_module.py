@@ -1,12 +1,15 @@
 """Certified training inside Lightning: the objective as the loss of a LightningModule.
 
     python examples/lightning_module.py
+    python examples/lightning_module.py --devices 2 --strategy ddp
 
 Nothing is special but two calls: ``step()`` after each batch, which advances ε, and the objective in evaluation mode
 for validation, where it takes the target ε.
 """
 
 from __future__ import annotations
+
+import argparse
 
 import lightning
 import torch
@@ -51,33 +54,45 @@ class Certified(lightning.LightningModule):
     def validation_step(self, batch: tuple[Tensor, Tensor], _: int) -> None:
         """Errors at the target ε: Lightning has put all modules in evaluation mode."""
         out = self.objective(*batch)
-        self.log_dict({"standard_error": out.clean_error, "verified_error": out.verified_error}, prog_bar=True)
+        errors = {"standard_error": out.clean_error, "verified_error": out.verified_error}
+        self.log_dict(errors, prog_bar=True, sync_dist=True)  # Over all processes, where there are several.
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Adam, as in the paper."""
         return torch.optim.Adam(self.parameters(), lr=2e-3)
 
 
-def main(epochs: int = 6, ramp: int = 4) -> lightning.Trainer:
-    """Train on 4,000 digits."""
+def main(epochs: int = 6, ramp: int = 4, devices: str = "1", strategy: str = "auto") -> lightning.Trainer:
+    """Train on 4,000 digits; the batch is that of all devices together."""
     lightning.seed_everything(0)
+    count = int(devices)
     digits = data.load("mnist5k")
     train, test = (TensorDataset(split.inputs, split.labels) for split in (digits.train, digits.test))
-    loader = DataLoader(train, BATCH, shuffle=True, drop_last=True)
+    loader = DataLoader(train, BATCH // count, shuffle=True, drop_last=True)
     net = nn.Sequential(
         *(nn.Conv2d(1, 8, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(8, 16, 3, stride=2, padding=1), nn.ReLU()),
         *(nn.Flatten(), nn.Linear(16 * 7 * 7, 64), nn.ReLU(), nn.Linear(64, 10)),
     )
-    module = Certified(net, digits.train.inputs[:2], EPS, ramp, len(loader))
+    module = Certified(net, digits.train.inputs[:2], EPS, ramp, steps_per_epoch=len(loader) // count)
     # Gradients are clipped, as in the paper.
     trainer = lightning.Trainer(
-        max_epochs=epochs, gradient_clip_val=10.0, logger=False, enable_checkpointing=False, accelerator="auto"
+        max_epochs=epochs,
+        gradient_clip_val=10.0,
+        devices=count,
+        strategy=strategy,
+        logger=False,
+        enable_checkpointing=False,
     )
     trainer.fit(module, loader, DataLoader(test, 250))
-    for name in ("standard_error", "verified_error"):
+    for name in ("standard_error", "verified_error") if trainer.is_global_zero else ():
         print(f"{name.replace('_', ' ')}  {float(trainer.callback_metrics[name]):.2%}")
     return trainer
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--ramp", type=int, default=4, help="epochs")
+    parser.add_argument("--devices", default="1")
+    parser.add_argument("--strategy", default="auto", help="ddp for several devices")
+    main(**vars(parser.parse_args()))

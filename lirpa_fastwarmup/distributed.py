@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 _TIMEOUT = timedelta(minutes=10)  # How long one rank may wait for the others.
 _T = TypeVar("_T")
@@ -89,7 +90,7 @@ def joined(device: torch.device) -> Iterator[Ranks]:
         torch.cuda.set_device(device)
     rank = os.environ.get("RANK")
     try:
-        dist.init_process_group(backend, timeout=_TIMEOUT)
+        _meet(backend)
         yield present()
     except RuntimeError as error:
         if not (isinstance(error, dist.DistError) or "gloo" in str(error) or "onnection" in str(error)):
@@ -101,6 +102,14 @@ def joined(device: torch.device) -> Iterator[Ranks]:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _meet(backend: str) -> None:
+    store, rank, size = next(rendezvous("env://", timeout=_TIMEOUT))
+    # torchrun may give the same store again after a restart, with the addresses of processes that are gone.
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = dist.PrefixStore(f"start {start}", store)  # type: ignore[attr-defined]
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_TIMEOUT)
 
 
 def total(values: Tensor) -> Tensor:

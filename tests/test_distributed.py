@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import signal
@@ -197,7 +196,7 @@ def test_certificates_of_two_processes_are_those_of_one(pair, tmp_path):
         done = torchrun("verify", folder / "one", *options, "--out", out, processes=processes)
         assert done.returncode == 0, done.stderr
         assert sorted(path.name for path in out.iterdir()) == ["certificates.csv", "verification.json"]
-    rows = [list(csv.reader((tmp_path / name / "certificates.csv").open())) for name in ("1", "2")]
+    rows = [(tmp_path / name / "certificates.csv").read_text().splitlines() for name in ("1", "2")]
     assert rows[0] == rows[1]
     assert len(rows[0]) == 181
     for out in ("a", "b"):
@@ -250,7 +249,7 @@ def test_a_rank_that_is_killed_is_restarted_and_the_run_ends_as_unbroken(pair, t
             if "epoch 1/3" in line and said.count("epoch 1/3") == 1:
                 time.sleep(0.1)  # Somewhere in the second epoch.
                 os.kill(pid_of(1, tmp_path / "run"), signal.SIGKILL)
-        assert process.wait(timeout=300) == 0, said
+        assert process.wait(timeout=100) == 0, said
     assert "-9" in said  # torchrun tells how rank 1 ended.
     assert "lost the connection" in said
     unbroken = read_history(folder / "two" / "history.csv")

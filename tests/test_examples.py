@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -62,7 +63,10 @@ def test_notebook_runs(notebook_path, tmp_path):
 
 
 def run(*command):
-    return subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=EXAMPLES, check=False)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, cwd=EXAMPLES, check=False, env=environment
+    )
 
 
 def test_tabular_example():
@@ -70,6 +74,13 @@ def test_tabular_example():
     assert done.returncode == 0, done.stderr
     errors = {name: float(value) for name, value in re.findall(r"(\w+) error +([\d.]+)%", done.stdout)}
     assert errors["standard"] <= errors["PGD"] <= errors["verified"] < 15
+
+
+def test_lightning_example_over_two_processes():
+    done = run("lightning_module.py", "--devices", "2", "--strategy", "ddp", "--epochs", "2", "--ramp", "1")
+    assert done.returncode == 0, done.stderr
+    (verified,) = re.findall(r"verified error +([\d.]+)%", done.stdout)  # Told once.
+    assert float(verified) < 90
 
 
 def test_lightning_example():

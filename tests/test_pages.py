@@ -42,6 +42,7 @@ make = make_net
 """
 # Begun outside this package: installers, other programs, and what a person's own machine must have.
 FOREIGN = re.compile(r"(pip install|git clone|PYTHONPATH=\S+ make|python abcrown\.py) ")
+LAUNCHED = "torchrun --nproc-per-node 2 -m lirpa_fastwarmup "
 
 
 def blocks_of(page):
@@ -106,6 +107,8 @@ def carry_out(words):
         if "--resume" in arguments or ("--radius" in arguments and arguments[0] != "verify"):
             extra = ()
         assert cli.main([*arguments, *extra]) == 0, line
+    elif line.startswith(LAUNCHED):  # Here by one process; tests/test_distributed.py has two.
+        carry_out(["lirpa-fastwarmup", *shlex.split(line.removeprefix(LAUNCHED))])
     elif words[0] in ("bash", "python") and words[1].startswith(("benchmarks/", "examples/")):
         assert (ROOT / words[1]).is_file(), line
     else:
