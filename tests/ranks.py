@@ -13,6 +13,7 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 import lirpa_fastwarmup as fw
+from lirpa_fastwarmup.recipe.compiled import CompiledSteps
 from tests.networks import SmallResNet, convolutional
 
 NETWORKS = {"convolutional": convolutional, "residual": lambda: SmallResNet(batchnorm=True)}
@@ -75,6 +76,16 @@ def shared_step(rank: int, size: int, count: int, together: bool, options: dict[
         warmup.bounded.join_ranks()
     x, y = batch(count)
     return step_of(nn.parallel.DistributedDataParallel(warmup), x[rank::size], y[rank::size])
+
+
+def compiled_step(rank: int, size: int, count: int, options: dict[str, Any]) -> dict[str, Any]:
+    """As :func:`shared_step`, compiled for real."""
+    warmup = objective(**options)
+    compiled = CompiledSteps(warmup.bounded, warmup.input_range)
+    warmup._compiled = compiled
+    x, y = batch(count)
+    found = step_of(nn.parallel.DistributedDataParallel(warmup), x[rank::size], y[rank::size])
+    return {**found, "recordings": len(compiled._steps)}
 
 
 def compiled_over_ranks(rank: int, size: int) -> list[str]:

@@ -68,6 +68,17 @@ def test_without_them_statistics_are_each_process_own():
         assert torch.equal(gradient, second["gradients"][name])
 
 
+@pytest.mark.slow
+def test_gradients_of_compiled_steps_are_averaged_as_those_of_eager_ones():
+    options = {"network": "convolutional", "training": True, "regularised": True}
+    first, second = ranks.results_of(2, ranks.compiled_step, 16, options)
+    eager, _ = ranks.results_of(2, ranks.shared_step, 16, False, options)
+    largest = max(float(gradient.abs().max()) for gradient in eager["gradients"].values())
+    assert first["recordings"] == 1
+    assert_close(first["gradients"], second["gradients"], 0.0)
+    assert_close(first["gradients"], eager["gradients"], 10 * largest)
+
+
 def test_steps_with_statistics_over_all_processes_are_not_compiled():
     for found in ranks.results_of(2, ranks.compiled_over_ranks):
         assert len(found) == 1
