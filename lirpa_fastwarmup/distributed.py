@@ -74,7 +74,7 @@ def joined(device: torch.device) -> Iterator[Ranks]:
         device: where this process computes; NCCL connects GPUs, gloo everything else.
 
     Raises:
-        RuntimeError: this PyTorch has no NCCL.
+        NotImplementedError: this PyTorch has no NCCL, which connects GPUs.
         ConnectionError: the processes do not find one another, or one of them is lost.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or present() != ALONE:
@@ -82,7 +82,7 @@ def joined(device: torch.device) -> Iterator[Ranks]:
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
     if not dist.is_backend_available(backend):
-        raise RuntimeError(
+        raise NotImplementedError(
             f"several processes on {device.type} are connected by {backend}, which this PyTorch was built without: "
             "install one with it, or train on one device"
         )

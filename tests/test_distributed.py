@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from lirpa_fastwarmup import data
+from lirpa_fastwarmup.distributed import differentiable_total, joined, local_device, total
 from lirpa_fastwarmup.inspection.records import read_history
 from tests import ranks
 
@@ -126,6 +127,29 @@ def test_batches_that_are_too_small_for_the_processes_are_refused():
     with pytest.raises(ValueError, match="a batch of 5 over 3 processes"):
         data.Batches(split, 5, drop_single=True, shard=(0, 3))
     assert len(data.Batches(split, 6, drop_single=True, shard=(0, 3))) == 6  # Four samples are left over.
+
+
+def test_a_pytorch_without_nccl_is_told(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.distributed, "is_backend_available", lambda name: name != "nccl")
+    with pytest.raises(NotImplementedError, match="connected by nccl"), joined(torch.device("cuda")):
+        pass
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert local_device(torch.device("cpu")) == torch.device("cpu")
+    with pytest.raises(ValueError, match="process 1 of this machine has no GPU, as there are 1"):
+        local_device(torch.device("cuda"))
+
+
+def test_alone_sums_are_what_there_is():
+    with joined(torch.device("cpu")) as found:
+        assert (found.rank, found.size, found.leads) == (0, 1, True)
+    values = torch.ones(2, requires_grad=True)
+    assert total(values) is values
+    assert differentiable_total(values) is values
 
 
 def torchrun(*arguments, processes=2, options=()):
