@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -103,6 +105,17 @@ class CalledTwice(nn.Module):
         x = F.relu(self.first(x.flatten(1)))
         x = F.relu(self.again(F.relu(self.again(x))))
         return self.out(x)
+
+
+class Function(nn.Module):
+    """A function of a tensor, as a module."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
 
 
 def convolutional(batchnorm: bool = True) -> nn.Sequential:

@@ -131,8 +131,8 @@ def simplify_arithmetic(bounded: Any) -> None:
             engines' bounds are wrong.
     """
     nodes = list(bounded._modules.values())
-    of_data = _reached_from_inputs(nodes, through_shapes=True)
-    of_values = _reached_from_inputs(nodes, through_shapes=False)
+    of_data = reached_from_inputs(nodes, through_shapes=True)
+    of_values = reached_from_inputs(nodes, through_shapes=False)
     for node in nodes:
         operation = _OPERATIONS.get(type(node))
         if operation is None or len(node.inputs) != 2:
@@ -162,7 +162,13 @@ def _detach(node: Any, data: Any, constant: Any) -> None:
     node.nonlinear = node.splittable = node.patches_start = False
 
 
-def _reached_from_inputs(nodes: list[Any], *, through_shapes: bool) -> set[int]:
+def reached_from_inputs(nodes: list[Any], *, through_shapes: bool) -> set[int]:
+    """Ids of the nodes that depend on the network's inputs or on perturbed weights.
+
+    Args:
+        nodes: all nodes of a BoundedModule.
+        through_shapes: also those that depend on an input's shape alone.
+    """
     reached = {
         id(node)
         for node in nodes

@@ -15,7 +15,7 @@ from torch import nn
 
 from lirpa_fastwarmup.engine.arithmetic import BoundConstantArithmetic
 from lirpa_fastwarmup.engine.compat import engine, node_classes
-from lirpa_fastwarmup.engine.operators import BoundConvNd
+from lirpa_fastwarmup.engine.nodes import BoundConvNd, BoundMeanPool, ConstantPad
 
 _INPUT = node_classes("Input")
 _PARAMETER = node_classes("Params")
@@ -125,7 +125,7 @@ class NetworkGraph:
             return data == [True, False]
         if isinstance(node, (*_PRODUCT, *_AFFINE)):  # By a constant, or by a matrix that is not trained.
             return sum(data) == 1
-        return isinstance(node, (*_LINEAR_PASSAGE, BoundConstantArithmetic))
+        return isinstance(node, (*_LINEAR_PASSAGE, BoundMeanPool, ConstantPad, BoundConstantArithmetic))
 
     def _above(self, node: Any, crosses: Callable[[Any], bool]) -> list[AffineLayer]:
         """The nearest affine layers at or above ``node``, going up through what ``crosses`` allows."""
@@ -184,6 +184,20 @@ class NetworkGraph:
         at = {id(node): place for place, (_, node) in enumerate(self.relus)}
         found = _reached(relu.inputs[0], lambda node: () if id(node) in at else node.inputs)
         return sorted(place for node, place in at.items() if node in found)
+
+    def place_of(self, node: Any) -> str:
+        """Where ``node`` is, in words: by the nearest affine module above it."""
+        if id(node) in self._affine_at:
+            return f"in module {self._affine_at[id(node)].name!r}"
+        above = [
+            name for source in node.inputs for name in (layer.name for layer in self._above(source, lambda _: True))
+        ]
+        return f"after module {above[-1]!r}" if above else "at the input"
+
+    def below(self, node: Any) -> list[Any]:
+        """``node`` and all nodes that depend on it, in order of execution."""
+        found = _reached(node, lambda current: self._users[id(current)])
+        return [other for other in self.nodes if id(other) in found]
 
     def called_more_than_once(self) -> list[str]:
         """Names of the modules whose weight serves in several places of the network."""

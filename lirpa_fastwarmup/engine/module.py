@@ -7,6 +7,7 @@ taken with the BatchNorm statistics of their own clean batch.
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self
@@ -17,7 +18,9 @@ from torch import Tensor, nn
 from lirpa_fastwarmup.engine import sharing
 from lirpa_fastwarmup.engine.arithmetic import simplify_arithmetic
 from lirpa_fastwarmup.engine.compat import ENGINE_VERSION, engine
-from lirpa_fastwarmup.engine.operators import CUSTOM_OPERATORS, mend_operators
+from lirpa_fastwarmup.engine.equality import check_same_function
+from lirpa_fastwarmup.engine.nodes import CUSTOM_OPERATORS, adopt_operators
+from lirpa_fastwarmup.engine.operators import Acceptance, review, untested_error
 from lirpa_fastwarmup.engine.precision import default_dtype, exact_arithmetic
 from lirpa_fastwarmup.engine.tracing import (
     TracedPathWarning,
@@ -36,6 +39,14 @@ def _like(model: nn.Module) -> Tensor:
     return next(model.parameters(), next(model.buffers(), torch.empty(0)))
 
 
+def _refuse_perturbed_weights(model: nn.Module) -> None:
+    perturbed = [name for name, value in model.named_parameters() if isinstance(value, engine.BoundedParameter)]
+    if perturbed:
+        raise NotImplementedError(
+            f"perturbed weights ({', '.join(perturbed)}): bounds over them have not been tested. Use nn.Parameters"
+        )
+
+
 class BoundedModule(engine.BoundedModule):
     """``auto_LiRPA.BoundedModule``, with one state for the wrapped model and its bounded view.
 
@@ -50,11 +61,15 @@ class BoundedModule(engine.BoundedModule):
     Args:
         model: the network, any nn.Module that returns one tensor and whose operators the engine bounds.
         global_input: example input, a tensor or a tuple of tensors, batch first. Only shapes matter.
-        bound_opts, device, verbose, custom_ops: as in the engine.
+        bound_opts, device, verbose, custom_ops: as in the engine. CROWN's coefficients are matrices, whatever
+            ``conv_mode`` says, where the network has an operator that patches are not right for.
+        allow_untested: accept operators and attributes whose bounds have not been tested, ``custom_ops`` among them.
+            Everything then runs; :attr:`untested` names them, and so do certificates and summaries.
 
     Raises:
         TypeError: ``model`` is a BoundedModule already, or returns something else than one tensor.
-        NotImplementedError: the engine has no bounds for an operator; the text names it.
+        NotImplementedError: the engine has no bounds for an operator, or these have not been tested, or weights are
+            perturbed; or the bounded network computes another function than the model. The text names the place.
 
     Warns:
         TracedPathWarning: the network reads values of tensors in Python, or computes something else in
@@ -65,6 +80,7 @@ class BoundedModule(engine.BoundedModule):
     wrapped: nn.Module
     example: tuple[Tensor, ...]
     _arguments: tuple[Any, ...]
+    _reviewed: Acceptance
     _built = False
     _bounding = False
     _over_ranks = False
@@ -77,59 +93,87 @@ class BoundedModule(engine.BoundedModule):
         device: str | torch.device = "auto",
         verbose: bool = False,
         custom_ops: Mapping[str, Any] | None = None,
+        *,
+        allow_untested: bool = False,
     ) -> None:
         example = (global_input,) if isinstance(global_input, Tensor) else tuple(global_input)
         example = tuple(x.to(_like(model).device) for x in example)
         self.__dict__["example"] = example
         # Copies are built on the device of the model, wherever it has been moved to.
-        self.__dict__["_arguments"] = (dict(bound_opts or {}), "auto", verbose, dict(custom_ops or {}))
+        options, operators = dict(bound_opts or {}), dict(custom_ops or {})
+        self.__dict__["_arguments"] = (options, "auto", verbose, operators, allow_untested)
         if isinstance(model, engine.BoundedModule):
             raise TypeError(
                 "expected a plain nn.Module, found a BoundedModule. Wrap the network itself; for a plain "
                 "auto_LiRPA.BoundedModule, lirpa_fastwarmup.share_batchnorm_state(bounded, model) joins its "
                 "BatchNorm statistics with the model's"
             )
+        _refuse_perturbed_weights(model)
         # A trace would take autocast's conversions with it.
         with unchanged(model), exact_arithmetic(_like(model).device):
             self._check_structure(model, example)
-            with quiet_conversion():
-                # In evaluation mode a trace holds one node per BatchNorm and moves no statistics.
-                super().__init__(
-                    model,
-                    global_input,
-                    bound_opts=bound_opts,
-                    device=device,
-                    verbose=verbose,
-                    custom_ops={**CUSTOM_OPERATORS, **(custom_ops or {})},
-                )
+            self._build_engine(model, global_input, options, device, verbose, operators)
+            if self._reviewed.needs_matrices and self.conv_mode == "patches":
+                self._build_engine(model, global_input, {**options, "conv_mode": "matrix"}, device, verbose, operators)
+        if self._reviewed.untested and not allow_untested:
+            raise untested_error(self._reviewed.untested)
         object.__setattr__(self, "wrapped", model)
         sharing.adopt_batchnorm(self, model, sharing.ViewedBatchNorm)
-        sharing.adopt_parameters(self)
-        mend_operators(self)
-        simplify_arithmetic(self)
         self._links = sharing.state_links(self, model)
         self._built = True
+        self._follow_wrapped()
+        if not self.ablated:
+            self._check_function()
+
+    def _build_engine(
+        self, model: nn.Module, global_input: Any, options: Any, device: Any, verbose: Any, ops: Any
+    ) -> None:
+        """Build the engine's graph, in evaluation mode, put our nodes in it, and review its operators.
+
+        In that mode a trace holds one node per BatchNorm and moves no statistics.
+        """
+        with quiet_conversion():
+            super().__init__(
+                model,
+                global_input,
+                bound_opts=options,
+                device=device,
+                verbose=verbose,
+                custom_ops={**CUSTOM_OPERATORS, **ops},
+            )
+        sharing.adopt_parameters(self)
+        adopt_operators(self)
+        simplify_arithmetic(self)
+        self.__dict__["_reviewed"] = review(self, len(self.example[0]))
+
+    def _check_function(self) -> None:
+        model = self.wrapped
+        with unchanged(model), exact_arithmetic(_like(model).device), torch.no_grad():
+            self.eval()
+            check_same_function(self, model, self.example)
         self._follow_wrapped()
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Copies and pickles are built anew from their copy of the model: nodes hold graphs of the last pass.
         like = _like(self.wrapped)
         example = tuple(x.to(like) if x.is_floating_point() else x.to(like.device) for x in self.example)
-        return type(self), (self.wrapped, example, *self._arguments)
+        *positional, allow_untested = self._arguments
+        build = functools.partial(type(self), allow_untested=allow_untested)
+        return build, (self.wrapped, example, *positional)
 
     def rebuilt(self, dtype: torch.dtype, **changes: Any) -> BoundedModule:
         """One of a copy of the wrapped model in ``dtype``, in evaluation mode, that takes every bounding method.
 
         The copy's parameters ask for no gradient; ``changes`` are made to the engine's ``bound_opts``.
         """
-        options, *others = self._arguments
+        options, device, verbose, operators, allow_untested = self._arguments
         options = {**options, **changes}
         # Where neurons are stable over the whole batch, 0.3's sparse alpha fails.
         options = {**options, "sparse_features_alpha": False} if ENGINE_VERSION.startswith("0.3") else options
         model = copy.deepcopy(self.wrapped).to(dtype).eval().requires_grad_(False)
         example = tuple(x.to(dtype) if x.is_floating_point() else x for x in self.example)
         with default_dtype(dtype):  # Of the tables of S-shaped functions.
-            return type(self)(model, example, options, *others)
+            return type(self)(model, example, options, device, verbose, operators, allow_untested=allow_untested)
 
     def check_incompatible_nodes(self, model: nn.Module) -> None:
         """Let the engine trace in evaluation mode, whatever modules there are; it would choose and print."""
@@ -150,6 +194,11 @@ class BoundedModule(engine.BoundedModule):
                 TracedPathWarning,
                 stacklevel=3,
             )
+
+    @property
+    def untested(self) -> tuple[str, ...]:
+        """Operators and attributes of the network, with their places, whose bounds have not been tested."""
+        return self._reviewed.untested
 
     @property
     def given_options(self) -> dict[str, Any]:
@@ -291,6 +340,7 @@ class BoundedModule(engine.BoundedModule):
         """
         if self._bounding:  # The engine optimises bounds by calling this again and again.
             return super().compute_bounds(x, *args, **kwargs)
+        self._refuse_crown(kwargs.get("method", args[2] if len(args) > 2 else "backward"))
         self._follow_wrapped()
         self._refuse_dropout()
         self._bounding = True
@@ -303,6 +353,13 @@ class BoundedModule(engine.BoundedModule):
                 return super().compute_bounds(x, *args, **kwargs)
         finally:
             self._bounding = False
+
+    def _refuse_crown(self, method: str | None) -> None:
+        if (method or "backward").lower() not in ("ibp", "interval") and self._reviewed.interval_only:
+            raise NotImplementedError(
+                f"auto_LiRPA {ENGINE_VERSION} has IBP bounds alone for {'; '.join(self._reviewed.interval_only)}: use "
+                "method='IBP', or write the network with other operators"
+            )
 
     def _refuse_dropout(self) -> None:
         names = active_dropout(self.wrapped)

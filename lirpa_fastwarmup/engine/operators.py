@@ -1,231 +1,184 @@
-"""Operators where an installed engine has none, or one that fails.
+"""The operators whose bounds have been tested, and what of their attributes; everything else is refused by name.
 
-Release 0.3 knows two-dimensional convolutions only, and transposed ones only without padding; 0.7
-adds one-dimensional ones. Everything else that PyTorch exports as ``Conv`` or ``ConvTranspose`` is
-bounded here: IBP by centre and radius, W·c ± |W|·r, CROWN by the adjoint of the convolution.
+An entry stands for what tests/test_conformance.py finds sound on both engines: at sampled and searched points, and
+against an interval arithmetic that shares nothing with the engine. docs/operators.md is made from the same tests.
 """
 
 from __future__ import annotations
 
-import inspect
-import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from lirpa_fastwarmup.engine.arithmetic import BoundConstantArithmetic, reached_from_inputs
+from lirpa_fastwarmup.engine.compat import ENGINE_VERSION, engine, node_classes
+from lirpa_fastwarmup.engine.graph import NetworkGraph
+from lirpa_fastwarmup.engine.nodes import (
+    ADJOINT,
+    BatchReshape,
+    BoundClamp,
+    BoundConvNd,
+    BoundMaximumPool,
+    BoundMeanPool,
+    ConstantPad,
+    LinfConcat,
+    MarginMatMul,
+    StridedSlice,
+)
+from lirpa_fastwarmup.engine.sharing import SharedBatchNorm, ViewedBatchNorm
 
-from lirpa_fastwarmup.engine.compat import ENGINE_VERSION, engine
-
-Bound: Any = engine.bound_general.Bound
-BoundConv: Any = engine.bound_general.BoundConv
-BoundConvTranspose: Any = engine.bound_general.BoundConvTranspose
-BoundLinear: Any = engine.bound_general.BoundLinear
-BoundMatMul: Any = engine.bound_general.BoundMatMul
-BoundAveragePool: Any = engine.bound_general.BoundAveragePool
-BoundReshape: Any = engine.bound_general.BoundReshape
-BoundConcat: Any = engine.bound_general.BoundConcat
-
-_CONVOLUTION: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-_TRANSPOSED: dict[int, Callable[..., Tensor]] = {
-    1: F.conv_transpose1d,
-    2: F.conv_transpose2d,
-    3: F.conv_transpose3d,
-}
+_INPUT: Any = engine.bound_general.BoundInput
 
 
-class BoundConvNd(Bound):
-    """A convolution over one, two or three spatial dimensions, plain or transposed.
-
-    Inputs are the features ``(batch, channels, *space)``, the weight and, optionally, the bias.
-    """
-
-    def __init__(self, attr: Any, inputs: Any, output_index: int, options: Any, *, transposed: bool) -> None:
-        super().__init__(attr, inputs, output_index, options)
-        self.rank = len(attr["kernel_shape"])
-        if attr["pads"][: self.rank] != attr["pads"][self.rank :]:
-            raise NotImplementedError(f"a convolution padded differently at its two ends: {attr['pads']}")
-        self.transposed = transposed
-        self.patches_start = False
-        self.stride: list[int] = attr["strides"]
-        self.padding: list[int] = attr["pads"][: self.rank]
-        self.dilation: list[int] = attr["dilations"]
-        self.groups: int = attr["group"]
-        self.output_padding: list[int] = attr.get("output_padding", [0] * self.rank)
-
-    def _apply_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        if self.transposed:
-            return _TRANSPOSED[self.rank](
-                x, weight, bias, self.stride, self.padding, self.output_padding, self.groups, self.dilation
-            )
-        return _CONVOLUTION[self.rank](x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
-
-    def _apply_adjoint(self, coefficients: Tensor, weight: Tensor) -> Tensor:
-        if self.transposed:
-            return _CONVOLUTION[self.rank](
-                coefficients, weight, None, self.stride, self.padding, self.dilation, self.groups
-            )
-        # What the strided convolution leaves of its input at the far end, so that the shapes agree.
-        left_over = [
-            int(self.input_shape[2 + d])
-            - (int(coefficients.shape[2 + d]) - 1) * self.stride[d]
-            + 2 * self.padding[d]
-            - self.dilation[d] * (int(weight.shape[2 + d]) - 1)
-            - 1
-            for d in range(self.rank)
-        ]
-        return _TRANSPOSED[self.rank](
-            coefficients, weight, None, self.stride, self.padding, left_over, self.groups, self.dilation
-        )
-
-    def forward(self, *x: Tensor) -> Tensor:
-        return self._apply_weight(x[0], x[1], x[2] if len(x) == 3 else None)
-
-    def interval_propagate(self, *v: Any) -> tuple[Tensor, Tensor]:
-        if self.is_input_perturbed(1):
-            raise NotImplementedError("bounds over perturbed convolution weights")
-        lower, upper = v[0]
-        weight = v[1][0]
-        centre = self._apply_weight((lower + upper) / 2, weight, v[2][0] if len(v) == 3 else None)
-        radius = self._apply_weight((upper - lower) / 2, weight.abs())
-        return centre - radius, centre + radius
-
-    def bound_backward(self, last_lA: Any, last_uA: Any, *x: Any, **kwargs: Any) -> Any:
-        weight = x[1].lower
-
-        def one_side(last_A: Any) -> tuple[Any, Any]:
-            if last_A is None:
-                return None, 0
-            if not isinstance(last_A, Tensor):
-                raise NotImplementedError(
-                    f"CROWN through this convolution with coefficients of type {type(last_A).__name__}: "
-                    "build the BoundedModule with bound_opts={'conv_mode': 'matrix'}, or use IBP"
-                )
-            next_A = self._apply_adjoint(last_A.flatten(0, 1), weight).unflatten(0, last_A.shape[:2])
-            bias = last_A.flatten(3).sum(3).matmul(x[2].lower) if len(x) == 3 else 0
-            return next_A, bias
-
-        lA, lower_bias = one_side(last_lA)
-        uA, upper_bias = one_side(last_uA)
-        return [(lA, uA), *[(None, None)] * (len(x) - 1)], lower_bias, upper_bias
-
-
-def _automatic_padding(attr: Any) -> list[int]:
-    """The padding that ``padding="same"`` stands for, which neither engine works out."""
-    rank = len(attr["kernel_shape"])
-    if attr.get("auto_pad") not in ("SAME_UPPER", b"SAME_UPPER"):
-        return [0] * (2 * rank)
-    # "same" comes with stride 1 only; an odd total, of an even kernel, is padded at the far end.
-    totals = [d * (k - 1) for d, k in zip(attr["dilations"], attr["kernel_shape"], strict=True)]
-    return [total // 2 for total in totals] + [total - total // 2 for total in totals]
-
-
-def _engine_first(engine_operator: Any, *, transposed: bool) -> Callable[..., Any]:
-    """An operator factory: the engine's own node where it takes these attributes, else ours."""
-
-    def build(attr: Any, inputs: Any, output_index: int, options: Any) -> Any:
-        attr = {"pads": _automatic_padding(attr), **attr}
-        # 0.7 builds a three-dimensional convolution without complaint, and then runs conv2d.
-        if len(attr["kernel_shape"]) < 3:
-            try:
-                return engine_operator(attr, inputs, output_index, options)
-            except (AssertionError, IndexError):
-                pass
-        return BoundConvNd(attr, inputs, output_index, options, transposed=transposed)
-
-    return build
-
-
-CUSTOM_OPERATORS: dict[str, Callable[..., Any]] = {
-    "onnx::Conv": _engine_first(BoundConv, transposed=False),
-    "onnx::ConvTranspose": _engine_first(BoundConvTranspose, transposed=True),
-}
-
-
-class MarginMatMul(BoundMatMul):
-    """A linear layer without bias whose interval bound takes a margin matrix (0.3's takes none)."""
-
-    def interval_propagate(self, *v: Any, C: Tensor | None = None) -> Any:
-        return BoundLinear.interval_propagate(self, *v, C=C)
-
-
-class LinfConcat(BoundConcat):
-    """Concatenation of intervals, also where one is the input box, at which 0.7's stumbles."""
-
-    def interval_propagate(self, *v: Any) -> Any:
-        perturbations = [getattr(interval, "ptb", None) for interval in v]
-        if all(ptb is None or getattr(ptb, "norm", None) == math.inf for ptb in perturbations):
-            return self.forward(*(interval[0] for interval in v)), self.forward(*(interval[1] for interval in v))
-        return super().interval_propagate(*v)
-
-
-class BatchReshape(BoundReshape):
-    """A reshape that keeps the batch dimension, whatever the batch.
-
-    0.3's trace of ``x.view(x.shape[0], -1)`` holds the size of the example batch as a constant.
+@dataclass(frozen=True)
+class Operator:
+    """What is known of the bounds of an operator.
 
     Attributes:
-        traced_batch: that size.
+        classes: its node classes, the engine's or ours; subclasses do not count.
+        crown: whether CROWN has bounds for it, and not IBP alone.
+        patches: whether CROWN's coefficients may still be patches when they reach it.
+        objection: given a node and which of its inputs depend on the network's inputs, what is not accepted of the
+            node and what to write instead; ``None`` if there is nothing.
     """
 
-    traced_batch: int
-
-    def forward(self, x: Tensor, shape: Any) -> Any:
-        shape = [int(size) for size in shape]
-        if shape[0] == self.traced_batch:
-            shape[0] = x.shape[0]
-        return super().forward(x, shape)
+    classes: tuple[Any, ...]
+    crown: bool = True
+    patches: bool = False
+    objection: Callable[[Any, list[bool]], str | None] = lambda node, depends: None
 
 
-class LinearAveragePool(BoundAveragePool):
-    """Average pooling whose CROWN bounds take stride and padding into account.
+def _leaky(node: Any, _: list[bool]) -> str | None:
+    slope = node.attr.get("alpha", 0.01)
+    return None if 0 <= slope <= 1 else f"its slope is {slope:g}: write one from 0 to 1"
 
-    0.3's are wrong wherever the stride is not the window or there is padding, and fail on transposed coefficients.
+
+def _one_activation(_: Any, depends: list[bool]) -> str | None:
+    return "it multiplies two activations: multiply by a weight" if sum(depends) > 1 else None
+
+
+def _two_operands(node: Any, _: list[bool]) -> str | None:
+    return None if len(node.inputs) == 2 else "it has more than two operands"
+
+
+def _adjoint(name: str) -> Operator:
+    return Operator(tuple(ADJOINT[cls] for cls in node_classes(name)))
+
+
+OPERATORS: dict[str, Operator] = {
+    "Conv": Operator((*node_classes("Conv"), BoundConvNd), patches=True),
+    "ConvTranspose": Operator((*node_classes("ConvTranspose"), BoundConvNd)),
+    "Linear": Operator(node_classes("Linear"), patches=True, objection=_one_activation),
+    "MatMul": Operator((*node_classes("MatMul"), MarginMatMul), patches=True, objection=_one_activation),
+    "BatchNormalization": Operator(
+        (*node_classes("BatchNormalization"), SharedBatchNorm, ViewedBatchNorm), patches=True
+    ),
+    "Relu": Operator(node_classes("Relu"), patches=True),
+    "LeakyRelu": Operator(node_classes("LeakyRelu"), patches=True, objection=_leaky),
+    "Sigmoid": Operator(node_classes("Sigmoid"), patches=True),
+    "Tanh": Operator(node_classes("Tanh"), patches=True),
+    "Clip": Operator((BoundClamp,)),
+    "Softplus": Operator(node_classes("Softplus"), crown=False),
+    "Add": Operator(node_classes("Add"), patches=True, objection=_two_operands),
+    "Sub": Operator(node_classes("Sub"), patches=True, objection=_two_operands),
+    "Mul": Operator(node_classes("Mul"), objection=_two_operands),
+    "arithmetic with a constant": Operator((BoundConstantArithmetic,), patches=True),
+    "Neg": Operator(node_classes("Neg")),
+    "MaxPool": Operator((BoundMaximumPool,)),
+    "AveragePool": Operator((BoundMeanPool,)),
+    "GlobalAveragePool": _adjoint("GlobalAveragePool"),
+    "Pad": Operator((ConstantPad,)),
+    "ReduceMean": _adjoint("ReduceMean"),
+    "ReduceSum": _adjoint("ReduceSum"),
+    "Slice": Operator((StridedSlice,)),
+    "Split": _adjoint("Split"),
+    "Gather": _adjoint("Gather"),
+    "Concat": Operator((LinfConcat,), objection=lambda node, _: "it joins batches" if node.axis == 0 else None),
+    "Flatten": Operator(node_classes("Flatten"), patches=True),
+    "Reshape": Operator((*node_classes("Reshape", "ATenUnflatten"), BatchReshape), patches=True),
+    "Transpose": Operator(node_classes("Transpose")),
+    "Squeeze": Operator(node_classes("Squeeze")),
+    "Unsqueeze": Operator(node_classes("Unsqueeze")),
+    "Identity": Operator(node_classes("Identity"), patches=True),
+    "Dropout": Operator(node_classes("Dropout"), patches=True),
+}
+_NAMES: dict[type, str] = {cls: name for name, operator in OPERATORS.items() for cls in operator.classes}
+
+
+def operator_of(node: Any) -> str:
+    """The operator's name in :data:`OPERATORS`, or the node's class where that is not listed."""
+    return _NAMES.get(type(node), type(node).__name__.removeprefix("Bound"))
+
+
+@dataclass(frozen=True)
+class Acceptance:
+    """What bounds a BoundedModule may be asked for.
+
+    Attributes:
+        untested: what has not been tested of operators and attributes, with its place; no bounds rest on tests then.
+        interval_only: operators, with their places, for which there is IBP alone.
+        needs_matrices: whether CROWN's coefficients must be matrices.
     """
 
-    def bound_backward(self, last_lA: Any, last_uA: Any, *x: Any, **kwargs: Any) -> Any:
-        if all(A is None or isinstance(A, Tensor) for A in (last_lA, last_uA)):
-            return [(self._adjoint(last_lA), self._adjoint(last_uA))], 0, 0
-        if list(self.stride) != list(self.kernel_size) or any(self.padding):
-            raise NotImplementedError(
-                f"CROWN through average pooling of windows {self.kernel_size} with stride {self.stride} and padding "
-                f"{self.padding}, with coefficients kept as patches: build the BoundedModule with "
-                "bound_opts={'conv_mode': 'matrix'}, or use IBP"
-            )
-        last_lA, last_uA = (A and A.create_similar(A.patches.contiguous()) for A in (last_lA, last_uA))
-        return super().bound_backward(last_lA, last_uA, *x, **kwargs)
-
-    def _adjoint(self, coefficients: Tensor | None) -> Tensor | None:
-        """Coefficients (rows, batch, channels, …) of the output, as those of the input."""
-        if coefficients is None:
-            return None
-        channels, *space = self.input_shape[1:]
-        share = 1 / math.prod(self.kernel_size)
-        weight = torch.full((channels, 1, *self.kernel_size), share).to(coefficients)
-        spread = F.conv_transpose2d(coefficients.flatten(0, 1), weight, None, self.stride, groups=channels)
-        # From the padded input, as far as windows reach, to the input: a negative padding cuts off.
-        (top, left), (high, wide) = self.padding, spread.shape[2:]
-        spread = F.pad(spread, (-left, space[1] + left - wide, -top, space[0] + top - high))
-        return spread.unflatten(0, coefficients.shape[:2])
+    untested: tuple[str, ...]
+    interval_only: tuple[str, ...]
+    needs_matrices: bool
 
 
-def _keeps_batch(node: Any, batch: int) -> bool:
-    """Whether a reshape's first dimension was the batch before and after, in the trace."""
-    return bool(node.input_shape[0] == batch and node.output_shape[0] == batch)
+def review(bounded: Any, batch: int) -> Acceptance:
+    """Compare the operators of ``bounded`` with :data:`OPERATORS`.
+
+    Args:
+        bounded: a BoundedModule whose nodes have been replaced by ours.
+        batch: samples of the example that it was built with.
+    """
+    nodes = list(bounded._modules.values())
+    values = reached_from_inputs(nodes, through_shapes=False)
+    graph = NetworkGraph(bounded)
+    live = {id(node) for node in graph.nodes}
+    untested, interval_only = [], []
+    for node in nodes:
+        if id(node) not in values & live or isinstance(node, _INPUT):
+            continue
+        objection = _objection(node, [id(source) in values for source in node.inputs], batch)
+        if objection is not None:
+            untested.append(f"{operator_of(node)} {graph.place_of(node)}{objection}")
+        elif not OPERATORS[operator_of(node)].crown:
+            interval_only.append(f"{operator_of(node)} {graph.place_of(node)}")
+    return Acceptance(_once(untested), _once(interval_only), _needs_matrices(graph))
 
 
-def mend_operators(bounded: Any) -> None:
-    """Put the classes above in place of the engine's, where they are needed."""
-    traced_batch = len(bounded.example[0])
-    takes_margins = "C" in inspect.signature(BoundMatMul.interval_propagate).parameters
-    for node in bounded._modules.values():
-        if type(node) is BoundMatMul and not takes_margins:
-            node.__class__ = MarginMatMul
-        elif type(node) is BoundConcat:
-            node.__class__ = LinfConcat
-        elif type(node) is BoundAveragePool and ENGINE_VERSION.startswith("0.3"):
-            node.__class__ = LinearAveragePool
-        elif type(node) is BoundReshape and _keeps_batch(node, traced_batch):
-            node.__class__ = BatchReshape
-            node.traced_batch = traced_batch
+def _once(texts: list[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(texts))
+
+
+def _objection(node: Any, depends: list[bool], batch: int) -> str | None:
+    if type(node) not in _NAMES:
+        return ""
+    objection = OPERATORS[operator_of(node)].objection(node, depends)
+    if objection is None and tuple(node.output_shape[:1]) != (batch,):
+        objection = f"its output {tuple(node.output_shape)} does not begin with the batch, of {batch}: keep that first"
+    return None if objection is None else f" ({objection})"
+
+
+def _needs_matrices(graph: NetworkGraph) -> bool:
+    """Whether coefficients that begin as patches would reach an operator that is not known to handle them."""
+    for node in graph.nodes:
+        operator = OPERATORS.get(operator_of(node))
+        handles_patches = operator is None or operator.patches
+        if handles_patches and max(getattr(node, "dilation", [1]), default=1) == 1:
+            continue
+        if any(
+            getattr(other, "mode", None) == "patches" and len(other.output_shape) == 4 for other in graph.below(node)
+        ):
+            return True
+    return False
+
+
+def untested_error(untested: tuple[str, ...]) -> NotImplementedError:
+    """The refusal of a network with untested operators."""
+    return NotImplementedError(
+        f"the bounds of auto_LiRPA {ENGINE_VERSION} have not been tested for {'; '.join(untested)}. Write the network "
+        f"with other operators (tested are {', '.join(OPERATORS)}), or pass allow_untested=True: certificates then say "
+        "that they rest on untested bounds"
+    )

@@ -24,6 +24,7 @@ from lirpa_fastwarmup.engine.compat import (
     preserved_export_settings,
     silenced_warnings,
 )
+from lirpa_fastwarmup.memory import is_out_of_memory
 
 # Reading a tensor's value into Python, or into a shape: what a trace cannot follow.
 _READS_A_VALUE = {
@@ -207,7 +208,9 @@ def quiet_conversion() -> Iterator[None]:
             yield
     except NotImplementedError as error:
         raise NotImplementedError(_unsupported(collector.messages, error)) from error
-    except (AssertionError, IndexError, KeyError, AttributeError) as error:
+    except Exception as error:  # The network itself has run on these inputs: what fails is its conversion.
+        if is_out_of_memory(error):
+            raise
         raise NotImplementedError(
             f"auto_LiRPA {ENGINE_VERSION} failed while converting the network ({type(error).__name__}: {error}); it is "
             "built from an operator in a form that this release does not expect"

@@ -1,0 +1,188 @@
+"""Checks that a bounded network computes the function of the network that it was built from.
+
+The engine converts a network through ONNX, which drops what it has no place for (``divisor_override``) and
+leaves the rest to operator classes with gaps of their own. Bounds of another function certify nothing, so the two
+are compared once, after building, on random inputs.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from lirpa_fastwarmup.engine.compat import ENGINE_VERSION
+
+# Largest difference by rounding, relative to the largest output. Beyond it, double precision decides.
+_ROUNDING = {torch.float64: 1e-10}
+_ROUNDING_OTHERWISE = 1e-5
+# How many times its own rounding error an output may be off.
+_MARGIN = 100
+_NOT_COMPUTED = ("__get__", "__set__", "size", "dim", "detach", "clone", "requires_grad_", "_to_copy", "type", "to")
+
+
+def check_same_function(bounded: Any, model: nn.Module, example: Sequence[Tensor]) -> None:
+    """Compare the outputs of ``bounded`` with those of ``model`` on random inputs, at two batch sizes.
+
+    Both must be in evaluation mode, and arithmetic exact.
+
+    Args:
+        bounded: the engine's view of ``model``.
+        model: the network.
+        example: its inputs, batch first; the random ones have their shapes, dtypes and devices.
+
+    Raises:
+        NotImplementedError: the outputs differ, or ``bounded`` fails on a batch size that ``model`` supports. The
+            text names the first operation of ``model`` whose result the bounded network does not have.
+    """
+    size = len(example[0])
+    inputs = _random_inputs(model, example, size)
+    _compare(bounded, model, inputs, model(*inputs))
+    others = _random_inputs(model, example, size + 1)
+    try:
+        expected = model(*others)
+    except Exception:
+        return  # The network takes batches of the example's size only.
+    _compare(bounded, model, others, expected)
+
+
+def _random_inputs(model: nn.Module, example: Sequence[Tensor], size: int) -> list[Tensor]:
+    """``size`` random samples, or the example's own where the network refuses random ones."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = [_random_like(x, size, generator) for x in example]
+    try:
+        model(*inputs)
+    except Exception:
+        return [x[torch.arange(size, device=x.device) % len(x)] for x in example]
+    return inputs
+
+
+def _compare(bounded: Any, model: nn.Module, inputs: list[Tensor], expected: Tensor) -> None:
+    try:
+        found = bounded.forward(*inputs)
+    except Exception as error:
+        raise NotImplementedError(
+            f"auto_LiRPA {ENGINE_VERSION} fails on a batch of {len(inputs[0])}, which the network itself supports "
+            f"({type(error).__name__}: {error}). {_first_difference(bounded, model, inputs)}"
+        ) from error
+    if found.shape == expected.shape and _close(found, expected, model, inputs):
+        return
+    apart = f"by up to {(found - expected).abs().max():.2g}" if found.shape == expected.shape else "in shape"
+    raise NotImplementedError(
+        f"the bounded network computes another function than the model: on random inputs their outputs differ {apart}. "
+        f"{_first_difference(bounded, model, inputs)}"
+    )
+
+
+def _random_like(x: Tensor, size: int, generator: torch.Generator) -> Tensor:
+    """Alternately uniform on [0, 1] and normal samples; integers are drawn from those of ``x``."""
+    if not x.is_floating_point():
+        return x[torch.arange(size, device=x.device) % len(x)]
+    values = torch.rand((size, *x.shape[1:]), generator=generator)
+    values[1::2] = torch.randn(values[1::2].shape, generator=generator)
+    return values.to(x)
+
+
+def _close(found: Tensor, expected: Tensor, model: nn.Module, inputs: Sequence[Tensor]) -> bool:
+    defined = expected.isfinite()
+    if not torch.equal(defined, found.isfinite()):
+        return False
+    if not bool(defined.any()):
+        return True
+    difference = (found - expected)[defined].abs().max()
+    scale = 1 + expected[defined].abs().max()
+    if bool(difference <= _ROUNDING.get(expected.dtype, _ROUNDING_OTHERWISE) * scale):
+        return True
+    return bool(difference <= _MARGIN * _rounding_error(model, inputs, expected, defined))
+
+
+def _rounding_error(model: nn.Module, inputs: Sequence[Tensor], expected: Tensor, defined: Tensor) -> Tensor:
+    """How far ``expected`` is from the outputs in double precision; 0 where these cannot be had."""
+    if expected.dtype == torch.float64:
+        return torch.zeros(())
+    try:
+        exact = copy.deepcopy(model).double()(*(x.double() if x.is_floating_point() else x for x in inputs))
+    except (RuntimeError, TypeError, NotImplementedError):
+        return torch.zeros(())
+    return (exact - expected)[defined].abs().max()
+
+
+@dataclass(frozen=True)
+class _Operation:
+    """A call of a torch function: its name, the module that made it, and its result."""
+
+    function: str
+    module: str
+    result: Tensor
+
+    def __str__(self) -> str:
+        return f"{self.function} in module {self.module}"
+
+
+class _Recorder(TorchFunctionMode):
+    """Records the results of torch functions, with the innermost module that is running."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.operations: list[_Operation] = []
+        self._running: list[str] = []
+        self._names = {id(module): name for name, module in model.named_modules()}
+
+    def watch(self, model: nn.Module) -> list[Any]:
+        """Hooks that follow which module runs."""
+        handles = []
+        for module in model.modules():
+            handles.append(module.register_forward_pre_hook(self._enter))
+            handles.append(module.register_forward_hook(self._leave))
+        return handles
+
+    def _enter(self, module: nn.Module, _: Any) -> None:
+        self._running.append(f"{self._names[id(module)]!r} ({type(module).__name__})")
+
+    def _leave(self, *_: Any) -> None:
+        self._running.pop()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = getattr(func, "__name__", str(func))
+        if isinstance(result, Tensor) and result.is_floating_point() and name not in _NOT_COMPUTED:
+            where = self._running[-1] if self._running else "''"
+            self.operations.append(_Operation(name, where, result.detach().clone()))
+        return result
+
+
+def _first_difference(bounded: Any, model: nn.Module, inputs: Sequence[Tensor]) -> str:
+    """A sentence that names the first operation of ``model`` whose result no node of ``bounded`` has."""
+    recorder = _Recorder(model)
+    handles = recorder.watch(model)
+    try:
+        with recorder:
+            model(*inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    values = list(_values(bounded))
+    missing = next((op for op in recorder.operations if not _among(op.result, values)), None)
+    if missing is None:
+        return "Write the network with other operators"
+    return f"They part at {missing}: write that with other operators"
+
+
+def _values(bounded: Any) -> Iterator[Tensor]:
+    for node in bounded._modules.values():
+        value = getattr(node, "forward_value", None)
+        if isinstance(value, Tensor) and value.is_floating_point():
+            yield value
+
+
+def _among(result: Tensor, values: list[Tensor]) -> bool:
+    return any(
+        value.numel() == result.numel()
+        and torch.allclose(value.flatten(), result.flatten().to(value), rtol=1e-4, atol=1e-5, equal_nan=True)
+        for value in values
+    )

@@ -1,0 +1,171 @@
+"""What a BoundedModule accepts: the same function, tested operators, and a refusal by name of everything else."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import lirpa_fastwarmup as fw
+from lirpa_fastwarmup.engine.compat import engine
+from lirpa_fastwarmup.engine.operators import OPERATORS
+from tests.networks import Function
+
+METHODS = ("IBP", "CROWN-IBP", "CROWN")
+
+
+def around(operator: nn.Module, x: torch.Tensor) -> nn.Sequential:
+    """``operator`` between a convolution and a linear layer."""
+    features = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), operator)
+    return nn.Sequential(features, nn.Flatten(), nn.Linear(features(x).flatten(1).shape[1], 3)).eval()
+
+
+@pytest.fixture
+def image():
+    return torch.rand(3, 2, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("operator", "place"),
+    [
+        (nn.AvgPool2d(2, divisor_override=3), "avg_pool2d in module '0.2'"),
+        (Function(lambda x: F.avg_pool2d(x, 2, divisor_override=5) + x[:, :, ::2, ::2]), "avg_pool2d in module '0.2'"),
+    ],
+)
+def test_another_function_than_the_models_is_refused_where_the_two_part(operator, place, image):
+    with pytest.raises(NotImplementedError, match="computes another function than the model") as refused:
+        fw.BoundedModule(around(operator, image), image)
+    assert place in str(refused.value)
+
+
+def test_a_function_that_differs_at_another_batch_size_is_refused(image):
+    class OfItsBatch(nn.Module):
+        def forward(self, x):
+            return x * float(x.shape[0])
+
+    with pytest.raises(NotImplementedError, match="computes another function than the model"):
+        fw.BoundedModule(around(OfItsBatch(), image), image)
+
+
+def test_networks_for_one_batch_size_are_accepted(image):
+    class Fixed(nn.Module):
+        def forward(self, x):
+            assert len(x) == 3
+            return x
+
+    assert fw.BoundedModule(around(Fixed(), image), image)(image).shape == (3, 3)
+
+
+def test_networks_that_refuse_random_inputs_are_compared_on_the_example(image):
+    class Pixels(nn.Module):
+        def forward(self, x):
+            if x.min() < 0:
+                raise ValueError("these are no pixels")
+            return x
+
+    model = nn.Sequential(Pixels(), around(nn.Identity(), image))
+    with pytest.warns(fw.TracedPathWarning):
+        assert torch.allclose(fw.BoundedModule(model, image)(image), model(image))
+
+
+def test_the_check_leaves_model_and_random_state_alone(image):
+    model = nn.Sequential(around(nn.BatchNorm2d(4), image)).train()
+    before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    bounded = fw.BoundedModule(model, image)
+    assert bounded.training
+    assert all(module.training for module in model.modules())
+    assert torch.equal(torch.get_rng_state(), state)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_large_outputs_differ_by_their_own_rounding_alone(image):
+    model = around(nn.Identity(), image)
+    with torch.no_grad():
+        model[2].weight.mul_(1e6)
+        model[2].weight[:, ::2] = -model[2].weight[:, 1::2]
+    fw.BoundedModule(model, image)
+
+
+@pytest.mark.parametrize(
+    ("operator", "named"),
+    [
+        (nn.LeakyReLU(1.5), "LeakyRelu after module '0.0' (its slope is 1.5"),
+        (nn.LeakyReLU(-0.3), "LeakyRelu after module '0.0' (its slope is -0.3"),
+        (Function(lambda x: torch.sqrt(x.abs() + 0.1)), "Sqrt after module '0.0'"),
+        (Function(lambda x: x / (x.abs().sum((1, 2, 3), keepdim=True) + 1)), "Abs after module '0.0'"),
+        (Function(lambda x: x.sin()), "Sin after module '0.0'"),
+        (Function(lambda x: x.transpose(0, 1).flip(2).transpose(0, 1)), "does not begin with the batch, of 3"),
+    ],
+)
+def test_untested_operators_are_refused_by_name(operator, named, image):
+    with pytest.raises(NotImplementedError, match="have not been tested for") as refused:
+        fw.BoundedModule(around(operator, image), image)
+    assert named in str(refused.value)
+    assert "allow_untested=True" in str(refused.value)
+
+
+def test_allowed_untested_operators_are_named_by_the_bounded_module_and_its_copies(image):
+    bounded = fw.BoundedModule(around(Function(torch.sin), image), image, allow_untested=True)
+    for one in (bounded, copy.deepcopy(bounded), bounded.rebuilt(torch.float64)):
+        assert [text.split(" after")[0] for text in one.untested] == ["Sin"]
+    assert fw.BoundedModule(around(nn.Tanh(), image), image).untested == ()
+
+
+def test_users_own_operators_are_untested(image):
+    class MyTanh(engine.bound_general.BoundTanh):
+        pass
+
+    model, operators = around(nn.Tanh(), image), {"onnx::Tanh": MyTanh}
+    with pytest.raises(NotImplementedError, match=r"have not been tested for MyTanh after module '0\.0'"):
+        fw.BoundedModule(model, image, custom_ops=operators)
+    bounded = fw.BoundedModule(model, image, custom_ops=operators, allow_untested=True)
+    assert len(bounded.untested) == 1
+
+
+def test_operators_with_ibp_bounds_alone_are_refused_by_crown(image):
+    bounded = fw.BoundedModule(around(nn.Softplus(), image), image)
+    box = fw.input_box(image, 0.01)
+    bounded.compute_bounds(x=(box,), method="IBP")
+    for method in ("CROWN", "CROWN-IBP"):
+        with pytest.raises(NotImplementedError, match=r"has IBP bounds alone for Softplus after module '0\.0'"):
+            bounded.compute_bounds(x=(box,), method=method)
+
+
+def test_perturbed_weights_are_refused(image):
+    model = around(nn.Identity(), image)
+    perturbation = engine.PerturbationLpNorm(norm=float("inf"), eps=0.1)
+    model[2].weight = engine.BoundedParameter(model[2].weight.data, perturbation)
+    with pytest.raises(NotImplementedError, match=r"perturbed weights \(2\.weight\)"):
+        fw.BoundedModule(model, image)
+
+
+@pytest.mark.parametrize(
+    ("spatial", "mode"),
+    [
+        (nn.Sequential(nn.Conv2d(4, 4, 3, 1, 2, dilation=2), nn.ReLU()), "matrix"),
+        (nn.Sequential(nn.ConvTranspose2d(4, 2, 2, 2), nn.Conv2d(2, 2, 3, padding=1), nn.ReLU()), "matrix"),
+        (nn.Sequential(nn.MaxPool2d(3, 2, 1), nn.Conv2d(4, 2, 3), nn.ReLU()), "matrix"),
+        (nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU(), nn.AvgPool2d(2)), "patches"),  # No convolution below.
+        (nn.Sequential(nn.Conv2d(4, 4, 3, 2, 1), nn.BatchNorm2d(4), nn.ReLU()), "patches"),
+    ],
+)
+def test_coefficients_are_matrices_where_patches_are_wrong(spatial, mode, image):
+    bounded = fw.BoundedModule(around(spatial, image), image)
+    assert bounded.conv_mode == mode
+    assert bounded.given_options == {}
+
+
+def test_the_list_names_operators_of_the_installed_engine_only():
+    classes = [cls for operator in OPERATORS.values() for cls in operator.classes]
+    assert all(isinstance(cls, type) for cls in classes)
+
+
+def test_pickled_modules_keep_what_was_allowed(image):
+    model = around(nn.ReLU6(), image)
+    bounded = pickle.loads(pickle.dumps(fw.BoundedModule(model, image)))
+    assert bounded.untested == ()
