@@ -1,0 +1,336 @@
+"""Interval bounds on a network's output, computed without auto_LiRPA, to check the engine's IBP bounds against.
+
+The network is traced to ATen operators, and each operator maps intervals to intervals: interval arithmetic (Moore,
+1966), called interval bound propagation (IBP) for neural networks (Gowal et al., 2018). Only the operators of a closed
+list have a rule. A rule calls the traced operator, with all of its attributes, on suitable ends of the intervals.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import itertools
+import math
+import operator
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.functional_tensor import dispatch_functionalize
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.node import map_aggregate
+
+_SILU_MINIMUM = -1.2784645427610738  # Where x·sigmoid(x) is smallest.
+
+
+class UnknownOperatorError(NotImplementedError):
+    """The network contains an operator, named in the message, that no interval rule covers."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Interval:
+    lower: Tensor
+    upper: Tensor
+
+
+# Maps an operator and its arguments, some of them intervals, to its result: an interval, or a list for several outputs.
+# NotImplemented where the rule does not cover the arguments.
+_Rule = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def interval_bounds(model: nn.Module, *boxes: tuple[Tensor, Tensor] | Tensor) -> tuple[Tensor, Tensor]:
+    """Bound the output of ``model`` over a box by interval arithmetic in float64.
+
+    Each operator is bounded by itself, so the dependencies between its operands are lost, except in the product x·x of
+    a tensor with itself. At radius 0 both bounds are the network's output. Rounding is to nearest, not outward, so
+    compare with a tolerance.
+
+    The bounds are those of a float64 copy of ``model`` in evaluation mode, on the device of the first box. ``model``
+    and the state of torch's random number generators do not change.
+
+    Args:
+        model: network with one output tensor.
+        boxes: one per input of ``model``: (lower, upper), two tensors of the input's shape (batch, ...), or a tensor
+            if the input is constant.
+
+    Returns:
+        Lower and upper bounds on the output, float64, each of the output's shape.
+
+    Raises:
+        UnknownOperatorError: no rule covers an operator, or the network is random or counts its calls in a buffer.
+        ValueError: the ends of a box differ in shape, a lower end exceeds the upper end, or an operator is undefined or
+            unbounded on its interval, such as 1/x around 0.
+        TypeError: the output is not one tensor.
+        RuntimeError: the network cannot be traced, for example because its control flow depends on the data.
+        ArithmeticError: a bound is NaN, or a lower bound exceeds the upper bound.
+    """
+    device = (boxes[0] if isinstance(boxes[0], Tensor) else boxes[0][0]).device
+    inputs = [_as_value(box, device) for box in boxes]
+    examples = [value.lower if isinstance(value, _Interval) else value for value in inputs]
+    with torch.autocast(device.type, enabled=False), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        model = copy.deepcopy(model).eval().to(device, torch.float64)
+        graph = _trace(model, examples)
+        output = _Propagation(graph, model).run(*inputs)
+    lower, upper = (output.lower, output.upper) if isinstance(output, _Interval) else (output, output)
+    if not bool((lower <= upper).all()):
+        raise ArithmeticError("a bound is NaN, or a lower bound exceeds the upper bound")
+    return lower.double(), upper.double()
+
+
+def _as_value(box: tuple[Tensor, Tensor] | Tensor, device: torch.device) -> _Interval | Tensor:
+    if isinstance(box, Tensor):
+        return box.to(device, torch.float64 if box.is_floating_point() else box.dtype, copy=True)
+    lower, upper = (end.to(device, torch.float64, copy=True) for end in box)
+    if lower.shape != upper.shape:
+        raise ValueError(f"the ends of a box differ in shape: {tuple(lower.shape)} and {tuple(upper.shape)}")
+    if not bool((lower <= upper).all()):
+        raise ValueError("the lower end of a box exceeds the upper end, or is NaN")
+    return _Interval(lower, upper)
+
+
+def _trace(model: nn.Module, examples: list[Tensor]) -> torch.fx.GraphModule:
+    def forward(*inputs: Tensor) -> Tensor:
+        output = model(*(x.clone() for x in inputs))  # The model may change an input in place.
+        if not isinstance(output, Tensor):
+            raise TypeError(f"the network returns an object of type {type(output).__name__}; return one tensor")
+        return output
+
+    # torch.func.functionalize, which is public, does not remove the in-place copies of circular padding.
+    graph = make_fx(dispatch_functionalize(forward))(*examples)
+    graph.graph.eliminate_dead_code()  # An operator whose result is unused needs no rule.
+    return graph
+
+
+class _Propagation(torch.fx.Interpreter):
+    """Evaluates a traced network on intervals and tensors."""
+
+    def __init__(self, graph: torch.fx.GraphModule, model: nn.Module) -> None:
+        super().__init__(graph)
+        self.extra_traceback = False
+        self._names = {id(parameter): name for name, parameter in model.named_parameters()}
+        self._last = "none"
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        value = super().get_attr(target, args, kwargs)
+        self._last = self._names.get(id(value), self._last)
+        return value
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target is operator.getitem:
+            result = args[0][args[1]]
+        elif not isinstance(target, torch._ops.OpOverload) or target._schema.is_mutable:
+            result = NotImplemented  # What remains to be mutated is a buffer: the output depends on earlier calls.
+        elif torch.Tag.nondeterministic_seeded in target.tags:
+            result = NotImplemented
+        elif _intervals((args, kwargs)):
+            namespace, _, name = str(target).rpartition(".")[0].rpartition(".")
+            rule = _RULES.get(name) if namespace == "aten" else None
+            result = rule(target, args, kwargs) if rule else NotImplemented
+        else:
+            result = super().call_function(target, args, kwargs)
+        if result is NotImplemented:
+            raise UnknownOperatorError(
+                f"no interval rule covers the operator {target} with its arguments (last parameter read before it: "
+                f"{self._last})"
+            )
+        return result
+
+
+def _intervals(arguments: Any) -> list[_Interval]:
+    found: list[_Interval] = []
+    map_aggregate(arguments, lambda value: found.append(value) if isinstance(value, _Interval) else None)
+    return found
+
+
+def _call(function: Any, args: Any, kwargs: Any, values: Iterable[Tensor]) -> Any:
+    """``function``'s result with ``values`` in place of the intervals, in the order of :func:`_intervals`."""
+    ends = iter(values)
+    args, kwargs = map_aggregate((args, kwargs), lambda value: next(ends) if isinstance(value, _Interval) else value)
+    return function(*args, **kwargs)
+
+
+def _pair(lower: Any, upper: Any) -> Any:
+    """Intervals from results at the lower and upper ends; NotImplemented in place of indices."""
+    if isinstance(lower, tuple | list):
+        return [_pair(*ends) for ends in zip(lower, upper, strict=True)]
+    return _Interval(lower, upper) if lower.is_floating_point() else NotImplemented
+
+
+def _hull(results: list[Any]) -> Any:
+    """The smallest intervals that contain all ``results`` of one operator."""
+    if isinstance(results[0], tuple | list):
+        return [_hull(list(outputs)) for outputs in zip(*results, strict=True)]
+    return _pair(functools.reduce(torch.minimum, results), functools.reduce(torch.maximum, results))
+
+
+def _increasing(function: Any, args: Any, kwargs: Any) -> Any:
+    """Operators that do not decrease in any of the intervals, such as those that move elements."""
+    intervals = _intervals((args, kwargs))
+    lower = _call(function, args, kwargs, [interval.lower for interval in intervals])
+    return _pair(lower, _call(function, args, kwargs, [interval.upper for interval in intervals]))
+
+
+def _monotone(function: Any, args: Any, kwargs: Any) -> Any:
+    """Operators that are monotone in each interval; the direction may depend on the other arguments."""
+    corners = itertools.product(*((interval.lower, interval.upper) for interval in _intervals((args, kwargs))))
+    return _hull([_call(function, args, kwargs, corner) for corner in corners])
+
+
+def _turning(function: Any, x: Any, others: Any, kwargs: Any, points: Iterable[float]) -> Any:
+    """Elementwise functions of ``x`` that are monotone, in either direction, between consecutive ``points``."""
+    if not isinstance(x, _Interval) or _intervals((others, kwargs)):
+        return NotImplemented
+    inside = [x.lower.clamp(min=point).minimum(x.upper) for point in points]
+    return _hull([function(value, *others, **kwargs) for value in (x.lower, x.upper, *inside)])
+
+
+def _turning_at(*points: float) -> _Rule:
+    return lambda function, args, kwargs: _turning(function, args[0], args[1:], kwargs, points)
+
+
+def _bilinear(product: Any, one: Any, other: Any) -> Any:
+    """Products with a constant W: the lower bound is product(lower, W⁺) + product(upper, W⁻)."""
+    if isinstance(one, _Interval) and isinstance(other, _Interval):
+        return NotImplemented
+    if isinstance(other, _Interval):
+        return _bilinear(lambda b, a: product(a, b), other, one)
+    if not isinstance(one, _Interval):
+        return product(one, other)
+    positive, negative = other.clamp(min=0), other.clamp(max=0)
+    lower = product(one.lower, positive) + product(one.upper, negative)
+    return _Interval(lower, product(one.upper, positive) + product(one.lower, negative))
+
+
+def _product(function: Any, args: Any, kwargs: Any) -> Any:
+    return _bilinear(function, *args)
+
+
+def _plus_product(product: Any) -> _Rule:
+    """The rule of beta·c + alpha·product(a, b)."""
+
+    def rule(function: Any, args: Any, kwargs: Any) -> Any:
+        result = _bilinear(product, *args[1:])
+        if result is NotImplemented:
+            return result
+        beta, alpha = kwargs.get("beta", 1), kwargs.get("alpha", 1)
+        return _monotone(lambda c, ab: beta * c + alpha * ab, (args[0], result), {})
+
+    return rule
+
+
+def _convolution(function: Any, args: Any, kwargs: Any) -> Any:
+    x, weight, bias, *attributes = args
+    result = _bilinear(lambda x, weight: function(x, weight, None, *attributes), x, weight)
+    if isinstance(bias, _Interval):
+        return NotImplemented
+    if bias is None or result is NotImplemented:
+        return result
+    return _increasing(torch.add, (result, bias.view(-1, *[1] * len(attributes[0]))), {})
+
+
+def _multiply(function: Any, args: Any, kwargs: Any) -> Any:
+    one, other = args
+    if one is other:
+        return _turning(lambda x: function(x, x), one, (), kwargs, [0])
+    return _monotone(function, args, kwargs)
+
+
+def _power(function: Any, args: Any, kwargs: Any) -> Any:
+    base, exponent = args
+    if not isinstance(base, _Interval) or isinstance(exponent, _Interval | Tensor):
+        return NotImplemented
+    if not float(exponent).is_integer():
+        _require(base.lower >= 0, function)
+    if exponent < 0:
+        _require(_excludes_zero(base), function)
+    return _turning(function, base, (exponent,), kwargs, [0])
+
+
+def _within(domain: Callable[[_Interval], Tensor], rule: _Rule, position: int = 0) -> _Rule:
+    """``rule`` where the argument at ``position`` lies in ``domain``."""
+
+    def restricted(function: Any, args: Any, kwargs: Any) -> Any:
+        if isinstance(args[position], _Interval):
+            _require(domain(args[position]), function)
+        return rule(function, args, kwargs)
+
+    return restricted
+
+
+def _excludes_zero(x: _Interval) -> Tensor:
+    return (x.lower > 0) | (x.upper < 0)
+
+
+def _require(condition: Tensor, function: Any) -> None:
+    if not bool(condition.all()):
+        raise ValueError(f"the operator {function} is undefined or unbounded on part of its interval")
+
+
+def _softplus(function: Any, args: Any, kwargs: Any) -> Any:
+    x, beta, threshold = list(args) + [1, 20][len(args) - 1 :]
+    jump = threshold / beta  # Beyond it ATen returns x, which is less than log(1 + exp(beta·x))/beta.
+    around = [math.nextafter(jump, -math.inf), jump, math.nextafter(jump, math.inf)]
+    return _turning(function, x, (beta, threshold), kwargs, around)
+
+
+def _batch_norm(function: Any, args: Any, kwargs: Any) -> Any:
+    if any(value is True for value in args) or _intervals((args[1:], kwargs)):  # True: training mode.
+        return NotImplemented
+    return _monotone(function, args, kwargs)
+
+
+def _view(function: Any, args: Any, kwargs: Any) -> Any:
+    # The ends may be laid out in memory differently from the traced tensor.
+    return NotImplemented if isinstance(args[1], torch.dtype) else _increasing(torch.reshape, args, kwargs)
+
+
+def _only_shape(function: Any, args: Any, kwargs: Any) -> Any:
+    """Operators that read only the shape of an interval, not its values."""
+    return _call(function, args, kwargs, [interval.lower for interval in _intervals((args, kwargs))])
+
+
+_MOVING = """
+    _reshape_alias _to_copy alias cat channel_shuffle clone constant_pad_nd copy detach diagonal diagonal_scatter
+    expand fill flip gather im2col index index_put index_select permute pixel_shuffle pixel_unshuffle
+    reflection_pad1d reflection_pad2d reflection_pad3d repeat replication_pad1d replication_pad2d replication_pad3d
+    roll select select_scatter slice slice_scatter split split_with_sizes squeeze stack t transpose unbind unfold
+    unsqueeze where
+"""
+_NOT_DECREASING = """
+    _adaptive_avg_pool2d _adaptive_avg_pool3d _upsample_nearest_exact1d _upsample_nearest_exact2d
+    _upsample_nearest_exact3d adaptive_max_pool2d adaptive_max_pool3d amax amin clamp clamp_max clamp_min col2im exp
+    hardsigmoid hardtanh max max_pool2d_with_indices max_pool3d_with_indices maximum mean min minimum relu sigmoid sum
+    tanh upsample_bilinear2d upsample_linear1d upsample_nearest1d upsample_nearest2d upsample_nearest3d
+    upsample_trilinear3d
+"""
+_BATCH_NORM = """
+    _native_batch_norm_legit _native_batch_norm_legit_no_training cudnn_batch_norm miopen_batch_norm native_batch_norm
+"""
+_FILLED = "empty_like full_like new_empty new_full new_ones new_zeros ones_like zeros_like"
+_RULES: dict[str, _Rule] = {
+    **dict.fromkeys([*_MOVING.split(), *_NOT_DECREASING.split()], _increasing),
+    **dict.fromkeys(["view", "_unsafe_view"], _view),
+    **dict.fromkeys(["add", "avg_pool2d", "avg_pool3d", "neg", "rsub", "sub"], _monotone),
+    **dict.fromkeys(["_prelu_kernel", "abs", "celu", "elu", "leaky_relu"], _turning_at(0)),
+    **dict.fromkeys(["bmm", "dot", "mm", "mv"], _product),
+    **dict.fromkeys(_BATCH_NORM.split(), _batch_norm),
+    **dict.fromkeys(_FILLED.split(), _only_shape),
+    "addmm": _plus_product(torch.mm),
+    "addmv": _plus_product(torch.mv),
+    "baddbmm": _plus_product(torch.bmm),
+    "convolution": _convolution,
+    "div": _within(_excludes_zero, _monotone, position=1),
+    "hardswish": _turning_at(-3, -1.5),
+    "log": _within(lambda x: x.lower > 0, _increasing),
+    "mul": _multiply,
+    "pow": _power,
+    "reciprocal": _within(_excludes_zero, _monotone),
+    "rsqrt": _within(lambda x: x.lower > 0, _monotone),
+    "silu": _turning_at(_SILU_MINIMUM),
+    "softplus": _softplus,
+    "sqrt": _within(lambda x: x.lower >= 0, _increasing),
+}
