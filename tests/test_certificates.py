@@ -457,14 +457,11 @@ def test_classes_that_no_sample_has_are_told(caplog):
     assert "no sample has the labels 0, 2, of the network's 3 classes" in caplog.text
 
 
-def test_an_engine_that_fails_is_told_with_the_method(monkeypatch):
+def test_a_failure_of_the_engine_names_method_and_place(monkeypatch):
     bounded, x, y = trained_digits()
-
-    def fails(*args, **kwargs):
-        raise AssertionError("only patches")
-
-    monkeypatch.setitem(methods._METHODS, "CROWN", fails)
-    with pytest.raises(NotImplementedError, match=r"failed in CROWN on this network \(AssertionError: only patches\)"):
+    general = engine.bound_general
+    monkeypatch.setattr(general.BoundRelu, "bound_backward", general.Bound.bound_backward)
+    with pytest.raises(NotImplementedError, match=r"failed in CROWN at Relu after module '\d+' \(\w+Error: "):
         fw.verify(bounded, (x, y), 0.5, ("CROWN",))
 
 

@@ -169,3 +169,22 @@ def test_pickled_modules_keep_what_was_allowed(image):
     model = around(nn.ReLU6(), image)
     bounded = pickle.loads(pickle.dumps(fw.BoundedModule(model, image)))
     assert bounded.untested == ()
+
+
+def test_a_failure_of_the_users_own_operator_is_raised_as_it_is(image):
+    class Failing(engine.bound_general.BoundTanh):
+        def interval_propagate(self, *v):
+            raise LookupError("no table for these")
+
+    model = around(nn.Tanh(), image)
+    bounded = fw.BoundedModule(model, image, custom_ops={"onnx::Tanh": Failing}, allow_untested=True)
+    with pytest.raises(LookupError, match="no table for these"):
+        bounded.compute_bounds(x=(fw.input_box(image, 0.1),), method="IBP")
+
+
+def test_a_failure_of_the_engine_names_the_layer(image, monkeypatch):
+    bounded = fw.BoundedModule(around(nn.Conv2d(4, 4, 3), image), image)
+    general = engine.bound_general
+    monkeypatch.setattr(general.BoundConv, "interval_propagate", general.Bound.interval_propagate)
+    with pytest.raises(NotImplementedError, match=r"failed in IBP at Conv in module '0\.0' \(NotImplementedError"):
+        bounded.compute_bounds(x=(fw.input_box(image, 0.1),), method="IBP")

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from lirpa_fastwarmup.engine.bounds import crown_lower, ibp_margins, margin_matrix
-from lirpa_fastwarmup.engine.compat import ENGINE_VERSION, engine
+from lirpa_fastwarmup.engine.compat import engine
 from lirpa_fastwarmup.engine.module import BoundedModule
 from lirpa_fastwarmup.engine.precision import default_dtype
-from lirpa_fastwarmup.memory import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
@@ -68,9 +67,6 @@ _METHODS: dict[str, Callable[[Any, Any, Tensor, int], Tensor]] = {
 }
 METHODS: tuple[str, ...] = tuple(_METHODS)  # Cheapest first.
 
-# How the engine fails on what it has no rule for.
-_REFUSALS = (AssertionError, AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError)
-
 
 class MarginBounds:
     """Lower bounds on the margins of a classifier, by any of :data:`METHODS`, on copies of it in ``dtype``.
@@ -94,6 +90,10 @@ class MarginBounds:
         """The copy of the plain network, in evaluation mode."""
         return self._lean.wrapped
 
+    def bounded(self, method: str) -> BoundedModule:
+        """The bounded copy that ``method`` uses; it holds the intermediate bounds of its last pass."""
+        return self._networks[method]
+
     @torch.no_grad()
     def lower(self, box: Any, labels: Tensor, method: str) -> Tensor:
         """Lower bounds on z_y − z_j for every class j ≠ y over ``box``.
@@ -113,18 +113,12 @@ class MarginBounds:
         """
         try:
             return self._bounds(box, labels, method)
-        except _REFUSALS as error:
-            if is_out_of_memory(error):
+        except NotImplementedError as error:
+            if self._networks[method] is not self._lean or self._lean.conv_mode != "patches":
                 raise
-            refusal = error
-        if self._networks[method] is self._lean and self._lean.bound_opts.get("conv_mode", "patches") == "patches":
-            logger.info("%s fails on this network with patches (%s): trying matrices", method, refusal)
-            self._networks[method] = self._lean.rebuilt(self.dtype, conv_mode="matrix")
-            return self.lower(box, labels, method)
-        raise NotImplementedError(
-            f"auto_LiRPA {ENGINE_VERSION} failed in {method} on this network ({type(refusal).__name__}: {refusal}): "
-            "leave the method out, or write the network with other operators"
-        ) from refusal
+            logger.info("%s fails on this network with patches (%s): trying matrices", method, error)
+        self._networks[method] = self._lean.rebuilt(self.dtype, conv_mode="matrix")
+        return self.lower(box, labels, method)
 
     def _bounds(self, box: Any, labels: Tensor, method: str) -> Tensor:
         with default_dtype(self.dtype):  # Both releases make some of their tensors without a dtype.

@@ -19,6 +19,7 @@ from lirpa_fastwarmup.engine import sharing
 from lirpa_fastwarmup.engine.arithmetic import simplify_arithmetic
 from lirpa_fastwarmup.engine.compat import ENGINE_VERSION, engine
 from lirpa_fastwarmup.engine.equality import check_same_function
+from lirpa_fastwarmup.engine.failures import named_failures
 from lirpa_fastwarmup.engine.nodes import CUSTOM_OPERATORS, adopt_operators
 from lirpa_fastwarmup.engine.operators import Acceptance, review, untested_error
 from lirpa_fastwarmup.engine.precision import default_dtype, exact_arithmetic
@@ -336,16 +337,18 @@ class BoundedModule(engine.BoundedModule):
             **kwargs: as in the engine.
 
         Raises:
-            NotImplementedError: a Dropout module is in training mode.
+            NotImplementedError: a Dropout module is in training mode; the engine has no such bounds for an operator, or
+                fails, and the text names method and place.
         """
         if self._bounding:  # The engine optimises bounds by calling this again and again.
             return super().compute_bounds(x, *args, **kwargs)
-        self._refuse_crown(kwargs.get("method", args[2] if len(args) > 2 else "backward"))
+        method = kwargs.get("method", args[2] if len(args) > 2 else None) or "backward"
+        self._refuse_crown(method)
         self._follow_wrapped()
         self._refuse_dropout()
         self._bounding = True
         try:
-            with sharing.without_bookkeeping(self):
+            with sharing.without_bookkeeping(self), named_failures(self, method):
                 if x is not None:
                     x = (x,) if isinstance(x, Tensor) else tuple(x)
                     if not reuse_statistics and (self._uses_batch_statistics() or self._reads_shapes()):
@@ -354,8 +357,8 @@ class BoundedModule(engine.BoundedModule):
         finally:
             self._bounding = False
 
-    def _refuse_crown(self, method: str | None) -> None:
-        if (method or "backward").lower() not in ("ibp", "interval") and self._reviewed.interval_only:
+    def _refuse_crown(self, method: str) -> None:
+        if method.lower() not in ("ibp", "interval") and self._reviewed.interval_only:
             raise NotImplementedError(
                 f"auto_LiRPA {ENGINE_VERSION} has IBP bounds alone for {'; '.join(self._reviewed.interval_only)}: use "
                 "method='IBP', or write the network with other operators"

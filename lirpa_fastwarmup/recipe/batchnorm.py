@@ -53,7 +53,7 @@ def insert_batchnorm(model: nn.Module, *example_inputs: Tensor) -> list[str]:
         NotImplementedError: the engine has no bounds for an operator of the network.
     """
     observed = _observe(model, example_inputs)
-    graph = read_graph(BoundedModule(model, tuple(example_inputs)))
+    graph = read_graph(BoundedModule(model, tuple(example_inputs), allow_untested=True))
     final = {id(layer) for layer in graph.classification_layers()}
     layers = [layer for layer in graph.affine if id(layer) not in final and not graph.has_batchnorm(layer)]
     names = {layer.name for layer in layers}
@@ -96,7 +96,7 @@ def _observe(model: nn.Module, example_inputs: tuple[Tensor, ...]) -> Observatio
 def _without_effect(model: nn.Module, example_inputs: tuple[Tensor, ...], names: set[str]) -> list[str]:
     """Those of the layers ``names`` that BatchNorm does not come right after, now that it was inserted."""
     try:
-        graph = read_graph(BoundedModule(model, tuple(example_inputs)))
+        graph = read_graph(BoundedModule(model, tuple(example_inputs), allow_untested=True))
     except Exception:  # Whatever the network does with an output that is no plain tensor.
         logger.debug("the network fails with BatchNorm inserted", exc_info=True)
         return sorted(names)

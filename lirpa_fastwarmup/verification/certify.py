@@ -15,10 +15,11 @@ from lirpa_fastwarmup.engine.inputs import Epsilon, InputRange
 from lirpa_fastwarmup.engine.methods import METHODS, MarginBounds
 from lirpa_fastwarmup.engine.module import BoundedModule
 from lirpa_fastwarmup.engine.precision import exact_arithmetic
+from lirpa_fastwarmup.engine.soundness import PROBED, class_margins, contradicted, find_contradictions
 from lirpa_fastwarmup.memory import Parts
 from lirpa_fastwarmup.verification.attacks import attack
+from lirpa_fastwarmup.verification.reference import beyond_intervals
 from lirpa_fastwarmup.verification.result import Certificate, Stage
-from lirpa_fastwarmup.verification.soundness import class_margins, contradicted, misses_the_point, spread_out
 
 ATTACK = "PGD"
 _VERDICT = {True: "verified", False: "not verified"}
@@ -166,7 +167,8 @@ class Certifier:
         x = x.to(dtype)
         clean = _logits(model, x)
         lower, upper = box_ends(x, eps, self.plan.input_range)
-        worst = _logits(model, torch.min(torch.max(points.to(dtype), lower), upper))
+        points = torch.min(torch.max(points.to(dtype), lower), upper)
+        worst = _logits(model, points)
         attained = [class_margins(logits, y) for logits in (clean, worst)]
         predictions = clean.argmax(1)
         verdicts = _Verdicts(
@@ -179,7 +181,7 @@ class Certifier:
             # The cheapest is asked of every sample, so that what must not be proved gets its chance to be.
             left = _all(y) if place == 0 else ((verdicts.method < 0) & ~verdicts.refuted).nonzero().squeeze(1)
             if len(left):
-                self._bound(method, x, y, eps, left, attained, verdicts, result)
+                self._bound(method, x, y, eps, left, points, attained, verdicts, result)
         for index in ((verdicts.method >= 0) & verdicts.refuted).nonzero().flatten().tolist():
             text = f"is proved by {METHODS[int(verdicts.method[index])]} and yet misclassified at a point of its box"
             result.contradictions.append((index, f"{text} ({_name(dtype)})"))
@@ -192,6 +194,7 @@ class Certifier:
         y: Tensor,
         eps: Epsilon,
         samples: Tensor,
+        points: Tensor,
         attained: Sequence[Tensor],
         verdicts: _Verdicts,
         result: BatchResult,
@@ -214,14 +217,24 @@ class Certifier:
             result.contradictions.append((index, text))
         if (method, x.dtype) not in self._probed:
             self._probed.add((method, x.dtype))
-            probed = spread_out(samples, self._parts[method].size)
-            missed = misses_the_point(network, x[probed], y[probed], method, self.plan.input_range)
-            for index in probed[missed].tolist():
-                text = f"has other margins than {method} gives the box of radius 0 around it ({_name(x.dtype)})"
-                result.contradictions.append((index, text))
+            self._probe(method, x[samples], y[samples], _of_samples(eps, samples, x), points[samples], samples, result)
+
+    def _probe(
+        self, method: str, x: Tensor, y: Tensor, eps: Epsilon, points: Tensor, samples: Tensor, result: BatchResult
+    ) -> None:
+        """Check the bounds of ``method`` on the first samples that it sees."""
+        network, input_range = self._bounds[x.dtype], self.plan.input_range
+        most = self._parts[method].size
+        found = find_contradictions(network, x, y, eps, method, input_range, points=points, most=most)
+        if method == "IBP":
+            found += beyond_intervals(network, x[:PROBED], eps, input_range)
+        for place, text in dict(found).items():
+            result.contradictions.append((int(samples[place]), f"{text} ({_name(x.dtype)})"))
 
     def _certificates(self, y: Tensor, first: _Verdicts, second: _Verdicts | None) -> list[Certificate]:
         labels, predictions, places = y.tolist(), first.predictions.tolist(), first.method.tolist()
+        if second is not None:  # A verdict needs both precisions.
+            places = torch.where(second.method >= 0, first.method, second.method).tolist()
         attacked = first.refuted.tolist()
         changes = [None] * len(y) if second is None else _changes(first, second)
         return [
@@ -248,6 +261,11 @@ def dtypes_of(plan: Plan) -> list[torch.dtype]:
 def _logits(model: torch.nn.Module, x: Tensor) -> Tensor:
     logits: Tensor = model(x)
     return logits
+
+
+def _of_samples(eps: Epsilon, samples: Tensor, x: Tensor) -> Epsilon:
+    """The radii of some samples, where there is one for each."""
+    return eps[samples] if isinstance(eps, Tensor) and eps.ndim == x.ndim and len(eps) == len(x) else eps
 
 
 def _all(y: Tensor) -> Tensor:

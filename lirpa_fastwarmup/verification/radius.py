@@ -14,11 +14,11 @@ from lirpa_fastwarmup.engine.inputs import InputRange, check_batch
 from lirpa_fastwarmup.engine.methods import MarginBounds
 from lirpa_fastwarmup.engine.module import BoundedModule
 from lirpa_fastwarmup.engine.precision import exact_arithmetic
+from lirpa_fastwarmup.engine.soundness import UnsoundBoundError, find_contradictions
 from lirpa_fastwarmup.memory import Parts
 from lirpa_fastwarmup.verification.attacks import attack
 from lirpa_fastwarmup.verification.certify import ATTACK, ordered
 from lirpa_fastwarmup.verification.journal import Journal, digest
-from lirpa_fastwarmup.verification.soundness import PROBED, UnsoundBoundError, misses_the_point, spread_out
 from lirpa_fastwarmup.verification.verifier import Samples, batches_of, check_network, conditions_of
 
 
@@ -118,10 +118,10 @@ def certified_radii(
         if stored is None:
             device = bounded.example[0].device
             x, y = x.to(device).float(), y.to(device)
-            if not probed:
-                contradictions += _missed_points(search, x, y, len(radii))
-                probed = True
             new = _radii(search, parts, x, y)
+            if not probed:
+                contradictions += _contradictions(search, x, y, new, len(radii))
+                probed = True
             if journal:
                 journal.put(key, [asdict(one) for one in new])
         else:
@@ -142,17 +142,14 @@ def certified_radii(
     return radii
 
 
-def _missed_points(search: _Search, x: Tensor, y: Tensor, first: int) -> list[str]:
-    """What is wrong with the methods at radius 0, on some of the samples, which count from ``first``."""
+def _contradictions(search: _Search, x: Tensor, y: Tensor, radii: Sequence[Radius], first: int) -> list[str]:
+    """What is wrong with the methods in the boxes that were certified; samples count from ``first``."""
     texts = []
+    eps = torch.tensor([one.radius for one in radii], device=x.device).view(-1, *[1] * (x.ndim - 1))
     with exact_arithmetic(x.device):
-        some = spread_out(torch.arange(len(y), device=y.device), PROBED)
         for method in search.methods:
-            missed = some[misses_the_point(search.network, x[some], y[some], method, search.input_range)]
-            texts += [
-                f"sample {first + index} has other margins than {method} gives the box of radius 0 around it"
-                for index in missed.tolist()
-            ]
+            found = find_contradictions(search.network, x, y, eps, method, search.input_range)
+            texts += [f"sample {first + place} {text}" for place, text in dict(found).items()]
     return texts
 
 

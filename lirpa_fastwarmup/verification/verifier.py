@@ -13,10 +13,10 @@ import lirpa_fastwarmup
 from lirpa_fastwarmup.engine.compat import ENGINE_VERSION
 from lirpa_fastwarmup.engine.inputs import Epsilon, InputRange, check_batch, check_radius
 from lirpa_fastwarmup.engine.module import BoundedModule
+from lirpa_fastwarmup.engine.soundness import UnsoundBoundError
 from lirpa_fastwarmup.verification.certify import BatchResult, Certifier, Plan, ordered
 from lirpa_fastwarmup.verification.journal import Journal, digest
 from lirpa_fastwarmup.verification.result import Certificate, Stage, Verification
-from lirpa_fastwarmup.verification.soundness import UnsoundBoundError
 
 logger = logging.getLogger(__name__)
 
