@@ -4,18 +4,28 @@ VENV ?= .venv
 OUT ?= runs/mnist5k
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
+# One process per core, each with one thread: the networks of the tests are too small to occupy more. Threads also have
+# to be as many in the processes that tests start, since some compare runs bit for bit. `worksteal` keeps neighbouring
+# tests in one process, which shares their fixtures, until another process runs out of tests.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
-.PHONY: demo test test-all lint docs results-cifar10 results-mnist clean
+.PHONY: demo test test-all test-engine lint docs results-cifar10 results-mnist clean
 
 demo: $(INSTALLED)
 	$(BIN)/lirpa-fastwarmup train mnist5k --out $(OUT) --overwrite $(ARGS)
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 # With the tests that take minutes each.
 test-all: $(INSTALLED)
-	$(BIN)/python -m pytest -m "slow or not slow" $(ARGS)
+	$(PYTEST) -m "slow or not slow" $(ARGS)
+
+# The tests with another engine: ENGINE names a checkout of auto_LiRPA.
+test-engine: $(INSTALLED)
+	@test -n "$(ENGINE)" || { echo "Pass the engine's checkout: make test-engine ENGINE=DIR" >&2; exit 2; }
+	@test -f "$(ENGINE)/auto_LiRPA/__init__.py" || { echo "$(ENGINE) is no checkout of auto_LiRPA: it has no auto_LiRPA/__init__.py" >&2; exit 2; }
+	PYTHONPATH="$$(cd "$(ENGINE)" && pwd)" $(PYTEST) $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

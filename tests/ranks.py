@@ -1,27 +1,46 @@
-"""What several processes compute in the tests of them; each function runs in a process of its own."""
+"""What several processes compute in the tests of them; each rank runs its functions in one process of its own."""
 
 from __future__ import annotations
 
+import functools
+import multiprocessing
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 import lirpa_fastwarmup as fw
 from lirpa_fastwarmup.recipe.compiled import CompiledSteps
 from tests.networks import SmallResNet, convolutional
 
+# After it, a process gives up waiting for one that has failed.
+LIMIT = timedelta(minutes=2)
 NETWORKS = {"convolutional": convolutional, "residual": lambda: SmallResNet(batchnorm=True)}
+
+
+@functools.cache
+def _process(rank: int) -> ProcessPoolExecutor:
+    """The process of a rank, which stays for the next function: importing torch takes seconds."""
+    return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+
+
+def end_processes(size: int) -> None:
+    """End the processes that :func:`results_of` started."""
+    for rank in range(size):
+        _process(rank).shutdown()
+    _process.cache_clear()
 
 
 def _joined(rank: int, size: int, folder: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size)
+    torch.manual_seed(0)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size, timeout=LIMIT)
     try:
         torch.save(function(rank, size, *arguments), f"{folder}/{rank}.pt")
     finally:
@@ -31,7 +50,9 @@ def _joined(rank: int, size: int, folder: str, function: Callable[..., Any], arg
 def results_of(size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
     """What ``function(rank, size, *arguments)`` gives in each of ``size`` processes."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_joined, (size, folder, function, arguments), nprocs=size)
+        jobs = [_process(rank).submit(_joined, rank, size, folder, function, arguments) for rank in range(size)]
+        for job in jobs:
+            job.result()
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(size)]
 
 

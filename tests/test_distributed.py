@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lirpa_fastwarmup import data
+from lirpa_fastwarmup import cli, data
 from lirpa_fastwarmup.distributed import differentiable_total, joined, local_device, total
 from lirpa_fastwarmup.inspection.records import read_history
 from tests import ranks
@@ -22,6 +22,15 @@ SMALL = (
     *("--width", "2", "--hidden", "8", "--epochs", "3", "--ramp-length", "2", "--data-limit", "301", "--lr", "5e-3"),
     *("--eps", "0.01", "--pgd-steps", "1", "--pgd-restarts", "1", "--seed", "3"),
 )
+
+
+pytestmark = pytest.mark.usefixtures("digits_for_processes")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _processes_end():
+    yield
+    ranks.end_processes(2)
 
 
 def assert_close(found, expected, largest):
@@ -152,7 +161,7 @@ def test_alone_sums_are_what_there_is():
     assert differentiable_total(values) is values
 
 
-def torchrun(*arguments, processes=2, options=()):
+def torchrun(*arguments):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [
@@ -162,8 +171,7 @@ def torchrun(*arguments, processes=2, options=()):
                 "torch.distributed.run",
                 "--standalone",
                 "--nproc-per-node",
-                str(processes),
-                *options,
+                "2",
             ),
             *("-m", "lirpa_fastwarmup", *map(str, arguments)),
         ],
@@ -175,14 +183,23 @@ def torchrun(*arguments, processes=2, options=()):
     )
 
 
+def alone(*arguments):
+    """The same command in this process, as processes of torchrun run it: with one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert cli.main([str(argument) for argument in arguments]) == 0
+    finally:
+        torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory):
+def pair(tmp_path_factory, digits_for_processes):
     """A run of two processes with statistics over both, and the same by one."""
     folder = tmp_path_factory.mktemp("pair")
     done = torchrun("train", "mnist5k", "--out", folder / "two", *SMALL, "--sync-batchnorm", "--device", "cpu")
     assert done.returncode == 0, done.stderr
-    alone = torchrun("train", "mnist5k", "--out", folder / "one", *SMALL, "--device", "cpu", processes=1)
-    assert alone.returncode == 0, alone.stderr
+    alone("train", "mnist5k", "--out", folder / "one", *SMALL, "--device", "cpu")
     return folder, done.stdout
 
 
@@ -226,21 +243,22 @@ def test_certificates_of_two_processes_are_those_of_one(pair, tmp_path):
         "--device",
         "cpu",
     )
-    for processes in (1, 2):
-        out = tmp_path / str(processes)
-        done = torchrun("verify", folder / "one", *options, "--out", out, processes=processes)
-        assert done.returncode == 0, done.stderr
-        assert sorted(path.name for path in out.iterdir()) == ["certificates.csv", "verification.json"]
+    verify = ("verify", folder / "one", *options, "--out")
+    alone(*verify, tmp_path / "1")
+    done = torchrun(*verify, tmp_path / "2")
+    assert done.returncode == 0, done.stderr
+    for out in ("1", "2"):
+        assert sorted(path.name for path in (tmp_path / out).iterdir()) == ["certificates.csv", "verification.json"]
     rows = [(tmp_path / name / "certificates.csv").read_text().splitlines() for name in ("1", "2")]
     assert rows[0] == rows[1]
     assert len(rows[0]) == 181
-    for out in ("a", "b"):
-        done = torchrun(
-            *("verify", folder / "one", "--radius", "--limit", 30, "--batch-size", 8, "--methods", "IBP"),
-            *("--pgd-steps", 2, "--out", tmp_path / out, "--device", "cpu"),
-            processes=1 + (out == "b"),
-        )
-        assert done.returncode == 0, done.stderr
+    radius = (
+        *("verify", folder / "one", "--radius", "--limit", 30, "--batch-size", 8, "--methods", "IBP"),
+        *("--pgd-steps", 2, "--device", "cpu", "--out"),
+    )
+    alone(*radius, tmp_path / "a")
+    done = torchrun(*radius, tmp_path / "b")
+    assert done.returncode == 0, done.stderr
     assert (tmp_path / "a" / "radii.csv").read_text() == (tmp_path / "b" / "radii.csv").read_text()
 
 
@@ -307,8 +325,7 @@ def test_a_checkpoint_of_two_processes_resumes_on_one(pair, tmp_path):
                 process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=120) != 0
     assert not (tmp_path / "run" / "summary.json").exists()
-    done = torchrun("train", "--resume", "--out", tmp_path / "run", "--device", "cpu", processes=1)
-    assert done.returncode == 0, done.stderr
+    alone("train", "--resume", "--out", tmp_path / "run", "--device", "cpu")
     assert_histories_agree(read_history(tmp_path / "run" / "history.csv"), read_history(folder / "two" / "history.csv"))
 
 

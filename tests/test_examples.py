@@ -12,8 +12,19 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+pytestmark = pytest.mark.usefixtures("digits_for_processes")
 EXAMPLES = Path(__file__).parent.parent / "examples"
 NOTEBOOKS = sorted(EXAMPLES.glob("*.ipynb"))
+# Run before the first cell: on all digits the notebooks take minutes, and some are enough to run every cell.
+FEWER_DIGITS = """
+from lirpa_fastwarmup import data as _data
+_read = _data.LOADERS["mnist5k"]
+def _fewer_digits(folder):
+    import dataclasses
+    digits = _read(folder)
+    return dataclasses.replace(digits, train=_data.spread(digits.train, 256), test=_data.spread(digits.test, 100))
+_data.LOADERS["mnist5k"] = _fewer_digits
+"""
 
 
 def code_cells(notebook):
@@ -57,7 +68,12 @@ def test_notebook_runs(notebook_path, tmp_path):
     before = [bool(cell.outputs) for cell in code_cells(notebook)]
     for cell in code_cells(notebook):
         cell.outputs, cell.execution_count = [], None
-    NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    NotebookClient(
+        notebook,
+        timeout=600,
+        resources={"metadata": {"path": str(tmp_path)}},
+        extra_arguments=[f"--IPKernelApp.exec_lines={FEWER_DIGITS}"],
+    ).execute()
     assert_clean(notebook)
     assert [bool(cell.outputs) for cell in code_cells(notebook)] == before
 
