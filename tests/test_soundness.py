@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 import lirpa_fastwarmup as fw
 from lirpa_fastwarmup.engine.bounds import ibp_margin_bounds, ibp_margins, margin_matrix
@@ -31,7 +32,7 @@ def outputs_in_box(model: nn.Module, x: Tensor, eps: float, clean_statistics: bo
 def freeze_statistics(model: nn.Module, x: Tensor) -> None:
     """Let BatchNorm in evaluation mode use the statistics of the clean batch ``x``."""
 
-    def take(module: nn.BatchNorm2d, inputs: tuple[Tensor]) -> None:
+    def take(module: _BatchNorm, inputs: tuple[Tensor]) -> None:
         dims = [0, *range(2, inputs[0].ndim)]
         module.running_mean = inputs[0].mean(dims)
         module.running_var = inputs[0].var(dims, unbiased=False)
@@ -39,7 +40,7 @@ def freeze_statistics(model: nn.Module, x: Tensor) -> None:
     handles = [
         module.register_forward_pre_hook(take)
         for module in model.modules()
-        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d)
+        if isinstance(module, _BatchNorm)
     ]
     model(x)
     for handle in handles:

@@ -85,7 +85,8 @@ def _of_run(options: argparse.Namespace) -> tuple[BoundedModule, Tensor, float]:
     subject = subject_of_run(folder, dataset=options.dataset, data_dir=options.data_dir)
     device = device_named(options.device)
     samples = _inputs(subject.samples, options.samples).to(device)
-    bounded = fw.BoundedModule(subject.network.to(device), samples[:2]).train(options.training is True)
+    bounded = fw.BoundedModule(subject.network.to(device), samples[:2], allow_untested=subject.allow_untested)
+    bounded.train(options.training is True)
     eps = subject.eps if options.eps is None else options.eps
     if eps is None:
         raise ValueError("name the radius with --eps")

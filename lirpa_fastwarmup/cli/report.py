@@ -130,7 +130,8 @@ def _look_at_network(record: RunRecord, subject: Subject) -> None:
     """Inspect the network, and take the images of the samples that are hardest and easiest to certify."""
     eps = subject.eps
     assert eps is not None  # A run has one.
-    bounded = fw.BoundedModule(subject.network, torch.zeros(2, *subject.samples.images.shape[1:]))
+    example = torch.zeros(2, *subject.samples.images.shape[1:])
+    bounded = fw.BoundedModule(subject.network, example, allow_untested=subject.allow_untested)
     record.inspection = fw.inspect(bounded, data.spread(subject.samples, _INSPECTED).inputs, eps)
     if not record.samples:
         record.eps, record.samples = eps, _bounded_samples(subject, bounded, eps)

@@ -36,6 +36,7 @@ _OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         "bn_mean": {"action": _SWITCH, "help": "ablation: BatchNorm's mean"},
         "bn_var": {"action": _SWITCH, "help": "ablation: BatchNorm's variance"},
         "bn_affine": {"action": _SWITCH, "help": "ablation: BatchNorm's affine part"},
+        "allow_untested": {"action": _SWITCH, "help": "accept operators whose bounds have not been tested"},
         "sync_batchnorm": {"action": _SWITCH, "help": "BatchNorm's statistics over all processes, under torchrun"},
         "precise_bn": {"action": _SWITCH, "help": "recompute BatchNorm's statistics after training"},
     },

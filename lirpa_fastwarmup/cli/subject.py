@@ -32,6 +32,7 @@ class Subject:
         samples: of its test set.
         classes: of the dataset.
         eps: the radius that it was trained for, where that is known.
+        allow_untested: whether operators of it whose bounds have not been tested are accepted.
     """
 
     network: nn.Module
@@ -40,6 +41,7 @@ class Subject:
     samples: data.Split
     classes: int
     eps: float | None
+    allow_untested: bool = False
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -52,6 +54,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     group.add_argument("--weights", type=Path, metavar="FILE", help="its state dict, as torch.save wrote it")
     group.add_argument("--mean", type=float, nargs="+", help="it expects inputs less this mean, one per channel …")
     group.add_argument("--std", type=float, nargs="+", help="… divided by this deviation; eps stays in pixel units")
+    group.add_argument(
+        "--allow-untested", action="store_true", help="accept operators whose bounds have not been tested, and say so"
+    )
     samples = command.add_argument_group("samples")
     samples.add_argument("--dataset", choices=sorted(data.LOADERS), help="by default that of the run; its test set")
     samples.add_argument("--data-dir", type=Path, metavar="DIR", help="folder of the dataset's files")
@@ -110,7 +115,9 @@ def subject_of_run(
     given = data_dir or (None if dataset else settings.data_dir)
     loaded, samples = _samples(dataset or settings.dataset, given, limit)
     _check_output(network, str(path), loaded)
-    return Subject(network, str(path), loaded.name, samples, loaded.classes, settings.eps)
+    return Subject(
+        network, str(path), loaded.name, samples, loaded.classes, settings.eps, allow_untested=settings.allow_untested
+    )
 
 
 def _from_elsewhere(options: argparse.Namespace) -> Subject:
@@ -132,7 +139,9 @@ def _from_elsewhere(options: argparse.Namespace) -> Subject:
     if options.mean is not None:
         network = nn.Sequential(models.Normalize(options.mean, options.std), network)
     _check_output(network, name, dataset)
-    return Subject(network.eval(), name, dataset.name, samples, dataset.classes, None)
+    return Subject(
+        network.eval(), name, dataset.name, samples, dataset.classes, None, allow_untested=options.allow_untested
+    )
 
 
 def _samples(name: str, data_dir: Path | None, limit: int | None) -> tuple[data.Dataset, data.Split]:

@@ -84,7 +84,7 @@ def _carry_out(
     options: argparse.Namespace, subject: Subject, radii: Sequence[float], out: Path, device: torch.device, ranks: Ranks
 ) -> int:
     example = torch.zeros(2, *subject.samples.images.shape[1:], device=device)
-    bounded = fw.BoundedModule(subject.network.to(device), example)
+    bounded = fw.BoundedModule(subject.network.to(device), example, allow_untested=subject.allow_untested)
     journal = Journal(out / (report.JOURNAL if ranks.leads else f"{report.JOURNAL}.{ranks.rank}"))
     started = time.perf_counter()
     task = _Task(options, subject, bounded, journal, ranks)

@@ -51,6 +51,21 @@ def input_box(x: Tensor, eps: Epsilon, input_range: InputRange | None = (0.0, 1.
     return engine.BoundedTensor(x, perturbation)
 
 
+def class_count(bounded: Any) -> int:
+    """The number of classes that a BoundedModule tells apart.
+
+    Raises:
+        ValueError: its output is not (batch, classes) with two classes or more, so that there are no margins.
+    """
+    shape = tuple(bounded.final_shape)
+    if len(shape) != 2 or shape[1] < 2:
+        raise ValueError(
+            f"expected a classifier whose output is (batch, classes ≥ 2); this network's is {shape}, without margins "
+            "between classes. Give it one output per class (for a single score s, the two outputs 0 and s)"
+        )
+    return int(shape[1])
+
+
 def other_classes(labels: Tensor, classes: int) -> Tensor:
     """Every class j ≠ y, in order, shape (batch, classes − 1)."""
     others = torch.arange(classes - 1, device=labels.device)

@@ -189,10 +189,3 @@ def node_classes(*operators: str) -> Any:
     """
     found = (getattr(engine.bound_general, f"Bound{name}", None) for name in operators)
     return tuple(cls for cls in found if cls is not None)
-
-
-def all_node_classes() -> list[Any]:
-    """Every operator class of the engine."""
-    base = engine.bound_general.Bound
-    values = vars(engine.bound_general).values()
-    return [value for value in values if isinstance(value, type) and issubclass(value, base) and value is not base]

@@ -42,15 +42,18 @@ def named_failures(bounded: Any, method: str) -> Iterator[None]:
 def _of_the_engine(frames: list[FrameType]) -> bool:
     """Whether the innermost code, libraries aside, is the engine's or this package's, and not the user's."""
     for frame in reversed(frames):
-        package = frame.f_globals.get("__name__", "").partition(".")[0]
-        if package not in ("torch", *sys.stdlib_module_names) or package == "__main__":
-            return package in _OURS
+        if _package(frame) not in ("torch", *sys.stdlib_module_names) or _package(frame) == "__main__":
+            return _package(frame) in _OURS
     return True
+
+
+def _package(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__", "")).partition(".")[0]
 
 
 def _place(bounded: Any, frames: list[FrameType]) -> str:
     nodes = {id(node) for node in bounded._modules.values()}
-    for frame in reversed(frames):
+    for frame in reversed([frame for frame in frames if _package(frame) in _OURS]):
         for name in ("self", "l", "node"):
             found = frame.f_locals.get(name)
             if isinstance(found, Bound) and id(found) in nodes:

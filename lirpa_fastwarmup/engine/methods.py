@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lirpa_fastwarmup.engine.bounds import crown_lower, ibp_margins, margin_matrix
+from lirpa_fastwarmup.engine.bounds import class_count, crown_lower, ibp_margins, margin_matrix
 from lirpa_fastwarmup.engine.compat import engine
 from lirpa_fastwarmup.engine.module import BoundedModule
 from lirpa_fastwarmup.engine.precision import default_dtype
@@ -56,7 +56,9 @@ def _alpha_crown(bounded: Any, box: Any, labels: Tensor, classes: int) -> Tensor
     matrix = margin_matrix(labels, classes, box.dtype)
     with torch.enable_grad(), redirect_stdout(io.StringIO()):  # 0.7 prints.
         options: dict[str, Any] = {"method": "alpha-CROWN", "bound_upper": False, _INTERMEDIATE: both}
-        return bounded.compute_bounds(x=(box,), C=matrix, **options)[0]
+        optimized = bounded.compute_bounds(x=(box,), C=matrix, **options)[0]
+    # Tighter intermediate bounds may lead products to other relaxations, and to looser bounds in the end.
+    return torch.maximum(optimized, crown)
 
 
 _METHODS: dict[str, Callable[[Any, Any, Tensor, int], Tensor]] = {
@@ -81,7 +83,7 @@ class MarginBounds:
 
     def __init__(self, bounded: BoundedModule, dtype: torch.dtype) -> None:
         self.dtype = dtype
-        self.classes = int(bounded.final_shape[1])
+        self.classes = class_count(bounded)
         self._lean = bounded.rebuilt(dtype)
         self._networks = dict.fromkeys(METHODS, self._lean)
 

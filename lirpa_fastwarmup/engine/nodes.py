@@ -27,6 +27,7 @@ BoundLinear: Any = engine.bound_general.BoundLinear
 BoundMatMul: Any = engine.bound_general.BoundMatMul
 BoundReshape: Any = engine.bound_general.BoundReshape
 BoundConcat: Any = engine.bound_general.BoundConcat
+BoundGlobalAveragePool: Any = engine.bound_general.BoundGlobalAveragePool
 BoundSlice: Any = engine.bound_general.BoundSlice
 
 _CONVOLUTION: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -217,6 +218,13 @@ class BoundMeanPool(AdjointBounds, _Pool):
     def forward(self, x: Tensor) -> Tensor:
         pool = _MEAN_POOL[self.rank]
         return pool(x, self.kernel_size, self.stride, self.padding, self.ceil_mode, self.count_include_pad)
+
+
+class GlobalMean(AdjointBounds, BoundGlobalAveragePool):
+    """The mean over all spatial dimensions."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(tuple(range(2, x.ndim)), keepdim=True)
 
 
 class BoundMaximumPool(_Pool):
@@ -410,6 +418,7 @@ CUSTOM_OPERATORS: dict[str, Callable[..., Any]] = {
     "onnx::Conv": _engine_first(BoundConv, transposed=False),
     "onnx::ConvTranspose": _engine_first(BoundConvTranspose, transposed=True),
     "onnx::AveragePool": BoundMeanPool,
+    "onnx::GlobalAveragePool": GlobalMean,
     "onnx::MaxPool": BoundMaximumPool,
     "onnx::Pad": ConstantPad,
     "onnx::Slice": StridedSlice,
@@ -417,10 +426,7 @@ CUSTOM_OPERATORS: dict[str, Callable[..., Any]] = {
     "onnx::HardSigmoid": functools.partial(BoundClamp, sigmoid=True),
 }
 # Engine classes whose forward passes are right and whose bounds are not always, and what takes their place.
-ADJOINT = {
-    cls: with_adjoint_bounds(cls)
-    for cls in node_classes("GlobalAveragePool", "ReduceMean", "ReduceSum", "Split", "Gather")
-}
+ADJOINT = {cls: with_adjoint_bounds(cls) for cls in node_classes("ReduceMean", "ReduceSum", "Split", "Gather")}
 
 
 def _keeps_batch(node: Any, batch: int) -> bool:

@@ -22,6 +22,7 @@ from lirpa_fastwarmup.engine.normalization import normalize_by_batch, normalize_
 _bound: Any = engine.bound_general
 BoundParams: Any = _bound.BoundParams
 BoundBuffers: Any = _bound.BoundBuffers
+BoundConstant: Any = _bound.BoundConstant
 BoundBatchNormalization: Any = _bound.BoundBatchNormalization
 Interval: Any = _bound.Interval
 
@@ -85,6 +86,15 @@ class SharedBatchNorm(BoundBatchNormalization):
         return 0.0 if module.momentum is None else module.momentum
 
 
+class ConstantParameter(BoundConstant):
+    """Weight or bias of a BatchNorm without any (affine=False), as 0.3's CROWN reads them."""
+
+    @property
+    def param(self) -> Tensor:
+        value: Tensor = self.value
+        return value
+
+
 class ViewedBatchNorm(SharedBatchNorm):
     """A shared BatchNorm that is in its module's mode, too, at every moment."""
 
@@ -146,6 +156,9 @@ def adopt_batchnorm(bounded: Any, model: nn.Module, kind: type[SharedBatchNorm])
             object.__setattr__(node, "owner", (owner[0],))
             node.keeps_books = True
             node.over_ranks = False
+            for source in node.inputs[1:3]:
+                if type(source) is BoundConstant:
+                    source.__class__ = ConstantParameter
 
 
 def batchnorm_over_ranks(bounded: Any) -> None:

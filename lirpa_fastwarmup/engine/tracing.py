@@ -20,10 +20,10 @@ from torch.overrides import TorchFunctionMode
 
 from lirpa_fastwarmup.engine.compat import (
     ENGINE_VERSION,
-    all_node_classes,
     preserved_export_settings,
     silenced_warnings,
 )
+from lirpa_fastwarmup.engine.operators import OPERATORS
 from lirpa_fastwarmup.memory import is_out_of_memory
 
 # Reading a tensor's value into Python, or into a shape: what a trace cannot follow.
@@ -220,12 +220,6 @@ def quiet_conversion() -> Iterator[None]:
         log.propagate = propagated
 
 
-def supported_operators() -> list[str]:
-    """The ONNX operators that the installed engine has bounds for."""
-    names = {cls.__name__.removeprefix("Bound") for cls in all_node_classes()}
-    return sorted(name for name in names if not name.endswith(("Grad", "Input", "Params", "Buffers", "Activation")))
-
-
 def _operator(message: str) -> str:
     """The operator that a line of the engine's log, "Name: …, Attr: {…}", is about."""
     # What ONNX has no name for is exported as ATen, with its own name among the attributes.
@@ -239,6 +233,6 @@ def _unsupported(messages: list[str], error: NotImplementedError) -> str:
         return f"auto_LiRPA {ENGINE_VERSION} could not convert the network: {error}"
     return (
         f"auto_LiRPA {ENGINE_VERSION} has no bounds for the operator(s) {', '.join(operators)} of this network. "
-        "Replace them by operators that it supports, or pass custom_ops. "
-        f"It supports: {', '.join(supported_operators())}."
+        f"Replace them by operators whose bounds have been tested ({', '.join(OPERATORS)}), or pass custom_ops and "
+        "allow_untested=True"
     )

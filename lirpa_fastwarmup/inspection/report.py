@@ -91,6 +91,8 @@ def _figures(record: RunRecord) -> list[tuple[str, str]]:
         ("verified error (IBP)", _percent(summary["verified_error"])),
         ("seconds per epoch", f"{summary['train_seconds_per_epoch']:.1f}"),
     ]
+    if summary.get("untested"):
+        rows.append(("rests on untested bounds of", "; ".join(summary["untested"])))
     rows += [(name, str(summary[name])) for name in ("seed", "device", "engine", "torch", "git") if name in summary]
     return rows
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lirpa_fastwarmup.engine.bounds import input_box
+from lirpa_fastwarmup.engine.bounds import class_count, input_box
 from lirpa_fastwarmup.engine.graph import StructureError, read_graph
 from lirpa_fastwarmup.engine.inputs import (
     Epsilon,
@@ -138,7 +138,7 @@ class ShortWarmup(nn.Module):
                 "expected a schedule such as SmoothedEpsilon(max_eps, start, length, steps_per_epoch), or "
                 f"ConstantEpsilon(eps) for a radius that stays the same; found {schedule!r}"
             )
-        self.classes = _class_count(bounded)
+        self.classes = class_count(bounded)
         self._input_shape = bounded.example[0].shape[1:]
         # Kept out of the registered modules: it is a view of `model`, which is registered.
         object.__setattr__(self, "bounded", bounded)
@@ -307,13 +307,6 @@ def _to_own_keys(module: ShortWarmup, state_dict: Any, prefix: str, *rest: Any) 
         missing.append(prefix + _STEP)
     for key in own:
         state_dict[f"{prefix}model.{key[len(prefix) :]}"] = state_dict.pop(key)
-
-
-def _class_count(bounded: BoundedModule) -> int:
-    shape = tuple(bounded.final_shape)
-    if len(shape) != 2 or shape[1] < 2:
-        raise ValueError(f"expected a classifier whose output is (batch, classes ≥ 2); this network's is {shape}")
-    return int(shape[1])
 
 
 def _check_weights(

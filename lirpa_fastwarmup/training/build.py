@@ -159,7 +159,8 @@ def _evaluation_batches(samples: data.Split, device: torch.device, ranks: Ranks)
 def _bounded(settings: Settings, model: nn.Module, in_shape: tuple[int, int, int]) -> BoundedModule:
     options = {"bn": {"mean": settings.bn_mean, "var": settings.bn_var, "affine": settings.bn_affine}}
     example = torch.zeros(2, *in_shape, device=next(model.parameters()).device)
-    return BoundedModule(model, example, bound_opts=options if settings.ablates_batchnorm else None)
+    ablation = options if settings.ablates_batchnorm else None
+    return BoundedModule(model, example, bound_opts=ablation, allow_untested=settings.allow_untested)
 
 
 def _objective(settings: Settings, bounded: BoundedModule, steps_per_epoch: int, ranks: Ranks) -> ShortWarmup:

@@ -25,7 +25,7 @@ from lirpa_fastwarmup.training.progress import EpochMeans, Listeners, Progress
 from lirpa_fastwarmup.training.ranks import join_ranks, over_ranks
 from lirpa_fastwarmup.training.settings import Settings
 from lirpa_fastwarmup.training.summary import draw_curves, summarise
-from lirpa_fastwarmup.verification import standard_error, verified_error
+from lirpa_fastwarmup.verification import check_ibp, standard_error, verified_error
 
 logger = logging.getLogger(__name__)
 
@@ -190,6 +190,8 @@ def _close_epoch(run: Run, position: Position, out: Path, progress: Progress) ->
 
 def _history_row(run: Run, position: Position) -> dict[str, float]:
     eps = run.settings.eps
+    if position.epoch == 1:
+        check_ibp(run.evaluated, run.test_batches, eps)
     means = position.means.read()
     row = {
         "epoch": position.epoch,

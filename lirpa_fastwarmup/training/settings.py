@@ -80,6 +80,8 @@ class Settings:
         sync_batchnorm: where several processes train, take BatchNorm's statistics, and the figures of the paper's
             regularisers, over all of them; see :meth:`lirpa_fastwarmup.BoundedModule.join_ranks`.
         precise_bn: recompute BatchNorm's population statistics over the training set before the last evaluation.
+        allow_untested: train a network with operators whose bounds have not been tested; see
+            :class:`lirpa_fastwarmup.BoundedModule`.
         init: initialisation; see :func:`lirpa_fastwarmup.recipe.initialization.initialize_`.
         batchnorm: full BatchNorm.
         bn_mean, bn_var, bn_affine: ablations of BatchNorm: what of it is used.
@@ -123,6 +125,7 @@ class Settings:
     precision: Precision = "tf32"
     sync_batchnorm: bool = False
     precise_bn: bool = False
+    allow_untested: bool = False
     init: str = "ibp"
     batchnorm: bool = True
     bn_mean: bool = True

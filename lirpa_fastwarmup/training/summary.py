@@ -87,6 +87,7 @@ def summarise(run: Run, position: Position, out: Path, started: float) -> dict[s
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "git": _commit(),
+        "untested": list(run.evaluated.untested),
         "settings": settings.as_dict(),
     }
 

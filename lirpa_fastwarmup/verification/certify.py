@@ -113,6 +113,7 @@ class Certifier:
     def __init__(self, bounded: BoundedModule, plan: Plan) -> None:
         self.plan = plan
         self._bounds = {dtype: MarginBounds(bounded, dtype) for dtype in dtypes_of(plan)}
+        self._untested = bool(bounded.untested)
         self._probed: set[tuple[str, torch.dtype]] = set()
         self._parts = {name: Parts(plan.batch_size) for name in (ATTACK, *plan.methods)}
 
@@ -227,7 +228,9 @@ class Certifier:
         most = self._parts[method].size
         found = find_contradictions(network, x, y, eps, method, input_range, points=points, most=most)
         if method == "IBP":
-            found += beyond_intervals(network, x[:PROBED], eps, input_range)
+            found += beyond_intervals(
+                network.bounded(method), x[:PROBED], _of_samples(eps, torch.arange(len(x))[:PROBED], x), input_range
+            )
         for place, text in dict(found).items():
             result.contradictions.append((int(samples[place]), f"{text} ({_name(x.dtype)})"))
 
@@ -247,6 +250,7 @@ class Certifier:
                 margin=float(first.margin[index]),
                 attacked=attacked[index] if self.plan.restarts else None,
                 float64=changes[index],
+                untested=self._untested,
             )
             for index in range(len(y))
         ]

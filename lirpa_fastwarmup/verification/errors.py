@@ -15,10 +15,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lirpa_fastwarmup.engine.bounds import ibp_margins, input_box, proved
+from lirpa_fastwarmup.engine.bounds import box_ends, class_count, ibp_margins, input_box, proved
 from lirpa_fastwarmup.engine.inputs import Epsilon, InputRange, check_batch, check_eps
 from lirpa_fastwarmup.engine.module import BoundedModule
+from lirpa_fastwarmup.engine.precision import exact_arithmetic
+from lirpa_fastwarmup.engine.soundness import PROBED, UnsoundBoundError, escapes
 from lirpa_fastwarmup.verification.attacks import pgd
+from lirpa_fastwarmup.verification.reference import beyond_intervals
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +59,33 @@ def _share(flags: list[Tensor]) -> float:
 
 
 @torch.no_grad()
+def check_ibp(
+    bounded: BoundedModule, loader: Loader, eps: Epsilon, *, input_range: InputRange | None = (0.0, 1.0)
+) -> None:
+    """Compare IBP bounds on some samples of the first batch with attained values and with interval arithmetic.
+
+    Args:
+        bounded: the network; it is looked at in evaluation mode.
+        loader: batches (x, y).
+        eps: radius of the boxes, in units of the input.
+        input_range: lowest and highest valid input.
+
+    Raises:
+        UnsoundBoundError: a value lies outside its bounds, or bounds are tighter than IBP can make them.
+    """
+    for x, y in loader:
+        x, y = x[:PROBED], y[:PROBED]
+        with _evaluating(bounded), exact_arithmetic(x.device):
+            margins = ibp_margins(bounded, input_box(x, eps, input_range), y, class_count(bounded))
+            found = escapes(bounded, margins, y, *box_ends(x, eps, input_range))
+            if not bounded.ablated:
+                found += beyond_intervals(bounded, x, eps, input_range)
+        if found:
+            raise UnsoundBoundError([f"sample {place} {text}, by IBP" for place, text in dict(found).items()])
+        return
+
+
+@torch.no_grad()
 def standard_error(model: nn.Module, loader: Loader) -> float:
     """The share of samples that ``model`` misclassifies; NaN inputs and wrong labels are refused."""
     flags = []
@@ -79,7 +109,7 @@ def verified_error(
             outside their range, or there are no samples.
     """
     check_eps(eps)
-    classes = int(bounded.final_shape[1])
+    classes = class_count(bounded)
     flags = []
     with _evaluating(bounded):
         for x, y in loader:
@@ -132,9 +162,13 @@ def evaluate(
 
     Args:
         bounded: the network.
-        loader: batches (x, y), gone through three times.
+        loader: batches (x, y), gone through four times, the first time up to the first batch.
         eps: radius of the box, in units of the input.
+
+    Raises:
+        UnsoundBoundError: see :func:`check_ibp`.
     """
+    check_ibp(bounded, loader, eps, input_range=input_range)
     try:
         attacked = pgd_error(
             bounded,

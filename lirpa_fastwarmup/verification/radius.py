@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lirpa_fastwarmup.engine.bounds import input_box, proved
+from lirpa_fastwarmup.engine.bounds import class_count, input_box, proved
 from lirpa_fastwarmup.engine.inputs import InputRange, check_batch
 from lirpa_fastwarmup.engine.methods import MarginBounds
 from lirpa_fastwarmup.engine.module import BoundedModule
@@ -112,7 +112,7 @@ def certified_radii(
     contradictions: list[str] = []
     probed = False
     for x, y in batches_of(samples, batch_size):
-        check_batch(x, y, int(bounded.final_shape[1]), input_range)
+        check_batch(x, y, class_count(bounded), input_range)
         key = digest({**conditions, "x": x, "y": y})
         stored: list[dict[str, Any]] | None = journal.get(key) if journal else None
         if stored is None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lirpa_fastwarmup.engine.bounds import box_ends, input_box
 from lirpa_fastwarmup.engine.inputs import Epsilon, InputRange
-from lirpa_fastwarmup.engine.methods import MarginBounds
+from lirpa_fastwarmup.engine.module import BoundedModule
 from lirpa_fastwarmup.engine.soundness import tolerance
 from lirpa_fastwarmup.verification.intervals import interval_bounds
 
@@ -18,14 +18,14 @@ logger = logging.getLogger(__name__)
 
 @torch.no_grad()
 def beyond_intervals(
-    network: MarginBounds, x: Tensor, eps: Epsilon, input_range: InputRange | None
+    bounded: BoundedModule, x: Tensor, eps: Epsilon, input_range: InputRange | None
 ) -> list[tuple[int, str]]:
     """Samples whose IBP bounds on the outputs are tighter than those of interval arithmetic in double precision.
 
     IBP is interval arithmetic, operator by operator, and has no way to be tighter.
 
     Args:
-        network: computes the bounds.
+        bounded: the network, in evaluation mode.
         x: samples ``(batch, *input)``, in the network's dtype.
         eps: radius of the boxes.
         input_range: lowest and highest valid input.
@@ -34,11 +34,11 @@ def beyond_intervals(
         Pairs of a sample's place and what was found; none where the reference lacks an operator of the network.
     """
     try:
-        reference = interval_bounds(network.model, box_ends(x, eps, input_range))
+        reference = interval_bounds(bounded.wrapped, box_ends(x, eps, input_range))
     except (NotImplementedError, RuntimeError, ValueError, ArithmeticError) as error:
         logger.info("IBP is not compared with interval arithmetic on this network: %s", error)
         return []
-    found = network.bounded("IBP").compute_bounds(x=(input_box(x, eps, input_range),), method="IBP")
+    found = bounded.compute_bounds(x=(input_box(x, eps, input_range),), method="IBP")
     above = found[0] > reference[0].to(x) + tolerance(found[0], reference[0].to(x))
     below = found[1] < reference[1].to(x) - tolerance(found[1], reference[1].to(x))
     tighter = (above | below).flatten(1).any(1).nonzero().flatten().tolist()

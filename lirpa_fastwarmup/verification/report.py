@@ -21,7 +21,7 @@ def certificate_rows(verifications: Sequence[Verification]) -> list[dict[str, An
 
 
 def _certificate_row(sample: Certificate, eps: Any) -> dict[str, Any]:
-    row = {
+    row: dict[str, Any] = {
         "index": sample.index,
         "label": sample.label,
         "prediction": sample.prediction,
@@ -31,7 +31,9 @@ def _certificate_row(sample: Certificate, eps: Any) -> dict[str, Any]:
         "attacked": _flag(sample.attacked),
         "eps": eps,
     }
-    return row if sample.float64 is None else {**row, "float64": sample.float64}
+    if sample.float64 is not None:
+        row["float64"] = sample.float64
+    return {**row, "untested": 1} if sample.untested else row
 
 
 def _flag(value: bool | None) -> str:
@@ -69,6 +71,8 @@ def verification_entry(one: Verification) -> dict[str, Any]:
         },
         "contradictions": one.contradictions,
     }
+    if one.untested:
+        entry["untested"] = list(one.untested)
     if one.certificates[0].float64 is not None:
         entry["changed_in_float64"] = {str(sample.index): sample.float64 for sample in one.changed_in_float64}
     return entry
@@ -102,6 +106,8 @@ def as_text(one: Verification) -> str:
         f"  verified error  {one.verified_error}",
         "  stage        samples  decided  s per sample",
     ]
+    if one.untested:
+        lines.insert(1, f"  rests on untested bounds of {'; '.join(one.untested)}")
     for name, stage in one.stages.items():
         lines.append(f"  {name:<11} {stage.samples:>8,} {stage.hits:>8,}  {stage.seconds / stage.samples:.4f}")
     changed = one.changed_in_float64

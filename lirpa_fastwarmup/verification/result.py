@@ -16,11 +16,13 @@ class Certificate:
     Attributes:
         index: its place among the samples.
         label, prediction: its class, and the network's.
-        verified: whether some method proved that every point of its box is classified as ``label``.
+        verified: whether some method proved that every point of its box is classified as ``label``; where double
+            precision was asked for, in both precisions.
         method: the method that proved it, the cheapest; ``None`` if none did.
         margin: the largest lower bound on min_j z_y − z_j over the box that any method gave; NaN if all were NaN.
         attacked: whether a misclassified point of the box was found; ``None`` if none was looked for.
         float64: how the verdicts change in double precision, "" if they do not; ``None`` if that was not asked for.
+        untested: whether it rests on bounds that have not been tested.
     """
 
     index: int
@@ -31,6 +33,7 @@ class Certificate:
     margin: float
     attacked: bool | None
     float64: str | None = None
+    untested: bool = False
 
     @property
     def correct(self) -> bool:
@@ -100,12 +103,14 @@ class Verification:
         certificates: one per sample, in order.
         stages: "PGD" and each method, in the order in which they ran.
         contradictions: what was found that cannot be if all bounds are sound, one sentence each.
+        untested: operators of the network whose bounds have not been tested, and on which every certificate rests.
     """
 
     eps: float | list[float]
     certificates: list[Certificate]
     stages: dict[str, Stage] = field(default_factory=dict)
     contradictions: list[str] = field(default_factory=list)
+    untested: tuple[str, ...] = ()
 
     @property
     def standard_error(self) -> Share:

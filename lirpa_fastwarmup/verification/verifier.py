@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import lirpa_fastwarmup
+from lirpa_fastwarmup.engine.bounds import class_count
 from lirpa_fastwarmup.engine.compat import ENGINE_VERSION
 from lirpa_fastwarmup.engine.inputs import Epsilon, InputRange, check_batch, check_radius
 from lirpa_fastwarmup.engine.module import BoundedModule
@@ -75,10 +76,11 @@ def verify(
             f"{batch_size}"
         )
     plan = Plan(ordered(methods), pgd_steps, restarts, input_range, float64, batch_size, seed)
-    classes = int(bounded.final_shape[1])
+    classes = class_count(bounded)
     certifier = Certifier(bounded, plan)
     conditions = {**conditions_of(bounded), "plan": plan, "eps": eps}
-    verification = Verification(eps.tolist() if isinstance(eps, Tensor) else float(eps), [])
+    radius = eps.tolist() if isinstance(eps, Tensor) else float(eps)
+    verification = Verification(radius, [], untested=bounded.untested)
     for x, y in batches_of(samples, batch_size):
         check_batch(x, y, classes, input_range)
         key = digest({**conditions, "x": x, "y": y})
@@ -114,6 +116,7 @@ def check_network(bounded: BoundedModule) -> None:
             f"the network is in training mode ({', '.join(training[:3])}{', …' if len(training) > 3 else ''}), in "
             "which the output for one sample hangs on the others of its batch: call bounded.eval()"
         )
+    class_count(bounded)
     bounded.require_same_function("verification")
 
 
@@ -125,6 +128,7 @@ def conditions_of(bounded: BoundedModule) -> dict[str, object]:
         "torch": torch.__version__,
         "network": str(bounded.wrapped),
         "options": bounded.given_options,
+        "untested": bounded.untested,
         **{f"state {name}": value for name, value in bounded.wrapped.state_dict().items()},
     }
 
