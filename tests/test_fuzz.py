@@ -11,12 +11,14 @@ import os
 import warnings
 
 import torch
+import torch.nn.functional as F
 from hypothesis import HealthCheck, event, given, seed
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 import lirpa_fastwarmup as fw
-from lirpa_fastwarmup.engine.bounds import margin_matrix
+from lirpa_fastwarmup.engine.bounds import ibp_margin_bounds, margin_matrix
+from lirpa_fastwarmup.engine.fusion import fused_crown_loss
 from lirpa_fastwarmup.engine.methods import METHODS, MarginBounds
 from lirpa_fastwarmup.engine.precision import default_dtype
 from lirpa_fastwarmup.verification import attack
@@ -96,6 +98,19 @@ def test_operators_and_attributes_are_sound_or_refused(drawn, eps, labels, optim
         assert bool((lower <= lowest + 1e-8 * scale).all()), method
 
 
+def check_fused_loss(bounded, x, eps, outputs):
+    """Loss fusion bounds the cross-entropy of all sampled outputs (points, batch, classes)."""
+    labels = outputs[0].argmin(1)
+    try:
+        lower, upper = ibp_margin_bounds(bounded, fw.input_box(x, eps), labels, 3)
+        loss = fused_crown_loss(bounded, -upper, -lower, labels, 3)
+    except NotImplementedError:
+        event("refused by the fused loss")
+        return
+    attained = torch.stack([F.cross_entropy(one, labels, reduction="none") for one in outputs]).amax(0)
+    assert bool((loss >= attained - 1e-8 * (1 + attained)).all())
+
+
 def check_both_modes(bounded, x, eps):
     """IBP and CROWN-IBP bounds contain sampled outputs, in evaluation mode and with the batch's statistics."""
     for training in (False, True):
@@ -112,4 +127,5 @@ def check_both_modes(bounded, x, eps):
                 continue
             inside = (outputs >= lower - slack) & (outputs <= upper + slack)
             assert bool(inside.all()), (method, training)
+        check_fused_loss(bounded, x, eps, outputs)
     bounded.eval()

@@ -37,11 +37,7 @@ def freeze_statistics(model: nn.Module, x: Tensor) -> None:
         module.running_mean = inputs[0].mean(dims)
         module.running_var = inputs[0].var(dims, unbiased=False)
 
-    handles = [
-        module.register_forward_pre_hook(take)
-        for module in model.modules()
-        if isinstance(module, _BatchNorm)
-    ]
+    handles = [module.register_forward_pre_hook(take) for module in model.modules() if isinstance(module, _BatchNorm)]
     model(x)
     for handle in handles:
         handle.remove()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -117,6 +118,20 @@ def check_batch(x: Tensor, y: Tensor, classes: int, input_range: InputRange | No
         raise labels_error(y, classes)
     if not bool(inputs_fit(x, input_range)):
         raise inputs_error(x, input_range)
+
+
+def check_input_shapes(inputs: Sequence[Tensor], example: Sequence[Tensor]) -> None:
+    """Refuse inputs of other shapes than a network was wrapped for: its bounds hold for those of the example alone.
+
+    Raises:
+        ValueError: their number, or a shape, batch aside, is another one.
+    """
+    expected, found = ([tuple(one.shape[1:]) for one in tensors] for tensors in (example, inputs))
+    if found != expected:
+        raise ValueError(
+            f"the network was wrapped for inputs of shape {', '.join(map(str, expected))}, batch aside; found "
+            f"{', '.join(map(str, found))}. Pass the inputs alone, batch first, or wrap the network for these shapes"
+        )
 
 
 def check_shapes(x: Tensor, y: Tensor) -> None:

@@ -127,8 +127,8 @@ class MarginBounds:
             return _METHODS[method](self._networks[method], box, labels, self.classes).detach()
 
 
-def _read_over_bounds(bounded: Any) -> Iterator[Any]:
-    """The nodes whose bounds the relaxation of another one is made from."""
+def bounded_inputs(bounded: Any) -> Iterator[Any]:
+    """The nodes whose bounds the relaxation of another one is made from, after a pass of any method."""
     for node in bounded._modules.values():
         for position in getattr(node, "requires_input_bounds", ()):
             source = node.inputs[position]
@@ -138,7 +138,7 @@ def _read_over_bounds(bounded: Any) -> Iterator[Any]:
 
 def _intermediate_bounds(bounded: Any) -> Intermediate:
     """The bounds that the last pass left at the inputs of nonlinear nodes, by node."""
-    return {source.name: (source.lower.detach(), source.upper.detach()) for source in _read_over_bounds(bounded)}
+    return {source.name: (source.lower.detach(), source.upper.detach()) for source in bounded_inputs(bounded)}
 
 
 def _intersection(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,7 @@ from lirpa_fastwarmup.engine.arithmetic import simplify_arithmetic
 from lirpa_fastwarmup.engine.compat import ENGINE_VERSION, engine
 from lirpa_fastwarmup.engine.equality import check_same_function
 from lirpa_fastwarmup.engine.failures import named_failures
+from lirpa_fastwarmup.engine.inputs import check_input_shapes
 from lirpa_fastwarmup.engine.nodes import CUSTOM_OPERATORS, adopt_operators
 from lirpa_fastwarmup.engine.operators import Acceptance, review, untested_error
 from lirpa_fastwarmup.engine.precision import default_dtype, exact_arithmetic
@@ -315,11 +316,13 @@ class BoundedModule(engine.BoundedModule):
 
         Raises:
             NotImplementedError: a Dropout module is in training mode.
+            ValueError: inputs of another shape than the example's, batch aside.
         """
         if not self._built:
             return super().forward(*x, **kwargs)
         self._follow_wrapped()
         self._refuse_dropout()
+        check_input_shapes(x, self.example)
         return super().forward(*x, **kwargs)
 
     def compute_bounds(self, x: Any = None, *args: Any, reuse_statistics: bool = False, **kwargs: Any) -> Any:
@@ -339,9 +342,13 @@ class BoundedModule(engine.BoundedModule):
         Raises:
             NotImplementedError: a Dropout module is in training mode; the engine has no such bounds for an operator, or
                 fails, and the text names method and place.
+            ValueError: inputs of another shape than the example's, batch aside.
         """
         if self._bounding:  # The engine optimises bounds by calling this again and again.
             return super().compute_bounds(x, *args, **kwargs)
+        if x is not None:
+            x = (x,) if isinstance(x, Tensor) else tuple(x)
+            check_input_shapes(x, self.example)
         method = kwargs.get("method", args[2] if len(args) > 2 else None) or "backward"
         self._refuse_crown(method)
         self._follow_wrapped()
@@ -349,10 +356,9 @@ class BoundedModule(engine.BoundedModule):
         self._bounding = True
         try:
             with sharing.without_bookkeeping(self), named_failures(self, method):
-                if x is not None:
-                    x = (x,) if isinstance(x, Tensor) else tuple(x)
-                    if not reuse_statistics and (self._uses_batch_statistics() or self._reads_shapes()):
-                        super().forward(*x)
+                stale = self._uses_batch_statistics() or self._reads_shapes()
+                if x is not None and stale and not reuse_statistics:
+                    super().forward(*x)
                 return super().compute_bounds(x, *args, **kwargs)
         finally:
             self._bounding = False

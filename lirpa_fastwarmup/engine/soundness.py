@@ -12,7 +12,7 @@ from torch import Tensor
 from lirpa_fastwarmup.engine.bounds import box_ends, input_box, margin_matrix
 from lirpa_fastwarmup.engine.graph import read_graph
 from lirpa_fastwarmup.engine.inputs import Epsilon, InputRange
-from lirpa_fastwarmup.engine.methods import MarginBounds
+from lirpa_fastwarmup.engine.methods import MarginBounds, bounded_inputs
 
 PROBED = 16  # Samples of a batch whose bounds are checked in full.
 _PROBED_BY = {"CROWN": 8, "alpha-CROWN": 4}  # Of these, where a method is expensive.
@@ -205,9 +205,7 @@ class _Search:
 
     def extremes(self) -> Iterator[Tensor]:
         """The corners that signed gradients point to."""
-        read = {
-            id(node.inputs[place]) for node in self.graph.nodes for place in getattr(node, "requires_input_bounds", ())
-        }
+        read = {id(node) for node in bounded_inputs(self.bounded)}
         for place, held in enumerate(self.held):
             if id(held.node) in read:
                 yield from self._towards(lambda held=held: held.node.forward_value, self._elements(place))

@@ -13,7 +13,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lirpa_fastwarmup.engine.bounds import ibp_margins, input_box, proved
 from lirpa_fastwarmup.engine.graph import AffineLayer, NetworkGraph, read_graph, weight_of
-from lirpa_fastwarmup.engine.inputs import Epsilon, InputRange, check_radius, inputs_error, inputs_fit
+from lirpa_fastwarmup.engine.inputs import (
+    Epsilon,
+    InputRange,
+    check_input_shapes,
+    check_radius,
+    inputs_error,
+    inputs_fit,
+)
 from lirpa_fastwarmup.engine.layers import LayerBounds, input_half_width, outputs_of_batch, relu_bounds, relus_read
 from lirpa_fastwarmup.engine.module import BoundedModule
 from lirpa_fastwarmup.engine.precision import exact_arithmetic
@@ -78,13 +85,7 @@ def inspect(
 
 
 def _check_inputs(bounded: BoundedModule, tensors: tuple[Tensor, ...]) -> None:
-    expected = [tuple(one.shape[1:]) for one in bounded.example]
-    found = [tuple(one.shape[1:]) for one in tensors]
-    if found != expected:
-        raise ValueError(
-            f"the network was wrapped for a batch of inputs of shape {', '.join(map(str, expected))}, found "
-            f"{', '.join(map(str, found))}: pass its inputs alone, batch first, without labels"
-        )
+    check_input_shapes(tensors, bounded.example)
     samples = min(len(one) for one in tensors)
     if samples == 0:
         raise ValueError("there is nothing to inspect: the batch is empty. Pass a batch of real inputs")

@@ -18,6 +18,7 @@ from lirpa_fastwarmup.engine.graph import StructureError, read_graph
 from lirpa_fastwarmup.engine.inputs import (
     Epsilon,
     InputRange,
+    check_input_shapes,
     check_shapes,
     inputs_error,
     inputs_fit,
@@ -139,7 +140,6 @@ class ShortWarmup(nn.Module):
                 f"ConstantEpsilon(eps) for a radius that stays the same; found {schedule!r}"
             )
         self.classes = class_count(bounded)
-        self._input_shape = bounded.example[0].shape[1:]
         # Kept out of the registered modules: it is a view of `model`, which is registered.
         object.__setattr__(self, "bounded", bounded)
         self.model = bounded.wrapped
@@ -243,10 +243,7 @@ class ShortWarmup(nn.Module):
 
     def _check_batch(self, x: Tensor, y: Tensor) -> None:
         check_shapes(x, y)
-        if x.shape[1:] != self._input_shape:
-            raise ValueError(
-                f"the network was wrapped for inputs of shape {tuple(self._input_shape)}, found {tuple(x.shape[1:])}"
-            )
+        check_input_shapes([x], self.bounded.example)
         if len(x) == 1 and any(isinstance(m, _BatchNorm) and m.training for m in self.model.modules()):
             raise ValueError(
                 "a batch of one sample cannot train BatchNorm, whose statistics it would determine alone: drop it, or "

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lirpa_fastwarmup.engine.bounds import box_ends, class_count, ibp_margins, input_box, proved
-from lirpa_fastwarmup.engine.inputs import Epsilon, InputRange, check_batch, check_eps
+from lirpa_fastwarmup.engine.inputs import Epsilon, InputRange, check_batch, check_eps, check_input_shapes
 from lirpa_fastwarmup.engine.module import BoundedModule
 from lirpa_fastwarmup.engine.precision import exact_arithmetic
 from lirpa_fastwarmup.engine.soundness import PROBED, UnsoundBoundError, escapes
@@ -113,6 +113,7 @@ def verified_error(
     flags = []
     with _evaluating(bounded):
         for x, y in loader:
+            check_input_shapes([x], bounded.example)
             check_batch(x, y, classes, input_range)
             flags.append(~proved(ibp_margins(bounded, input_box(x, eps, input_range), y, classes)))
         return _share(flags)

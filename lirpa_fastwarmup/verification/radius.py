@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lirpa_fastwarmup.engine.bounds import class_count, input_box, proved
-from lirpa_fastwarmup.engine.inputs import InputRange, check_batch
+from lirpa_fastwarmup.engine.inputs import InputRange, check_batch, check_input_shapes
 from lirpa_fastwarmup.engine.methods import MarginBounds
 from lirpa_fastwarmup.engine.module import BoundedModule
 from lirpa_fastwarmup.engine.precision import exact_arithmetic
@@ -112,6 +112,7 @@ def certified_radii(
     contradictions: list[str] = []
     probed = False
     for x, y in batches_of(samples, batch_size):
+        check_input_shapes([x], bounded.example)
         check_batch(x, y, class_count(bounded), input_range)
         key = digest({**conditions, "x": x, "y": y})
         stored: list[dict[str, Any]] | None = journal.get(key) if journal else None

@@ -12,7 +12,7 @@ from torch import Tensor
 import lirpa_fastwarmup
 from lirpa_fastwarmup.engine.bounds import class_count
 from lirpa_fastwarmup.engine.compat import ENGINE_VERSION
-from lirpa_fastwarmup.engine.inputs import Epsilon, InputRange, check_batch, check_radius
+from lirpa_fastwarmup.engine.inputs import Epsilon, InputRange, check_batch, check_input_shapes, check_radius
 from lirpa_fastwarmup.engine.module import BoundedModule
 from lirpa_fastwarmup.engine.soundness import UnsoundBoundError
 from lirpa_fastwarmup.verification.certify import BatchResult, Certifier, Plan, ordered
@@ -82,6 +82,7 @@ def verify(
     radius = eps.tolist() if isinstance(eps, Tensor) else float(eps)
     verification = Verification(radius, [], untested=bounded.untested)
     for x, y in batches_of(samples, batch_size):
+        check_input_shapes([x], bounded.example)
         check_batch(x, y, classes, input_range)
         key = digest({**conditions, "x": x, "y": y})
         stored = journal.get(key) if journal else None

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 import lirpa_fastwarmup as fw
 from lirpa_fastwarmup.engine.bounds import margin_matrix
-from lirpa_fastwarmup.engine.methods import METHODS, MarginBounds
+from lirpa_fastwarmup.engine.methods import METHODS, MarginBounds, bounded_inputs
+from lirpa_fastwarmup.engine.precision import default_dtype
 from lirpa_fastwarmup.engine.soundness import class_margins, escapes
 from lirpa_fastwarmup.verification.intervals import UnknownOperatorError, interval_bounds
 from tests.conformance.cells import Cell
@@ -38,6 +39,8 @@ def verdicts(cell: Cell) -> dict[str, str]:
             found[method] = _judge(network, matrices, model, x, y, method)
         except NotImplementedError:
             found[method] = "refused"
+    if found["CROWN"] == "sound":
+        found["CROWN"] = coefficients_hold(matrices or network, x) or "sound"
     if cell.linear:
         _judge_affine(cell, x, found)
     return found
@@ -120,6 +123,31 @@ def _against_matrices(matrices: MarginBounds, x: Tensor, y: Tensor, eps: float, 
     other = matrices.lower(fw.input_box(x, eps, None), y, method)
     apart = float((lower - other).abs().max())
     return f"patches and matrices differ by {apart:.2g}" if apart > ROUNDING * (1 + float(lower.abs().max())) else ""
+
+
+@torch.no_grad()
+def coefficients_hold(network: MarginBounds, x: Tensor, eps: float = 0.1) -> str:
+    """Where CROWN's linear functions of the input, at a pre-activation or the output, are no bounds at some point."""
+    bounded, box = network.bounded("CROWN"), fw.input_box(x, eps, None)
+    generator = torch.Generator().manual_seed(2)
+    noise = 2 * torch.rand((12, *x.shape), generator=generator, dtype=x.dtype) - 1
+    points = [x, *(x + eps * torch.cat([noise[:4], noise[4:].sign()]))]
+    with default_dtype(x.dtype):
+        for node in [*bounded_inputs(bounded), bounded.final_node()]:
+            needed = {node.name: [bounded.input_name[0]]}
+            given = {"method": "CROWN", "final_node_name": node.name, "return_A": True, "needed_A_dict": needed}
+            found = bounded.compute_bounds(x=(box,), **given)[2][node.name][bounded.input_name[0]]
+            for point in points:
+                low, high = (
+                    found[f"{side}A"].flatten(2).matmul(point.flatten(1).unsqueeze(2)).squeeze(2) + found[f"{side}bias"]
+                    for side in "lu"
+                )
+                bounded.forward(point)
+                value = node.forward_value.flatten(1)
+                slack = ROUNDING * (1 + value.abs())
+                if bool(((value < low - slack) | (value > high + slack)).any()):
+                    return f"a linear bound at {type(node).__name__} does not hold"
+    return ""
 
 
 def _judge_affine(cell: Cell, x: Tensor, found: dict[str, str]) -> None:
