@@ -34,6 +34,7 @@ from lirpa_fastwarmup.engine.tracing import (
 
 BoundShape: Any = engine.bound_general.BoundShape
 BoundConstant: Any = engine.bound_general.BoundConstant
+BoundOptimizable: Any = engine.bound_general.BoundOptimizableActivation
 
 
 def _like(model: nn.Module) -> Tensor:
@@ -170,12 +171,17 @@ class BoundedModule(engine.BoundedModule):
         """
         options, device, verbose, operators, allow_untested = self._arguments
         options = {**options, **changes}
-        # Where neurons are stable over the whole batch, 0.3's sparse alpha fails.
-        options = {**options, "sparse_features_alpha": False} if ENGINE_VERSION.startswith("0.3") else options
+        # 0.3's sparse slopes fail where neurons are stable over the whole batch, 0.7's outside of vectors and images.
+        if ENGINE_VERSION.startswith("0.3") or not self._holds_vectors_and_images():
+            options = {**options, "sparse_features_alpha": False, "sparse_spec_alpha": False}
         model = copy.deepcopy(self.wrapped).to(dtype).eval().requires_grad_(False)
         example = tuple(x.to(dtype) if x.is_floating_point() else x for x in self.example)
         with default_dtype(dtype):  # Of the tables of S-shaped functions.
             return type(self)(model, example, options, device, verbose, operators, allow_untested=allow_untested)
+
+    def _holds_vectors_and_images(self) -> bool:
+        nodes = (node for node in self._modules.values() if isinstance(node, BoundOptimizable))
+        return all(len(node.output_shape) in (2, 4) for node in nodes if node.output_shape is not None)
 
     def check_incompatible_nodes(self, model: nn.Module) -> None:
         """Let the engine trace in evaluation mode, whatever modules there are; it would choose and print."""

@@ -66,9 +66,12 @@ class BoundConvNd(Bound):
 
     def _apply_adjoint(self, coefficients: Tensor, weight: Tensor) -> Tensor:
         if self.transposed:
-            return _CONVOLUTION[self.rank](
+            spread = _CONVOLUTION[self.rank](
                 coefficients, weight, None, self.stride, self.padding, self.dilation, self.groups
             )
+            # Where the output padding is as wide as the stride, there are places beyond the input.
+            inside = (slice(None), slice(None), *(slice(int(size)) for size in self.input_shape[2:]))
+            return spread[inside]
         # What the strided convolution leaves of its input at the far end, so that the shapes agree.
         left_over = [
             int(self.input_shape[2 + d])
@@ -129,8 +132,9 @@ def _engine_first(engine_operator: Any, *, transposed: bool) -> Callable[..., An
 
     def build(attr: Any, inputs: Any, output_index: int, options: Any) -> Any:
         attr = {"pads": _automatic_padding(attr), **attr}
-        # 0.7 builds a three-dimensional convolution without complaint, and then runs conv2d.
-        if len(attr["kernel_shape"]) < 3:
+        # 0.7 builds a three-dimensional convolution without complaint, and then runs conv2d; the adjoint of its dilated
+        # transposed ones has another shape than their input.
+        if len(attr["kernel_shape"]) < 3 and not (transposed and max(attr["dilations"]) > 1):
             try:
                 return engine_operator(attr, inputs, output_index, options)
             except (AssertionError, IndexError):

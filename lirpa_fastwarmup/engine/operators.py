@@ -67,8 +67,9 @@ def _adjoint(name: str) -> Operator:
 
 
 OPERATORS: dict[str, Operator] = {
-    "Conv": Operator((*node_classes("Conv"), BoundConvNd), patches=True),
-    "ConvTranspose": Operator((*node_classes("ConvTranspose"), BoundConvNd)),
+    "Conv": Operator(node_classes("Conv"), patches=True),
+    "convolution of another rank, or transposed": Operator((BoundConvNd,)),
+    "ConvTranspose": Operator(node_classes("ConvTranspose")),
     "Linear": Operator(node_classes("Linear"), patches=True, objection=_one_activation),
     "MatMul": Operator((*node_classes("MatMul"), MarginMatMul), patches=True, objection=_one_activation),
     "BatchNormalization": Operator(

@@ -134,9 +134,10 @@ def coefficients_hold(network: MarginBounds, x: Tensor, eps: float = 0.1) -> str
     points = [x, *(x + eps * torch.cat([noise[:4], noise[4:].sign()]))]
     with default_dtype(x.dtype):
         for node in [*bounded_inputs(bounded), bounded.final_node()]:
-            needed = {node.name: [bounded.input_name[0]]}
-            given = {"method": "CROWN", "final_node_name": node.name, "return_A": True, "needed_A_dict": needed}
-            found = bounded.compute_bounds(x=(box,), **given)[2][node.name][bounded.input_name[0]]
+            name, shape = bounded.input_name[0], node.output_shape[1:]
+            every = torch.eye(shape.numel()).view(1, -1, *shape).expand(len(x), -1, *shape)  # 0.3's own is flat.
+            given = {"final_node_name": node.name, "return_A": True, "needed_A_dict": {node.name: [name]}}
+            found = bounded.compute_bounds(x=(box,), C=every, method="CROWN", **given)[2][node.name][name]
             for point in points:
                 low, high = (
                     found[f"{side}A"].flatten(2).matmul(point.flatten(1).unsqueeze(2)).squeeze(2) + found[f"{side}bias"]
