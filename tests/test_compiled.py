@@ -66,11 +66,7 @@ def assert_compiled(compiled, count=1):
 
 
 def test_fifty_states_of_a_run():
-    # Each kernel takes the compiler two seconds, so the network has one layer of each kind; others replay below.
-    model = nn.Sequential(
-        *(networks.ResidualBlock(1, 4, 2, batchnorm=True), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(16, 8), nn.ReLU()),
-        nn.Linear(8, 3),
-    )
+    model = networks.SmallResNet(batchnorm=True)
     data = torch.Generator().manual_seed(0)
     x, y = torch.rand(50, 8, 1, 8, 8, generator=data), torch.randint(3, (50, 8), generator=data)
     ramp = fw.LinearEpsilon(EPS, start=2, length=3, steps_per_epoch=10)

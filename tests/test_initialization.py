@@ -172,7 +172,7 @@ def test_calibration_that_cannot_work_leaves_the_weights(x):
         ({"eps": 0.0}, ValueError, "width gain of layer '0' was measured as"),
         ({"eps": -1.0}, ValueError, "eps must be finite"),
         ({"calibrate": torch.full_like(x, torch.nan)}, ValueError, "must be finite"),
-        ({"calibrate": torch.rand(4, 3, 8, 8)}, RuntimeError, "channels"),
+        ({"calibrate": torch.rand(4, 3, 8, 8)}, ValueError, "wrapped for inputs of shape"),
     ):
         with pytest.raises(kind, match=message):
             fw.ibp_init_(bounded, **{"calibrate": x, **arguments})

@@ -216,7 +216,7 @@ BAD_BATCHES = {
     "other size": (
         lambda x, y: (x[..., :7], y),
         ValueError,
-        r"wrapped for inputs of shape \(1, 8, 8\), found \(1, 8, 7\)",
+        r"wrapped for inputs of shape \(1, 8, 8\), batch aside; found \(1, 8, 7\)",
     ),
     "one sample": (lambda x, y: (x[:1], y[:1]), ValueError, r"one sample cannot train BatchNorm"),
 }

@@ -30,6 +30,7 @@ COMMON = {
     "grad_clip": 10.0,
     "average_decay": None,
     "precise_bn": False,
+    "allow_untested": False,
     "sync_batchnorm": False,
     "compile": False,
     "precision": "tf32",

@@ -74,6 +74,8 @@ def check_ibp(
         UnsoundBoundError: a value lies outside its bounds, or bounds are tighter than IBP can make them.
     """
     for x, y in loader:
+        check_input_shapes([x], bounded.example)
+        check_batch(x, y, class_count(bounded), input_range)
         x, y = x[:PROBED], y[:PROBED]
         with _evaluating(bounded), exact_arithmetic(x.device):
             margins = ibp_margins(bounded, input_box(x, eps, input_range), y, class_count(bounded))
