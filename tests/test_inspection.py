@@ -383,7 +383,7 @@ def test_bad_arguments_are_refused(x):
         fw.inspect(bounded, x[:1], EPS)
     with pytest.raises(ValueError, match="Pass the inputs alone"):
         fw.inspect(bounded, (x, torch.zeros(8)), EPS)
-    with pytest.raises(ValueError, match=r"\(1, 8, 8\), found \(8, 8\)"):
+    with pytest.raises(ValueError, match=r"\(1, 8, 8\), batch aside; found \(8, 8\)"):
         fw.inspect(bounded, x[0], EPS)
     with pytest.raises(ValueError, match="input_range"):
         fw.inspect(bounded, x - 0.5, EPS)

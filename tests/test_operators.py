@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import pickle
 
 import pytest
@@ -188,3 +189,31 @@ def test_a_failure_of_the_engine_names_the_layer(image, monkeypatch):
     monkeypatch.setattr(general.BoundConv, "interval_propagate", general.Bound.interval_propagate)
     with pytest.raises(NotImplementedError, match=r"failed in IBP at Conv in module '0\.0' \(NotImplementedError"):
         bounded.compute_bounds(x=(fw.input_box(image, 0.1),), method="IBP")
+
+
+@pytest.mark.parametrize(
+    "operator",
+    [
+        nn.ReLU6(),
+        nn.Hardtanh(-0.1, 0.2),
+        Function(lambda x: x.clamp(min=0.1)),
+        Function(lambda x: x.clamp(max=0.1)),
+        Function(lambda x: F.pad(x, (1, 0, 2, 1))),
+        Function(lambda x: F.pad(x, (1, 1, 2, 1), mode="reflect")),
+        nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular"),
+        Function(lambda x: x[:, :, ::2].mean((2, 3), keepdim=True)),
+        nn.MaxPool2d(3, 2, 1, ceil_mode=True),
+        nn.AvgPool2d(3, 2, 1, count_include_pad=False),
+    ],
+)
+def test_newer_tables_of_the_exporter_give_the_same_bounds(operator, image):
+    model, box = around(operator, image), fw.input_box(image, 0.05)
+    before = fw.BoundedModule(model, image).compute_bounds(x=(box,), method="CROWN")
+    for opset in (11, 12):
+        importlib.import_module(f"torch.onnx._internal.torchscript_exporter.symbolic_opset{opset}")
+    bounded = fw.BoundedModule(model, image)
+    for method in METHODS:
+        lower, upper = bounded.compute_bounds(x=(box,), method=method)
+        assert bool((lower <= model(image)).all() and (model(image) <= upper).all())
+    after = bounded.compute_bounds(x=(box,), method="CROWN")
+    assert all(torch.allclose(one, other, atol=1e-6) for one, other in zip(before, after, strict=True))

@@ -63,7 +63,9 @@ def with_zero_biases(model):
 
 def engine_losses(model, x, y, eps):
     """The engine's own fused losses, IBP and CROWN-IBP, through a graph with exp and gather in it."""
-    with silenced_warnings():
+    with silenced_warnings(), pytest.MonkeyPatch.context() as patch:
+        # The engine's exp subtracts the largest logit, so that the two functions differ.
+        patch.setattr(fw.BoundedModule, "_check_function", lambda self: None)
         # Conversion of gather and exp; newer releases of torch do not import the table by themselves.
         importlib.import_module("torch.onnx._internal.torchscript_exporter.symbolic_opset11")
         wrapper = importlib.import_module("auto_LiRPA.wrapper").CrossEntropyWrapper(with_zero_biases(model))

@@ -199,6 +199,14 @@ def value_of(node: Any) -> Tensor:
     return value if isinstance(value, Tensor) else torch.as_tensor(value)
 
 
+def _number(attr: Any, name: str, inputs: Any, place: int, default: float) -> float:
+    """A number that older tables of the exporter keep as an attribute, and newer ones as an input."""
+    if name in attr or len(inputs) <= place:
+        return float(attr.get(name, default))
+    value = value_of(inputs[place])
+    return float(value) if value.numel() else default
+
+
 class _Pool(Bound):
     """Pooling over one, two or three spatial dimensions, with the attributes of ONNX."""
 
@@ -295,21 +303,19 @@ class BoundClamp(Bound):
 
     def __init__(self, attr: Any, inputs: Any, output_index: int, options: Any, *, sigmoid: bool = False) -> None:
         super().__init__(attr, inputs, output_index, options)
-        if len(inputs) != 1:
-            raise NotImplementedError("a clamp whose ends are tensors: give numbers")
         self.requires_input_bounds = [0]
         self.slope: float = attr.get("alpha", 0.2) if sigmoid else 1.0
         self.offset: float = attr.get("beta", 0.5) if sigmoid else 0.0
-        self.low: float = 0.0 if sigmoid else attr.get("min", -math.inf)
-        self.high: float = 1.0 if sigmoid else attr.get("max", math.inf)
+        self.low: float = 0.0 if sigmoid else _number(attr, "min", inputs, 1, -math.inf)
+        self.high: float = 1.0 if sigmoid else _number(attr, "max", inputs, 2, math.inf)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *_: Tensor) -> Tensor:
         return (x if self.slope == 1 and self.offset == 0 else x * self.slope + self.offset).clamp(self.low, self.high)
 
     def interval_propagate(self, *v: Any) -> tuple[Tensor, Tensor]:
         return self.forward(v[0][0]), self.forward(v[0][1])
 
-    def bound_backward(self, last_lA: Any, last_uA: Any, x: Any, **kwargs: Any) -> Any:
+    def bound_backward(self, last_lA: Any, last_uA: Any, x: Any, *ends: Any, **kwargs: Any) -> Any:
         below, above = self._lines(x.lower * self.slope + self.offset, x.upper * self.slope + self.offset)
 
         def one_side(last_A: Any, positive: Any, negative: Any) -> tuple[Any, Any]:
@@ -322,7 +328,7 @@ class BoundClamp(Bound):
 
         lA, lower_bias = one_side(last_lA, below, above)
         uA, upper_bias = one_side(last_uA, above, below)
-        return [(lA, uA)], lower_bias, upper_bias
+        return [(lA, uA), *[(None, None)] * len(ends)], lower_bias, upper_bias
 
     def _lines(self, lower: Tensor, upper: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """Slope and intercept of a line below and of one above clip(z, low, high), for z from lower to upper.
@@ -351,21 +357,29 @@ def _quotient(numerator: Tensor, denominator: Tensor) -> Tensor:
 
 
 class ConstantPad(AdjointBounds, Bound):
-    """Padding by zeros, by the edge or by reflection, in the attributes of ONNX."""
+    """Padding by zeros, by the edge or by reflection."""
+
+    widths: list[int] | None = None
 
     def __init__(self, attr: Any, inputs: Any, output_index: int, options: Any) -> None:
         super().__init__(attr, inputs, output_index, options)
-        if len(inputs) != 1:
-            raise NotImplementedError("padding by widths that are tensors: give numbers")
-        rank = len(attr["pads"]) // 2
-        begin, end = attr["pads"][:rank], attr["pads"][rank:]
         self.mode = {"edge": "replicate"}.get(attr["mode"], attr["mode"])
+        if "pads" in attr:
+            self._set_widths(attr["pads"], attr.get("value", 0.0))
+
+    def _set_widths(self, pads: list[int], value: float) -> None:
+        rank = len(pads) // 2
+        begin, end = pads[:rank], pads[rank:]
         first = 0 if self.mode == "constant" else 2  # The other modes pad spatial dimensions only.
-        if begin[0] or end[0] or attr.get("value", 0.0) or any(begin[:first] + end[:first]):
+        if begin[0] or end[0] or value or any(begin[:first] + end[:first]):
             raise NotImplementedError("padding of the batch, or by other numbers than 0")
         self.widths = [width for d in reversed(range(first, rank)) for width in (begin[d], end[d])]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *constants: Tensor) -> Tensor:
+        if self.widths is None:  # Newer tables of the exporter make the widths an input.
+            pads, *value = constants
+            self._set_widths([int(width) for width in pads], float(value[0]) if value and value[0].numel() else 0.0)
+        assert self.widths is not None
         return F.pad(x, self.widths, self.mode)
 
 
@@ -438,9 +452,21 @@ def _keeps_batch(node: Any, batch: int) -> bool:
     return bool(node.input_shape[0] == batch and node.output_shape[0] == batch)
 
 
+def _detach_constants(bounded: Any) -> None:
+    """Take the constants that our nodes have read out of the engine's graph, which has no bounds for all of them."""
+    for node in bounded._modules.values():
+        if isinstance(node, BoundClamp | ConstantPad):
+            for constant in node.inputs[1:]:
+                constant.output_name.remove(node.name)
+            node.inputs = node.inputs[:1]
+            if "input_name" in vars(node):  # 0.7 derives it from the inputs.
+                node.input_name = node.input_name[:1]
+
+
 def adopt_operators(bounded: Any) -> None:
     """Put the classes above in place of the engine's, where they are needed."""
     traced_batch = len(bounded.example[0])
+    _detach_constants(bounded)
     takes_margins = "C" in inspect.signature(BoundMatMul.interval_propagate).parameters
     for node in bounded._modules.values():
         if type(node) is BoundMatMul and not takes_margins:
