@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lirpa_fastwarmup.engine.bounds import box_ends, input_box, margin_matrix
+from lirpa_fastwarmup.engine.bounds import input_box
 from lirpa_fastwarmup.engine.graph import read_graph
-from lirpa_fastwarmup.engine.inputs import Epsilon, InputRange
+from lirpa_fastwarmup.engine.inputs import Epsilon, InputRange, broadcast_to_batch
 from lirpa_fastwarmup.engine.methods import MarginBounds, bounded_inputs
+from lirpa_fastwarmup.engine.relaxations import wrong_relaxations
 
 PROBED = 16  # Samples of a batch whose bounds are checked in full.
 _PROBED_BY = {"CROWN": 8, "alpha-CROWN": 4}  # Of these, where a method is expensive.
@@ -43,8 +44,20 @@ class UnsoundBoundError(Exception):
 
 
 def class_margins(logits: Tensor, labels: Tensor) -> Tensor:
-    """z_y − z_j for every class j ≠ y, shape (batch, classes − 1)."""
-    return (margin_matrix(labels, logits.shape[1], logits.dtype) @ logits.unsqueeze(2)).squeeze(2)
+    """z_y − z_j for every class j ≠ y, shape (batch, classes − 1); written out, as margin_matrix is being checked."""
+    own = labels.unsqueeze(1)
+    others = torch.ones_like(logits, dtype=torch.bool).scatter(1, own, False)
+    return logits.gather(1, own) - logits[others].view(len(logits), -1)
+
+
+def corners_of(x: Tensor, eps: Epsilon, input_range: InputRange | None) -> tuple[Tensor, Tensor]:
+    """The lowest and the highest corner of each box; written out, as box_ends is being checked."""
+    radius = broadcast_to_batch(eps, x, "eps")
+    lower, upper = x - radius, x + radius
+    if input_range is None:
+        return lower, upper
+    low, high = (torch.as_tensor(broadcast_to_batch(end, x, "input_range")).to(x) for end in input_range)
+    return torch.maximum(lower, low.expand_as(x)), torch.minimum(upper, high.expand_as(x))
 
 
 def contradicted(lower: Tensor, attained: Tensor) -> Tensor:
@@ -138,7 +151,10 @@ def _escapes_from(
     points: Iterable[Tensor],
 ) -> list[tuple[int, str]]:
     margins = network.lower(input_box(x, eps, input_range), y, method)
-    found = escapes(network.bounded(method), margins, y, *box_ends(x, eps, input_range), points=points)
+    bounded, found = network.bounded(method), []
+    if method in ("CROWN-IBP", "CROWN"):
+        found += wrong_relaxations(bounded, len(y))
+    found += escapes(bounded, margins, y, *corners_of(x, eps, input_range), points=points)
     return [(place, f"{text}, by {method}") for place, text in found]
 
 

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lirpa_fastwarmup.engine.bounds import box_ends, class_count, ibp_margins, input_box, proved
+from lirpa_fastwarmup.engine.bounds import class_count, ibp_margins, input_box, proved
 from lirpa_fastwarmup.engine.inputs import Epsilon, InputRange, check_batch, check_eps, check_input_shapes
 from lirpa_fastwarmup.engine.module import BoundedModule
 from lirpa_fastwarmup.engine.precision import exact_arithmetic
-from lirpa_fastwarmup.engine.soundness import PROBED, UnsoundBoundError, escapes
+from lirpa_fastwarmup.engine.soundness import PROBED, UnsoundBoundError, corners_of, escapes
 from lirpa_fastwarmup.verification.attacks import pgd
 from lirpa_fastwarmup.verification.reference import beyond_intervals
 
@@ -79,7 +79,7 @@ def check_ibp(
         x, y = x[:PROBED], y[:PROBED]
         with _evaluating(bounded), exact_arithmetic(x.device):
             margins = ibp_margins(bounded, input_box(x, eps, input_range), y, class_count(bounded))
-            found = escapes(bounded, margins, y, *box_ends(x, eps, input_range))
+            found = escapes(bounded, margins, y, *corners_of(x, eps, input_range))
             if not bounded.ablated:
                 found += beyond_intervals(bounded, x, eps, input_range)
         if found:

@@ -7,10 +7,10 @@ import logging
 import torch
 from torch import Tensor
 
-from lirpa_fastwarmup.engine.bounds import box_ends, input_box
+from lirpa_fastwarmup.engine.bounds import input_box
 from lirpa_fastwarmup.engine.inputs import Epsilon, InputRange
 from lirpa_fastwarmup.engine.module import BoundedModule
-from lirpa_fastwarmup.engine.soundness import tolerance
+from lirpa_fastwarmup.engine.soundness import corners_of, tolerance
 from lirpa_fastwarmup.verification.intervals import interval_bounds
 
 logger = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ def beyond_intervals(
         Pairs of a sample's place and what was found; none where the reference lacks an operator of the network.
     """
     try:
-        reference = interval_bounds(bounded.wrapped, box_ends(x, eps, input_range))
+        reference = interval_bounds(bounded.wrapped, corners_of(x, eps, input_range))
     except (NotImplementedError, RuntimeError, ValueError, ArithmeticError) as error:
         logger.info("IBP is not compared with interval arithmetic on this network: %s", error)
         return []
