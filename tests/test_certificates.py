@@ -471,3 +471,13 @@ def test_the_network_is_left_as_it_was():
     fw.verify(bounded, (x, y), 0.004, METHODS)
     assert all(parameter.requires_grad and parameter.grad is None for parameter in bounded.parameters())
     assert all(torch.equal(value, before[name]) for name, value in bounded.state_dict().items())
+
+
+@pytest.mark.parametrize("method", ["CROWN-IBP", "CROWN", "alpha-CROWN"])
+def test_bounds_do_not_depend_on_what_was_bounded_before(method):
+    bounded, x, y = trained_digits()
+    network = methods.MarginBounds(bounded, torch.float32)
+    fresh = network.lower(fw.input_box(x[:4], 0.02), y[:4], method)
+    for other, eps in (("alpha-CROWN", 0.1), ("CROWN", 0.004), ("alpha-CROWN", 0.05)):
+        network.lower(fw.input_box(x[4:9], eps), y[4:9], other)
+    assert torch.equal(network.lower(fw.input_box(x[:4], 0.02), y[:4], method), fresh)

@@ -57,6 +57,7 @@ def _alpha_crown(bounded: Any, box: Any, labels: Tensor, classes: int) -> Tensor
     with torch.enable_grad(), redirect_stdout(io.StringIO()):  # 0.7 prints.
         options: dict[str, Any] = {"method": "alpha-CROWN", "bound_upper": False, _INTERMEDIATE: both}
         optimized = bounded.compute_bounds(x=(box,), C=matrix, **options)[0]
+    _forget_slopes(bounded)
     # Tighter intermediate bounds may lead products to other relaxations, and to looser bounds in the end.
     return torch.maximum(optimized, crown)
 
@@ -125,6 +126,13 @@ class MarginBounds:
     def _bounds(self, box: Any, labels: Tensor, method: str) -> Tensor:
         with default_dtype(self.dtype):  # Both releases make some of their tensors without a dtype.
             return _METHODS[method](self._networks[method], box, labels, self.classes).detach()
+
+
+def _forget_slopes(bounded: Any) -> None:
+    """Leave nothing of an optimisation behind, by which later CROWN passes choose what neurons they bound."""
+    for node in bounded._modules.values():
+        if hasattr(node, "alpha_lookup_idx"):
+            node.alpha_lookup_idx = {}
 
 
 def bounded_inputs(bounded: Any) -> Iterator[Any]:
