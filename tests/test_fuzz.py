@@ -50,7 +50,7 @@ def lowest_margins(model, x, y, eps, count=100):
 
 
 @seed(int(SEED or 0))
-@fuzzed(PAIRS)
+@fuzzed(PAIRS // 2)
 @given(
     model=networks(),
     eps=st.floats(1e-4, 0.5),
