@@ -172,7 +172,9 @@ class BoundedModule(engine.BoundedModule):
         options, device, verbose, operators, allow_untested = self._arguments
         options = {**options, **changes}
         # 0.3's sparse slopes fail where neurons are stable over the whole batch, 0.7's outside of vectors and images.
-        if ENGINE_VERSION.startswith("0.3") or not self._holds_vectors_and_images():
+        if ENGINE_VERSION.startswith("0.3"):
+            options = {**options, "sparse_features_alpha": False}
+        elif not self._holds_vectors_and_images():
             options = {**options, "sparse_features_alpha": False, "sparse_spec_alpha": False}
         model = copy.deepcopy(self.wrapped).to(dtype).eval().requires_grad_(False)
         example = tuple(x.to(dtype) if x.is_floating_point() else x for x in self.example)
