@@ -305,7 +305,8 @@ def test_what_cannot_be_run_is_told_in_a_line(arguments, message, own_networks, 
     out = own_networks / "run"
     assert cli.main(["train", "mnist5k", "--out", str(out), "--data-limit", "96", *filled]) == 1
     err = capsys.readouterr().err
-    assert err.startswith("lirpa-fastwarmup: error: ")
+    # Lines about BatchNorm that was inserted may come before: 0.7.1 converts networks that end in Dropout.
+    assert err.splitlines()[-1].startswith("lirpa-fastwarmup: error: ")
     assert message in err
     assert "Traceback" not in err
     assert not list(out.iterdir())
