@@ -364,8 +364,8 @@ class BoundedModule(engine.BoundedModule):
         self._bounding = True
         try:
             with sharing.without_bookkeeping(self), named_failures(self, method):
-                stale = self._uses_batch_statistics() or self._reads_shapes()
-                if x is not None and stale and not reuse_statistics:
+                anew = x is not None and not reuse_statistics
+                if anew and (self._uses_batch_statistics() or self._reads_shapes()):
                     super().forward(*x)
                 return super().compute_bounds(x, *args, **kwargs)
         finally:
