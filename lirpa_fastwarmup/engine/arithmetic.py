@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lirpa_fastwarmup.engine.compat import engine, node_classes
+from lirpa_fastwarmup.engine.nodes import evaluate, leave_one_input
 
 Bound: Any = engine.bound_general.Bound
 _INPUT: Any = engine.bound_general.BoundInput
@@ -51,7 +52,7 @@ class BoundConstantArithmetic(Bound):
         return self.operation in ("Add", "Sub") and not (self.operation == "Sub" and self.constant_first)
 
     def _scale_and_shift(self) -> tuple[Tensor | float, Tensor | float]:
-        c = _evaluate(self.constant[0])
+        c = evaluate(self.constant[0])
         if self.operation == "Add":
             return 1.0, c
         if self.operation == "Sub":
@@ -59,7 +60,7 @@ class BoundConstantArithmetic(Bound):
         return (c if self.operation == "Mul" else 1 / c), 0.0
 
     def forward(self, x: Tensor) -> Tensor:
-        c = _evaluate(self.constant[0])
+        c = evaluate(self.constant[0])
         left, right = (c, x) if self.constant_first else (x, c)
         return _FUNCTIONS[self.operation](left, right)
 
@@ -117,12 +118,6 @@ def _sum_to(coefficients: Tensor, shape: tuple[int, ...]) -> Tensor:
     return coefficients.sum(dims, keepdim=True) if dims else coefficients
 
 
-def _evaluate(node: Any) -> Tensor:
-    """The present value of a constant, with gradient where it is computed from parameters."""
-    value = node.forward(*(_evaluate(source) for source in node.inputs))
-    return value if isinstance(value, Tensor) else torch.as_tensor(value)
-
-
 def simplify_arithmetic(bounded: Any) -> None:
     """Let :class:`BoundConstantArithmetic` take the place of the engine's nodes, where it applies.
 
@@ -148,15 +143,12 @@ def simplify_arithmetic(bounded: Any) -> None:
             )
         node.__class__ = BoundConstantArithmetic
         node.operation, node.constant, node.constant_first = operation, (constant,), not values[0]
-        _detach(node, data, constant)
+        _detach(node, data)
 
 
-def _detach(node: Any, data: Any, constant: Any) -> None:
-    """Leave ``data`` as the one input of ``node`` in the engine's graph."""
-    node.inputs = [data]
-    if "input_name" in vars(node):  # 0.7 derives it from the inputs.
-        node.input_name = [data.name]
-    constant.output_name.remove(node.name)
+def _detach(node: Any, data: Any) -> None:
+    """Leave ``data`` as the one input of ``node``."""
+    leave_one_input(node, data)
     # What the engine noted about the product of two perturbed operands.
     node.requires_input_bounds = []
     node.nonlinear = node.splittable = node.patches_start = False

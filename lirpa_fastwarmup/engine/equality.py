@@ -41,25 +41,27 @@ def check_same_function(bounded: Any, model: nn.Module, example: Sequence[Tensor
             text names the first operation of ``model`` whose result the bounded network does not have.
     """
     size = len(example[0])
-    inputs = _random_inputs(model, example, size)
-    _compare(bounded, model, inputs, model(*inputs))
-    others = _random_inputs(model, example, size + 1)
+    _compare(bounded, model, *_trial(model, example, size))
     try:
-        expected = model(*others)
+        trial = _trial(model, example, size + 1)
     except Exception:
         return  # The network takes batches of the example's size only.
-    _compare(bounded, model, others, expected)
+    _compare(bounded, model, *trial)
 
 
-def _random_inputs(model: nn.Module, example: Sequence[Tensor], size: int) -> list[Tensor]:
-    """``size`` random samples, or the example's own where the network refuses random ones."""
+def _trial(model: nn.Module, example: Sequence[Tensor], size: int) -> tuple[list[Tensor], Tensor]:
+    """``size`` random samples and the model's outputs; of the example's own where the network refuses random ones."""
     generator = torch.Generator().manual_seed(0)
     inputs = [_random_like(x, size, generator) for x in example]
     try:
-        model(*inputs)
+        return inputs, model(*inputs)
     except Exception:
-        return [x[torch.arange(size, device=x.device) % len(x)] for x in example]
-    return inputs
+        inputs = [_repeated(x, size) for x in example]
+        return inputs, model(*inputs)
+
+
+def _repeated(x: Tensor, size: int) -> Tensor:
+    return x[torch.arange(size, device=x.device) % len(x)]
 
 
 def _compare(bounded: Any, model: nn.Module, inputs: list[Tensor], expected: Tensor) -> None:
@@ -82,7 +84,7 @@ def _compare(bounded: Any, model: nn.Module, inputs: list[Tensor], expected: Ten
 def _random_like(x: Tensor, size: int, generator: torch.Generator) -> Tensor:
     """Alternately uniform on [0, 1] and normal samples; integers are drawn from those of ``x``."""
     if not x.is_floating_point():
-        return x[torch.arange(size, device=x.device) % len(x)]
+        return _repeated(x, size)
     values = torch.rand((size, *x.shape[1:]), generator=generator)
     values[1::2] = torch.randn(values[1::2].shape, generator=generator)
     return values.to(x)
@@ -102,7 +104,7 @@ def _close(found: Tensor, expected: Tensor, model: nn.Module, inputs: Sequence[T
 
 
 def _rounding_error(model: nn.Module, inputs: Sequence[Tensor], expected: Tensor, defined: Tensor) -> Tensor:
-    """How far ``expected`` is from the outputs in double precision; 0 where these cannot be had."""
+    """How far ``expected`` is from the outputs in double precision; 0 if the network does not run in it."""
     if expected.dtype == torch.float64:
         return torch.zeros(())
     try:

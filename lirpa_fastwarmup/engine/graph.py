@@ -189,10 +189,8 @@ class NetworkGraph:
         """Where ``node`` is, in words: by the nearest affine module above it."""
         if id(node) in self._affine_at:
             return f"in module {self._affine_at[id(node)].name!r}"
-        above = [
-            name for source in node.inputs for name in (layer.name for layer in self._above(source, lambda _: True))
-        ]
-        return f"after module {above[-1]!r}" if above else "at the input"
+        above = [layer for source in node.inputs for layer in self._above(source, lambda _: True)]
+        return f"after module {above[-1].name!r}" if above else "at the input"
 
     def below(self, node: Any) -> list[Any]:
         """``node`` and all nodes that depend on it, in order of execution."""

@@ -3,7 +3,7 @@
 Release 0.3 supports two-dimensional convolutions only, and transposed ones only without padding; 0.7 adds
 one-dimensional ones. Both bound pooling in two dimensions only, and wrongly or not at all where windows overlap, are
 padded or do not cover the input. The classes here serve one to three dimensions. Their CROWN bounds need coefficients
-as matrices; :func:`lirpa_fastwarmup.engine.operators.check_operators` sees to that.
+as matrices; :func:`lirpa_fastwarmup.engine.operators.review` decides where.
 """
 
 from __future__ import annotations
@@ -103,12 +103,8 @@ class BoundConvNd(Bound):
         def one_side(last_A: Any) -> tuple[Any, Any]:
             if last_A is None:
                 return None, 0
-            if not isinstance(last_A, Tensor):
-                raise NotImplementedError(
-                    f"CROWN through this convolution with coefficients of type {type(last_A).__name__}: "
-                    "build the BoundedModule with bound_opts={'conv_mode': 'matrix'}, or use IBP"
-                )
-            next_A = self._apply_adjoint(last_A.flatten(0, 1), weight).unflatten(0, last_A.shape[:2])
+            rows = require_matrix(last_A, self).flatten(0, 1)
+            next_A = self._apply_adjoint(rows, weight).unflatten(0, last_A.shape[:2])
             bias = last_A.flatten(3).sum(3).matmul(x[2].lower) if len(x) == 3 else 0
             return next_A, bias
 
@@ -195,8 +191,22 @@ def require_matrix(coefficients: Any, node: Any) -> Tensor:
 def value_of(node: Any) -> Tensor:
     """The value of a node that is no argument of the bounds, from the last pass or else computed."""
     value = getattr(node, "forward_value", None)
-    value = value if value is not None else node.forward(*(value_of(source) for source in node.inputs))
-    return value if isinstance(value, Tensor) else torch.as_tensor(value)
+    return evaluate(node) if value is None else torch.as_tensor(value)
+
+
+def evaluate(node: Any) -> Tensor:
+    """The present value of a constant, with gradient where it is computed from parameters."""
+    return torch.as_tensor(node.forward(*(evaluate(source) for source in node.inputs)))
+
+
+def leave_one_input(node: Any, argument: Any) -> None:
+    """Take all inputs of ``node`` but ``argument`` out of the engine's graph."""
+    for source in node.inputs:
+        if source is not argument:
+            source.output_name.remove(node.name)
+    node.inputs = [argument]
+    if "input_name" in vars(node):  # 0.7 derives it from the inputs.
+        node.input_name = [argument.name]
 
 
 def _number(attr: Any, name: str, inputs: Any, place: int, default: float) -> float:
@@ -315,7 +325,7 @@ class BoundClamp(Bound):
     def interval_propagate(self, *v: Any) -> tuple[Tensor, Tensor]:
         return self.forward(v[0][0]), self.forward(v[0][1])
 
-    def bound_backward(self, last_lA: Any, last_uA: Any, x: Any, *ends: Any, **kwargs: Any) -> Any:
+    def bound_backward(self, last_lA: Any, last_uA: Any, x: Any, **kwargs: Any) -> Any:
         below, above = self._lines(x.lower * self.slope + self.offset, x.upper * self.slope + self.offset)
 
         def one_side(last_A: Any, positive: Any, negative: Any) -> tuple[Any, Any]:
@@ -328,7 +338,7 @@ class BoundClamp(Bound):
 
         lA, lower_bias = one_side(last_lA, below, above)
         uA, upper_bias = one_side(last_uA, above, below)
-        return [(lA, uA), *[(None, None)] * len(ends)], lower_bias, upper_bias
+        return [(lA, uA)], lower_bias, upper_bias
 
     def _lines(self, lower: Tensor, upper: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """Slope and intercept of a line below and of one above clip(z, low, high), for z from lower to upper.
@@ -452,27 +462,17 @@ def _keeps_batch(node: Any, batch: int) -> bool:
     return bool(node.input_shape[0] == batch and node.output_shape[0] == batch)
 
 
-def _detach_constants(bounded: Any) -> None:
-    """Take the constants that our nodes have read out of the engine's graph, which has no bounds for all of them."""
-    for node in bounded._modules.values():
-        if isinstance(node, BoundClamp | ConstantPad):
-            for constant in node.inputs[1:]:
-                constant.output_name.remove(node.name)
-            node.inputs = node.inputs[:1]
-            if "input_name" in vars(node):  # 0.7 derives it from the inputs.
-                node.input_name = node.input_name[:1]
-
-
 def adopt_operators(bounded: Any) -> None:
     """Put the classes above in place of the engine's, where they are needed."""
     traced_batch = len(bounded.example[0])
-    _detach_constants(bounded)
     takes_margins = "C" in inspect.signature(BoundMatMul.interval_propagate).parameters
     for node in bounded._modules.values():
         if type(node) is BoundMatMul and not takes_margins:
             node.__class__ = MarginMatMul
         elif type(node) is BoundConcat:
             node.__class__ = LinfConcat
+        elif isinstance(node, BoundClamp | ConstantPad):
+            leave_one_input(node, node.inputs[0])  # They have read the others, of which the engine has no bounds.
         elif type(node) in ADJOINT:
             node.__class__ = ADJOINT[type(node)]
         elif type(node) is BoundReshape and _keeps_batch(node, traced_batch):

@@ -117,7 +117,7 @@ class Acceptance:
     """What bounds a BoundedModule may be asked for.
 
     Attributes:
-        untested: what has not been tested of operators and attributes, with its place; no bounds rest on tests then.
+        untested: operators and attributes that have not been tested, each with its place.
         interval_only: operators, with their places, for which there is IBP alone.
         needs_matrices: whether CROWN's coefficients must be matrices.
     """

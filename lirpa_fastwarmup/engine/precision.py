@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+# Rounding that bounds may be off by, relative to the size of what is bounded.
+SLACK = {torch.float32: 1e-4, torch.float64: 1e-9}
 _backends: Any = torch.backends  # Their types leave parts out.
 # Whatever may do float32 products in TF32 or bfloat16, on the GPU and on the CPU.
 _COARSE: tuple[Any, ...] = (

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from lirpa_fastwarmup.engine.graph import read_graph
 from lirpa_fastwarmup.engine.operators import OPERATORS, operator_of
+from lirpa_fastwarmup.engine.precision import SLACK
 
 _ELEMENTS = 8  # Outputs of a node that are looked at, for each sample.
-_SLACK = {torch.float32: 1e-4, torch.float64: 1e-9}
 
 
 @torch.no_grad()
@@ -69,7 +69,7 @@ def _wrong_samples(node: Any, last: Any, batch: int, generator: torch.Generator)
         for sign, slopes, bias in ((1, below, below_bias), (-1, above, above_bias)):
             terms = (slopes * point).flatten(2)
             scale = 1 + torch.maximum(value.abs(), terms.abs().sum(2) + torch.as_tensor(bias).abs())
-            wrong |= (sign * (terms.sum(2) + bias - value) > _SLACK[rows.dtype] * scale).any(0)
+            wrong |= (sign * (terms.sum(2) + bias - value) > SLACK[rows.dtype] * scale).any(0)
     return [int(sample) for sample in wrong.nonzero().flatten()]
 
 

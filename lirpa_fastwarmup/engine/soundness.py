@@ -13,14 +13,13 @@ from lirpa_fastwarmup.engine.bounds import input_box
 from lirpa_fastwarmup.engine.graph import read_graph
 from lirpa_fastwarmup.engine.inputs import Epsilon, InputRange, broadcast_to_batch
 from lirpa_fastwarmup.engine.methods import MarginBounds, bounded_inputs
+from lirpa_fastwarmup.engine.precision import SLACK
 from lirpa_fastwarmup.engine.relaxations import wrong_relaxations
 
 PROBED = 16  # Samples of a batch whose bounds are checked in full.
 _PROBED_BY = {"CROWN": 8, "alpha-CROWN": 4}  # Of these, where a method is expensive.
 _NARROW = 1 / 16  # Of the radius: bounds over so small a box are nearly attained, and a mistake in them shows.
-# Rounding that bounds may be off by, relative to the element's own size.
-_SLACK = {torch.float32: 1e-4, torch.float64: 1e-9}
-# The same where there is no box to be bounded, and the bounds are the network's own arithmetic.
+# Rounding that bounds may be off by where there is no box, and the bounds are the network's own arithmetic.
 _POINT_SLACK = {torch.float32: 1e-5, torch.float64: 1e-12}
 _CORNERS = 2  # Random corners, beside those that gradients point to.
 
@@ -99,13 +98,23 @@ def find_contradictions(
         Pairs of a sample's place in the batch and what was found.
     """
     some = _spread_out(len(y), min(most, _PROBED_BY.get(method, PROBED))).to(y.device)
-    eps = eps[some] if isinstance(eps, Tensor) and eps.ndim == x.ndim and len(eps) == len(x) else eps
+    eps = radii_of(some, eps, x)
     x, y = x[some], y[some]
     given = [] if points is None else [points[some]]
-    found = _escapes_from(network, x, y, eps, method, input_range, given)
-    found += _escapes_from(network, x, y, eps * _NARROW, method, input_range, [])
+    found = []
+    for radius, looked_at in ((eps, given), (eps * _NARROW, [])):
+        margins = network.lower(input_box(x, radius, input_range), y, method)
+        bounded = network.bounded(method)
+        wrong = wrong_relaxations(bounded, len(y)) if method in ("CROWN-IBP", "CROWN") else []
+        wrong += escapes(bounded, margins, y, *corners_of(x, radius, input_range), points=looked_at)
+        found += [(place, f"{text}, by {method}") for place, text in wrong]
     found += _off_the_point(network, x, y, method, input_range)
     return [(int(some[place]), text) for place, text in found]
+
+
+def radii_of(samples: Tensor, eps: Epsilon, x: Tensor) -> Epsilon:
+    """The radii of some samples of the batch ``x``, where ``eps`` has one for each, shape (batch, 1, …)."""
+    return eps[samples] if isinstance(eps, Tensor) and eps.ndim == x.ndim and len(eps) == len(x) else eps
 
 
 def _spread_out(count: int, most: int) -> Tensor:
@@ -129,7 +138,7 @@ def tolerance(bound: Tensor, value: Tensor) -> Tensor:
     """What rounding explains, per element: relative to the element, and a few ulp of the largest in its row."""
     size = torch.maximum(bound.abs(), value.abs())
     largest = size.flatten(1).amax(1).view(-1, *[1] * (size.ndim - 1))
-    return _SLACK[bound.dtype] * (1 + size) + 8 * torch.finfo(bound.dtype).eps * largest
+    return SLACK[bound.dtype] * (1 + size) + 8 * torch.finfo(bound.dtype).eps * largest
 
 
 @dataclass(frozen=True)
@@ -139,23 +148,6 @@ class _Held:
     node: Any
     lower: Tensor
     upper: Tensor
-
-
-def _escapes_from(
-    network: MarginBounds,
-    x: Tensor,
-    y: Tensor,
-    eps: Epsilon,
-    method: str,
-    input_range: InputRange | None,
-    points: Iterable[Tensor],
-) -> list[tuple[int, str]]:
-    margins = network.lower(input_box(x, eps, input_range), y, method)
-    bounded, found = network.bounded(method), []
-    if method in ("CROWN-IBP", "CROWN"):
-        found += wrong_relaxations(bounded, len(y))
-    found += escapes(bounded, margins, y, *corners_of(x, eps, input_range), points=points)
-    return [(place, f"{text}, by {method}") for place, text in found]
 
 
 def escapes(
@@ -208,7 +200,7 @@ class _Search:
         """Compare all values at ``point`` with their bounds."""
         logits = self.bounded.forward(point)
         attained = class_margins(logits, self.y)
-        for sample in (attained < self.margins - tolerance(self.margins, attained)).any(1).nonzero().flatten():
+        for sample in contradicted(self.margins, attained).nonzero().flatten():
             self.found.append((int(sample), "has a margin below its lower bound at a point of its box"))
         for place, held in enumerate(self.held):
             value = held.node.forward_value
@@ -220,13 +212,16 @@ class _Search:
                 self.found.append((int(sample), f"has a value outside its bounds {self.graph.place_of(held.node)}"))
 
     def extremes(self) -> Iterator[Tensor]:
-        """The corners that signed gradients point to."""
+        """The corners that signed gradients at the centre point to."""
         read = {id(node) for node in bounded_inputs(self.bounded)}
-        for place, held in enumerate(self.held):
-            if id(held.node) in read:
-                yield from self._towards(lambda held=held: held.node.forward_value, self._elements(place))
-        fullest = class_margins(self.bounded.forward((self.lower + self.upper) / 2), self.y) - self.margins
-        yield from self._towards(None, fullest.argmin(1))
+        places = [place for place, held in enumerate(self.held) if id(held.node) in read]
+        centre = ((self.lower + self.upper) / 2).requires_grad_(True)
+        with torch.enable_grad():
+            margins = class_margins(self.bounded.forward(centre), self.y)
+        values = [self.held[place].node.forward_value for place in places]  # Visits replace them.
+        for place, value in zip(places, values, strict=True):
+            yield from self._towards(centre, value, self._elements(place))
+        yield from self._towards(centre, margins, (margins - self.margins).argmin(1))
 
     def _elements(self, place: int) -> Tensor:
         """One element per sample, by its place in the flattened node."""
@@ -238,13 +233,10 @@ class _Search:
         other = torch.arange(len(width), device=chosen.device) % 2 == 1
         return torch.where(other, drawn, chosen)
 
-    def _towards(self, value: Any, elements: Tensor) -> Iterator[Tensor]:
-        point = ((self.lower + self.upper) / 2).requires_grad_(True)
+    def _towards(self, centre: Tensor, values: Tensor, elements: Tensor) -> Iterator[Tensor]:
         with torch.enable_grad():
-            logits = self.bounded.forward(point)
-            values = class_margins(logits, self.y) if value is None else value()
             total = values.flatten(1).gather(1, elements.unsqueeze(1)).sum()
-            (gradient,) = torch.autograd.grad(total, point, allow_unused=True)
+            (gradient,) = torch.autograd.grad(total, centre, retain_graph=True, allow_unused=True)
         if gradient is not None:
             yield torch.where(gradient > 0, self.upper, self.lower)
             yield torch.where(gradient > 0, self.lower, self.upper)

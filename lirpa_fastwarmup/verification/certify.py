@@ -15,7 +15,7 @@ from lirpa_fastwarmup.engine.inputs import Epsilon, InputRange
 from lirpa_fastwarmup.engine.methods import METHODS, MarginBounds
 from lirpa_fastwarmup.engine.module import BoundedModule
 from lirpa_fastwarmup.engine.precision import exact_arithmetic
-from lirpa_fastwarmup.engine.soundness import PROBED, class_margins, contradicted, find_contradictions
+from lirpa_fastwarmup.engine.soundness import PROBED, class_margins, contradicted, find_contradictions, radii_of
 from lirpa_fastwarmup.memory import Parts
 from lirpa_fastwarmup.verification.attacks import attack
 from lirpa_fastwarmup.verification.reference import beyond_intervals
@@ -218,7 +218,7 @@ class Certifier:
             result.contradictions.append((index, text))
         if (method, x.dtype) not in self._probed:
             self._probed.add((method, x.dtype))
-            self._probe(method, x[samples], y[samples], _of_samples(eps, samples, x), points[samples], samples, result)
+            self._probe(method, x[samples], y[samples], radii_of(samples, eps, x), points[samples], samples, result)
 
     def _probe(
         self, method: str, x: Tensor, y: Tensor, eps: Epsilon, points: Tensor, samples: Tensor, result: BatchResult
@@ -228,9 +228,8 @@ class Certifier:
         most = self._parts[method].size
         found = find_contradictions(network, x, y, eps, method, input_range, points=points, most=most)
         if method == "IBP":
-            found += beyond_intervals(
-                network.bounded(method), x[:PROBED], _of_samples(eps, torch.arange(len(x))[:PROBED], x), input_range
-            )
+            some = torch.arange(min(len(x), PROBED), device=x.device)
+            found += beyond_intervals(network.bounded(method), x[some], radii_of(some, eps, x), input_range)
         for place, text in dict(found).items():
             result.contradictions.append((int(samples[place]), f"{text} ({_name(x.dtype)})"))
 
@@ -265,11 +264,6 @@ def dtypes_of(plan: Plan) -> list[torch.dtype]:
 def _logits(model: torch.nn.Module, x: Tensor) -> Tensor:
     logits: Tensor = model(x)
     return logits
-
-
-def _of_samples(eps: Epsilon, samples: Tensor, x: Tensor) -> Epsilon:
-    """The radii of some samples, where there is one for each."""
-    return eps[samples] if isinstance(eps, Tensor) and eps.ndim == x.ndim and len(eps) == len(x) else eps
 
 
 def _all(y: Tensor) -> Tensor:
