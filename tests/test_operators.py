@@ -161,15 +161,18 @@ def test_coefficients_are_matrices_where_patches_are_wrong(spatial, mode, image)
     assert bounded.given_options == {}
 
 
-def test_the_list_names_operators_of_the_installed_engine_only():
+def test_every_listed_operator_is_one_of_the_installed_engine_and_has_classes_of_its_own():
     classes = [cls for operator in OPERATORS.values() for cls in operator.classes]
-    assert all(isinstance(cls, type) for cls in classes)
+    assert all(operator.classes for operator in OPERATORS.values())
+    assert len(set(classes)) == len(classes)  # A class of two operators would have the attributes of the last.
 
 
 def test_pickled_modules_keep_what_was_allowed(image):
-    model = around(nn.ReLU6(), image)
-    bounded = pickle.loads(pickle.dumps(fw.BoundedModule(model, image)))
-    assert bounded.untested == ()
+    bounded = fw.BoundedModule(around(nn.LeakyReLU(1.5), image), image, allow_untested=True)
+    assert len(bounded.untested) == 1
+    assert pickle.loads(pickle.dumps(bounded)).untested == bounded.untested
+    tested = fw.BoundedModule(around(nn.ReLU6(), image), image)
+    assert pickle.loads(pickle.dumps(tested)).untested == ()
 
 
 def test_a_failure_of_the_users_own_operator_is_raised_as_it_is(image):

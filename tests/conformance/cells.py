@@ -245,7 +245,7 @@ def _normalisations() -> Iterator[Cell]:
             yield Cell(
                 kind.__name__,
                 f"affine={affine}, rank {rank}",
-                lambda kind=kind, affine=affine: _used(kind(CHANNELS, affine=affine)),
+                lambda kind=kind, affine=affine: as_trained(kind(CHANNELS, affine=affine)),
                 rank,
                 True,
             )
@@ -255,7 +255,7 @@ def _normalisations() -> Iterator[Cell]:
     yield _of(nn.LocalResponseNorm, 2, rank=2)
 
 
-def _used(norm: nn.Module) -> nn.Module:
+def as_trained(norm: nn.Module) -> nn.Module:
     """A BatchNorm as after training: statistics, and weights of both signs."""
     nn.init.normal_(norm.running_mean, std=0.3)
     nn.init.uniform_(norm.running_var, 0.3, 2.0)

@@ -22,11 +22,12 @@ Table = dict[str, dict[str, str]]  # Of each cell, each method's verdict.
 _HEAD = """# Operators
 
 What `BoundedModule` accepts, as the conformance tests found it. Every row is a small network around one operator, and
-every method was tested on it in double precision, at two radii:
+every method was tested on it in double precision, at two radii (α-CROWN at the larger one):
 
 - values of all bounded nodes, and of the margins, at random points, corners and the points that signed gradients of
   single neurons lead to lie within their bounds;
 - IBP bounds are no tighter than an interval arithmetic that shares no code with the engine;
+- CROWN's linear functions of the input, at every pre-activation and at the output, hold at random points and corners;
 - around an affine operator alone, CROWN's bounds are the exact ones; with coefficients as patches they equal those with
   coefficients as matrices; α-CROWN's are no looser than CROWN's, and no margin is attained below them.
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from tests.conformance.cells import SqueezeExcitation
+from tests.conformance.cells import SqueezeExcitation, as_trained
 from tests.networks import Function
 
 Draw = Callable[[Any], Any]
@@ -96,13 +96,7 @@ def _activation(draw: Draw, *_: int) -> nn.Module:
 
 
 def _norm(draw: Draw, channels: int, rank: int) -> nn.Module:
-    norm = _NORM[rank](channels, affine=draw(st.booleans()))
-    nn.init.normal_(norm.running_mean, std=0.5)
-    nn.init.uniform_(norm.running_var, 0.2, 3.0)
-    if norm.affine:
-        nn.init.normal_(norm.weight)
-        nn.init.normal_(norm.bias)
-    return norm
+    return as_trained(_NORM[rank](channels, affine=draw(st.booleans())))
 
 
 def _branch(draw: Draw, channels: int, rank: int) -> nn.Module:
