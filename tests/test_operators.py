@@ -220,3 +220,35 @@ def test_newer_tables_of_the_exporter_give_the_same_bounds(operator, image):
         assert bool((lower <= model(image)).all() and (model(image) <= upper).all())
     after = bounded.compute_bounds(x=(box,), method="CROWN")
     assert all(torch.allclose(one, other, atol=1e-6) for one, other in zip(before, after, strict=True))
+
+
+def test_patches_are_kept_on_square_images_alone():
+    def mode(*convolutions, shape):
+        model = nn.Sequential(*convolutions, nn.Flatten())
+        return fw.BoundedModule(model.eval(), torch.rand(2, 2, *shape)).conv_mode
+
+    plain = nn.Conv2d(2, 3, 3, padding=1), nn.ReLU(), nn.Conv2d(3, 3, 3, padding=1), nn.ReLU()
+    assert mode(*plain, shape=(6, 6)) == "patches"
+    assert mode(*plain, shape=(3, 8)) == "matrix"
+    assert mode(*plain, shape=(8, 3)) == "matrix"
+    for odd in (nn.Conv2d(2, 3, (3, 1), padding=(1, 0)), nn.Conv2d(2, 3, 3, stride=(2, 1), padding=1)):
+        assert mode(odd, nn.ReLU(), nn.Conv2d(3, 3, 3, padding=1), nn.ReLU(), shape=(6, 6)) == "matrix"
+
+
+def test_wide_images_get_no_certificate_from_patches():
+    # Both releases put patches that outgrow the image in the wrong places of a matrix, unless the image is square.
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1), nn.ReLU()),
+        *(nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 24, 3)),
+    ).eval()
+    x, eps = torch.rand(2, 1, 3, 8), 0.05
+    bounds = []
+    for options in ({}, {"conv_mode": "patches"}, {"conv_mode": "matrix"}):
+        bounded = fw.BoundedModule(model, x, bound_opts=options)
+        bounds.append(bounded.compute_bounds(x=(fw.input_box(x, eps),), method="CROWN"))
+    corners = (x + eps * torch.randn(500, *x.shape).sign()).clamp(0, 1)
+    outputs = model(corners.flatten(0, 1)).view(500, 2, 3)
+    for lower, upper in bounds:
+        assert bool(((outputs >= lower - 1e-5) & (outputs <= upper + 1e-5)).all())
+        assert torch.allclose(lower, bounds[-1][0], atol=1e-5)

@@ -164,17 +164,32 @@ def _objection(node: Any, depends: list[bool], batch: int) -> str | None:
 
 
 def _needs_matrices(graph: NetworkGraph) -> bool:
-    """Whether coefficients that begin as patches would reach an operator that is not known to handle them."""
-    for node in graph.nodes:
-        operator = OPERATORS.get(operator_of(node))
-        handles_patches = operator is None or operator.patches
-        if handles_patches and max(getattr(node, "dilation", [1]), default=1) == 1:
-            continue
-        if any(
-            getattr(other, "mode", None) == "patches" and len(other.output_shape) == 4 for other in graph.below(node)
-        ):
-            return True
-    return False
+    """Whether coefficients that begin as patches would meet what the engine is not right for."""
+    starts = {
+        id(node) for node in graph.nodes if getattr(node, "mode", None) == "patches" and len(node.output_shape) == 4
+    }
+    return any(
+        not _handles_patches(node) and any(id(other) in starts for other in graph.below(node)) for node in graph.nodes
+    )
+
+
+def _handles_patches(node: Any) -> bool:
+    """Whether coefficients may be patches when they reach ``node``.
+
+    Where patches outgrow the image, both releases turn them into matrices whose rows are as long as the image is high:
+    right for squares only.
+    """
+    operator = OPERATORS.get(operator_of(node))
+    if operator is not None and not operator.patches:
+        return False
+    sizes = [shape[2:] for shape in (node.output_shape, *_input_shapes(node)) if len(shape) == 4]
+    if operator_of(node) == "Conv":
+        sizes += [node.attr["kernel_shape"], node.stride, node.padding]
+    return all(len(set(one)) == 1 for one in sizes) and set(getattr(node, "dilation", [1])) == {1}
+
+
+def _input_shapes(node: Any) -> list[Any]:
+    return [source.output_shape for source in node.inputs if source.output_shape is not None]
 
 
 def untested_error(untested: tuple[str, ...]) -> NotImplementedError:

@@ -12,7 +12,13 @@ from torch import Tensor, nn
 
 from tests.networks import Function
 
-SPACES = {0: (), 1: (9,), 2: (7, 6), 3: (3, 4, 3)}  # By rank; uneven, so that windows leave something over.
+SPACES = {
+    0: (),
+    1: (9,),
+    2: (7, 7),
+    3: (3, 4, 3),
+}  # By rank; odd, so that windows leave something over; patches are for squares.
+SMALL = (3, 4)
 CHANNELS = 4
 
 
@@ -26,6 +32,7 @@ class Cell:
         build: makes a module of ``CHANNELS`` channels, or features, with these attributes.
         rank: its spatial dimensions; 0 for vectors.
         linear: whether it is an affine function of its input.
+        small: on an image that the window of two convolutions does not fit into.
     """
 
     operator: str
@@ -33,6 +40,11 @@ class Cell:
     build: Callable[[], nn.Module]
     rank: int = 2
     linear: bool = False
+    small: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (2, *(SMALL if self.small else SPACES[self.rank])) if self.rank else (6,)
 
     @property
     def name(self) -> str:
@@ -40,18 +52,18 @@ class Cell:
 
     def network(self, *, linear: bool = False) -> nn.Module:
         """The operator behind one layer and, where shapes allow, before another; affine on request."""
-        return surrounded(self.build(), self.rank, activate=not linear)
+        return surrounded(self.build(), self.rank, self.shape, activate=not linear)
 
     def inputs(self, batch: int) -> Tensor:
-        return torch.rand(batch, *((2, *SPACES[self.rank]) if self.rank else (6,)), dtype=torch.float64)
+        return torch.rand(batch, *self.shape, dtype=torch.float64)
 
 
-def surrounded(operator: nn.Module, rank: int, *, activate: bool = True) -> nn.Module:
+def surrounded(operator: nn.Module, rank: int, shape: tuple[int, ...], *, activate: bool = True) -> nn.Module:
     """A network of double precision, in evaluation mode, with ``operator`` inside."""
     first = _layer(rank, 2 if rank else 6, CHANNELS)
     activation = nn.ReLU if activate else nn.Identity
     layers: list[nn.Module] = [first, activation() if _is_affine(operator) else nn.Identity(), operator]
-    example = torch.rand(2, *((2, *SPACES[rank]) if rank else (6,)))
+    example = torch.rand(2, *shape)
     after = nn.Sequential(*layers).eval()(example)
     layers.append(activation())
     if after.ndim == rank + 2 and rank and min(after.shape[2:]) > 1:
@@ -105,6 +117,19 @@ class Constants(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.function(x, self.c)
+
+
+class Unbent(nn.Module):
+    """Two padded convolutions, and what joins them, without an activation in between."""
+
+    def __init__(self, between: Callable[[], nn.Module], join: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.second = (nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1) for _ in range(2))
+        self.between, self.join = between(), join
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.between(self.first(x))
+        return self.join(x, torch.relu(self.second(x)))
 
 
 def _grid(**values: tuple[object, ...]) -> Iterator[dict[str, object]]:
@@ -168,9 +193,9 @@ def _pools() -> Iterator[Cell]:
     yield _of(nn.AvgPool2d, 2, rank=2, divisor_override=4)
     yield _of(nn.AvgPool2d, (2, 3), (1, 2), rank=2)
     yield _of(nn.MaxPool2d, (2, 3), (1, 2), rank=2)
-    for size in (1, (7, 3), (7, 6), 3, (None, 2)):
+    for size in (1, (7, 1), (7, 7), 3, (None, 1)):
         yield _of(nn.AdaptiveAvgPool2d, size, rank=2)
-    for size in (1, (7, 3), 4):
+    for size in (1, (7, 1), 4):
         yield _of(nn.AdaptiveMaxPool2d, size, rank=2)
     yield _of(nn.AdaptiveAvgPool1d, 1, rank=1)
     yield _of(nn.AdaptiveAvgPool1d, 3, rank=1)
@@ -270,7 +295,7 @@ def _moves() -> Iterator[Cell]:
         "flatten(1)": lambda x: x.flatten(1),
         "flatten(2)": lambda x: x.flatten(2),
         "view": lambda x: x.view(x.shape[0], -1),
-        "reshape to channels": lambda x: x.reshape(x.size(0), 2, -1, 6),
+        "reshape to channels": lambda x: x.reshape(x.size(0), 2, -1, 7),
         "permute": lambda x: x.permute(0, 2, 3, 1),
         "transpose(1, 2)": lambda x: x.transpose(1, 2),
         "transpose of the batch": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
@@ -289,7 +314,7 @@ def _moves() -> Iterator[Cell]:
         "split": lambda x: x.split([1, 3], 1)[1],
         "flip": lambda x: x.flip(1),
         "roll": lambda x: x.roll(1, 2),
-        "channel shuffle": lambda x: x.view(x.shape[0], 2, 2, 7, 6).transpose(1, 2).reshape(x.shape[0], 4, 7, 6),
+        "channel shuffle": lambda x: x.view(x.shape[0], 2, 2, 7, 7).transpose(1, 2).reshape(x.shape[0], 4, 7, 7),
         "pixel shuffle": lambda x: F.pixel_shuffle(x, 2),
         "expand": lambda x: x[:, :1].expand(-1, 3, -1, -1),
         "repeat": lambda x: x.repeat(1, 2, 1, 1),
@@ -325,6 +350,22 @@ def _arithmetic() -> Iterator[Cell]:
     }
     for name, join in joins.items():
         yield Cell("two branches", name, lambda join=join: BranchSum(join))
+    between: dict[str, Callable[[], nn.Module]] = {
+        "nothing": nn.Identity,
+        "BatchNorm": lambda: as_trained(nn.BatchNorm2d(CHANNELS)),
+        "a shift": lambda: Function(lambda x: x + 0.5),
+        "ReLU": nn.ReLU,
+        "LeakyReLU": nn.LeakyReLU,
+        "Sigmoid": nn.Sigmoid,
+    }
+    chains: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"b": lambda a, b: b, "a - b": lambda a, b: a - b}
+    for (name, build), (text, join), small in itertools.product(between.items(), chains.items(), (False, True)):
+        yield Cell(
+            "two convolutions",
+            f"{name} between them, {text}, {'small' if small else 'large'} image",
+            lambda build=build, join=join: Unbent(build, join),
+            small=small,
+        )
     for gate in (nn.Sigmoid, nn.Hardsigmoid, nn.ReLU):
         yield Cell("squeeze-excitation", gate.__name__, lambda gate=gate: SqueezeExcitation(gate))
     constants: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -336,7 +377,7 @@ def _arithmetic() -> Iterator[Cell]:
         "(x - c) / sqrt(c)": lambda x, c: (x - c) / torch.sqrt(c),
         "-x": lambda x, c: -x,
         "3 x - 1": lambda x, c: 3 * x - 1,
-        "x * c over columns": lambda x, c: x * c[:1].expand(1, 7, 6).cumsum(2),
+        "x * c over columns": lambda x, c: x * c[:1].expand(1, 7, 7).cumsum(2),
     }
     for name, function in constants.items():
         linear = name != "c / (x + 9)"
@@ -347,7 +388,7 @@ def _linear() -> Iterator[Cell]:
     for bias in (True, False):
         yield Cell("Linear", f"bias={bias}", lambda bias=bias: nn.Linear(CHANNELS, 5, bias=bias), 0, True)
         yield Cell("Linear", f"bias={bias}, over positions", lambda bias=bias: nn.Linear(9, 5, bias=bias), 1, True)
-    yield Cell("Linear", "over columns of images", lambda: nn.Linear(6, 5), 2, True)
+    yield Cell("Linear", "over columns of images", lambda: nn.Linear(7, 5), 2, True)
     yield Cell(
         "Linear", "weight times a scale", lambda: nn.utils.parametrizations.weight_norm(nn.Linear(CHANNELS, 5)), 0, True
     )
