@@ -222,7 +222,7 @@ def test_newer_tables_of_the_exporter_give_the_same_bounds(operator, image):
     assert all(torch.allclose(one, other, atol=1e-6) for one, other in zip(before, after, strict=True))
 
 
-def test_patches_are_kept_on_square_images_alone():
+def test_patches_are_kept_on_square_images_and_for_one_group_alone():
     def mode(*convolutions, shape):
         model = nn.Sequential(*convolutions, nn.Flatten())
         return fw.BoundedModule(model.eval(), torch.rand(2, 2, *shape)).conv_mode
@@ -231,8 +231,12 @@ def test_patches_are_kept_on_square_images_alone():
     assert mode(*plain, shape=(6, 6)) == "patches"
     assert mode(*plain, shape=(3, 8)) == "matrix"
     assert mode(*plain, shape=(8, 3)) == "matrix"
-    for odd in (nn.Conv2d(2, 3, (3, 1), padding=(1, 0)), nn.Conv2d(2, 3, 3, stride=(2, 1), padding=1)):
-        assert mode(odd, nn.ReLU(), nn.Conv2d(3, 3, 3, padding=1), nn.ReLU(), shape=(6, 6)) == "matrix"
+    for odd in (
+        nn.Conv2d(2, 4, (3, 1), padding=(1, 0)),
+        nn.Conv2d(2, 4, 3, stride=(2, 1), padding=1),
+        nn.Conv2d(2, 4, 3, padding=1, groups=2),
+    ):
+        assert mode(odd, nn.ReLU(), nn.Conv2d(4, 3, 3, padding=1), nn.ReLU(), shape=(6, 6)) == "matrix"
 
 
 def test_wide_images_get_no_certificate_from_patches():

@@ -250,6 +250,11 @@ class Sines(Net):
     def forward(self, x):
         return self.head(torch.linalg.pinv(self.conv(x)))
 
+def steep():
+    net = Net()
+    net.head[0] = nn.LeakyReLU(1.5)
+    return net
+
 def seven():
     return Net(7)
 
@@ -364,3 +369,22 @@ def test_only_whole_batches_of_a_run_are_compiled(tmp_path, monkeypatch):
     assert len(run.objective._compiled._steps) == 1
     run, _ = one_epoch(SMALL.replace(compile=True, data_limit=60, accumulate=2), tmp_path)  # 24, 24, 6 and 6.
     assert len(run.objective._compiled._steps) == 1
+
+
+def test_files_of_a_network_with_untested_operators_say_so(own_networks, capsys):
+    out = own_networks / "run"
+    arguments = ["train", "mnist5k", "--out", str(out), "--model", "my_networks:steep", "--data-limit", "96"]
+    brief = ["--epochs", "1", "--pgd-steps", "1", "--pgd-restarts", "1", "--eps", "0.001"]
+    assert cli.main([*arguments, *brief]) == 1
+    assert "have not been tested for LeakyRelu after module" in capsys.readouterr().err
+    assert cli.main([*arguments, *brief, "--allow-untested"]) == 0
+    (named,) = json.loads((out / "summary.json").read_text())["untested"]
+    assert named.startswith("LeakyRelu after module 'conv")
+    assert cli.main(["verify", str(out), "--limit", "20", "--methods", "IBP", "--eps", "0.001", "--radius"]) == 0
+    assert "rests on untested bounds of LeakyRelu" in capsys.readouterr().out
+    assert json.loads((out / "verification.json").read_text())["untested"] == [named]
+    for name in ("certificates.csv", "radii.csv"):
+        with (out / name).open(newline="") as file:
+            assert {row["untested"] for row in csv.DictReader(file)} == {"1"}
+    assert cli.main(["report", str(out), "--out", str(own_networks / "report.html")]) == 0
+    assert "rests on untested bounds of" in (own_networks / "report.html").read_text()

@@ -97,7 +97,7 @@ def _carry_out(
         task.close()
     if ranks.leads:
         found = [one for one in verifications if one is not None]
-        _write(out, options, subject, found, certified, device, time.perf_counter() - started, ranks)
+        _write(out, options, subject, found, certified, bounded, time.perf_counter() - started, ranks)
     wait_for_all()  # No process forgets what it knows before it is written.
     journal.forget()
     if task.contradictions:
@@ -218,10 +218,11 @@ def _write(
     subject: Subject,
     verifications: Sequence[Verification],
     radii: Sequence[Radius] | None,
-    device: torch.device,
+    bounded: fw.BoundedModule,
     seconds: float,
     ranks: Ranks,
 ) -> None:
+    device = bounded.example[0].device
     for name in report.WRITTEN:
         (out / name).unlink(missing_ok=True)
     content: dict[str, Any] = {
@@ -241,6 +242,7 @@ def _write(
         "threads": torch.get_num_threads(),
         "processes": ranks.size,
         "seconds": seconds,
+        "untested": list(bounded.untested),
     }
     if verifications:
         write_csv(out / report.CERTIFICATES, report.certificate_rows(verifications))

@@ -177,15 +177,17 @@ def _handles_patches(node: Any) -> bool:
     """Whether coefficients may be patches when they reach ``node``.
 
     Where patches outgrow the image, both releases turn them into matrices whose rows are as long as the image is high:
-    right for squares only.
+    right for squares only. They also read the weights of a depthwise convolution as those of one group.
     """
     operator = OPERATORS.get(operator_of(node))
     if operator is not None and not operator.patches:
         return False
-    sizes = [shape[2:] for shape in (node.output_shape, *_input_shapes(node)) if len(shape) == 4]
+    shapes = [shape[2:] for shape in (node.output_shape, *_input_shapes(node)) if len(shape) == 4]
     if operator_of(node) == "Conv":
-        sizes += [node.attr["kernel_shape"], node.stride, node.padding]
-    return all(len(set(one)) == 1 for one in sizes) and set(getattr(node, "dilation", [1])) == {1}
+        if node.groups != 1 or set(node.dilation) != {1}:
+            return False
+        shapes += [node.attr["kernel_shape"], node.stride, node.padding]
+    return all(len(set(shape)) == 1 for shape in shapes)
 
 
 def _input_shapes(node: Any) -> list[Any]:

@@ -32,6 +32,7 @@ class Radius:
         radius: in units of the input; 0 where the sample is misclassified, or nothing could be proved.
         method: the cheapest method that proves it; ``None`` for none.
         attacked: whether a misclassified point was found in a box that was proved; then the bounds are not sound.
+        untested: whether it rests on bounds that have not been tested.
     """
 
     index: int
@@ -40,11 +41,13 @@ class Radius:
     radius: float
     method: str | None
     attacked: bool
+    untested: bool = False
 
 
 @dataclass(frozen=True)
 class _Search:
     network: MarginBounds
+    untested: bool
     methods: tuple[str, ...]
     input_range: InputRange | None
     largest: float
@@ -98,6 +101,7 @@ def certified_radii(
         )
     search = _Search(
         MarginBounds(bounded, torch.float32),
+        bool(bounded.untested),
         ordered(methods),
         input_range,
         largest,
@@ -176,6 +180,7 @@ def _radii(search: _Search, parts: dict[str, Parts], x: Tensor, y: Tensor) -> li
             radius=float(radius[index]),
             method=search.methods[places[index]] if places[index] >= 0 else None,
             attacked=attacked[index],
+            untested=search.untested,
         )
         for index in range(len(y))
     ]

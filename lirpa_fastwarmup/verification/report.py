@@ -49,6 +49,7 @@ def radius_rows(radii: Sequence[Radius]) -> list[dict[str, Any]]:
             "prediction": one.prediction,
             "certified_radius": repr(one.radius),
             "method": one.method or "",
+            **({"untested": 1} if one.untested else {}),
         }
         for one in radii
     ]
