@@ -148,7 +148,10 @@ def operator_networks(draw: Draw) -> tuple[nn.Module, Tensor]:
     torch.manual_seed(draw(st.integers(0, 2**31)))
     rank = draw(st.sampled_from([0, 1, 2, 2, 2, 3]))
     channels = draw(st.integers(1, 3))
-    shape = (channels, *(draw(st.integers(3, 7 if rank < 3 else 4)) for _ in range(rank)))
+    side = st.integers(3, 7 if rank < 3 else 4)
+    # Half of them square: only there does CROWN keep coefficients as patches.
+    space = [draw(side)] * rank if draw(st.booleans()) else [draw(side) for _ in range(rank)]
+    shape = (channels, *space)
     x = torch.rand(2, *shape)
     layers: list[nn.Module] = [
         _CONVOLUTION[rank](channels, 4, 3, padding=1) if rank else nn.Linear(channels, draw(st.integers(2, 6)))
