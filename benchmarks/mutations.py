@@ -242,7 +242,7 @@ CNN | auto_LiRPA.perturbations:PerturbationLpNorm.concretize_patches
     CROWN, box: radius by A, not by abs(A) | patch_abs=True => patch_abs=False
 CNN | lirpa_fastwarmup.engine.bounds:input_box
     box: begins at the sample | x_L=lower => x_L=x
-CNN | lirpa_fastwarmup.engine.bounds:box_ends
+CNN | lirpa_fastwarmup.boxes:box_ends
     box: half the radius | x - eps, x + eps => x - eps / 2, x + eps / 2
 CNN | lirpa_fastwarmup.engine.bounds:other_classes
     margins: last class left out | .long() => .long() - (others == classes - 2).long()

@@ -17,7 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
-_TIMEOUT = timedelta(minutes=10)  # How long one rank may wait for the others.
+_TIMEOUT = timedelta(minutes=10)  # How long one rank may wait for the others in the midst of a step.
+_PATIENCE = timedelta(days=7)  # … and where their work is of unequal length.
 _T = TypeVar("_T")
 
 
@@ -93,7 +94,8 @@ def joined(device: torch.device) -> Iterator[Ranks]:
         _meet(backend)
         yield present()
     except RuntimeError as error:
-        if not (isinstance(error, dist.DistError) or "gloo" in str(error) or "onnection" in str(error)):
+        # gloo's own errors are plain RuntimeErrors that begin with a place in its sources.
+        if not (isinstance(error, dist.DistError) or "/gloo/" in str(error)):
             raise
         raise ConnectionError(
             f"rank {rank} lost the connection to the others, or waited for {_TIMEOUT} in vain: one of them ended, and "
@@ -145,15 +147,50 @@ def from_leader(value: _T) -> _T:
     return holder[0]  # type: ignore[return-value]
 
 
-def gathered(value: _T) -> list[_T]:
-    """What every rank has, by rank, on all of them."""
+def gathered(value: _T, group: Any = None) -> list[_T]:
+    """What every rank has, by rank, on all of them; in a group of :func:`unequal_work`, however late they come."""
     if present().size == 1:
         return [value]
     values: list[Any] = [None] * present().size
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=group)
     return values
 
 
-def wait_for_all() -> None:
-    """Go on when every rank has come here."""
-    gathered(None)
+@contextmanager
+def unequal_work() -> Iterator[Any]:
+    """A group for :func:`gathered` at the end of a block that takes some ranks much longer than others.
+
+    Every rank must enter the block. Objects are sent over gloo, on whatever device the ranks compute.
+    """
+    if present().size == 1:
+        yield None
+        return
+    group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+    try:
+        yield group
+    finally:
+        dist.destroy_process_group(group)
+
+
+@contextmanager
+def leader_first() -> Iterator[None]:
+    """Let rank 0 run the block alone, and the others when it has: they find what it downloaded or wrote.
+
+    Where it fails on rank 0, the others run the block as well, and fail by themselves.
+    """
+    with unequal_work() as group:
+        if not present().leads:
+            gathered(None, group)
+        try:
+            yield
+        finally:
+            if present().leads:
+                gathered(None, group)
+
+
+@torch.no_grad()
+def share_buffers(module: torch.nn.Module) -> None:
+    """Give every rank the buffers of rank 0, such as BatchNorm's running statistics, in place."""
+    if present().size > 1:
+        for buffer in module.buffers():
+            dist.broadcast(buffer, src=0)

@@ -80,15 +80,16 @@ class TwoInputs(nn.Module):
 class DataDependent(nn.Module):
     """Takes one of two layers, depending on the data."""
 
-    def __init__(self) -> None:
+    def __init__(self, threshold: float = 0.5) -> None:
         super().__init__()
+        self.threshold = threshold
         self.bright = nn.Linear(64, 8)
         self.dark = nn.Linear(64, 8)
         self.out = nn.Linear(8, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.flatten(1)
-        x = self.bright(x) if x.mean() > 0.5 else self.dark(x)
+        x = self.bright(x) if x.mean() > self.threshold else self.dark(x)
         return self.out(F.relu(x))
 
 

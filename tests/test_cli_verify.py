@@ -57,7 +57,18 @@ def test_files_of_a_verification_agree_with_one_another_and_the_library(run_dir,
     rows = rows_of(run_dir / "certificates.csv")
     assert len(rows) == 2000
     assert list(rows[0]) == [
-        *("index", "label", "prediction", "verified", "method", "margin_lower_bound", "attacked", "eps", "float64")
+        *(
+            "index",
+            "label",
+            "prediction",
+            "verified",
+            "method",
+            "margin_lower_bound",
+            "attacked",
+            "eps",
+            "float64",
+            "weights",
+        )
     ]
     test = data.load("mnist5k").test
     model = load_model(run_dir / "model.pt")
@@ -77,7 +88,7 @@ def test_files_of_a_verification_agree_with_one_another_and_the_library(run_dir,
             assert result[f"{name}_error"]["value"] == count / 1000
             low, high = result[f"{name}_error"]["interval_95"]
             assert low < count / 1000 < high
-        by_ibp = verification.verified_error(bounded, [(x, test.labels)], eps)
+        by_ibp = verification.evaluate(bounded, [(x, test.labels)], eps, restarts=0).verified_error.value
         assert sum(row["method"] == "IBP" for row in part) == round(1000 * (1 - by_ibp))
         for row in part:
             assert (row["method"] != "") == (row["verified"] == "1")
@@ -134,7 +145,7 @@ def test_an_interrupted_command_goes_on(run_dir, capsys, monkeypatch):
     monkeypatch.setattr(verification.certify.Certifier, "certify", stopping)
     status, _, err = run(capsys, *arguments)
     assert status == 130
-    assert "the same command goes on" in err
+    assert "the same command resumes" in err
     assert not (run_dir / "certificates.csv").exists()
     assert run(capsys, *arguments)[0] == 0
     assert len(calls) == 5 + 2

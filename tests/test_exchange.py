@@ -14,7 +14,7 @@ from torch import nn
 
 import lirpa_fastwarmup as fw
 from lirpa_fastwarmup import exchange
-from lirpa_fastwarmup.engine.bounds import box_ends
+from lirpa_fastwarmup.boxes import box_ends
 from lirpa_fastwarmup.exchange import onnx_file
 from lirpa_fastwarmup.verification import METHODS, pgd
 from tests import networks

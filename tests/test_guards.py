@@ -15,7 +15,7 @@ from lirpa_fastwarmup.engine import methods
 from lirpa_fastwarmup.engine.bounds import ibp_margins
 from lirpa_fastwarmup.engine.compat import engine
 from lirpa_fastwarmup.engine.soundness import contradicted, escapes
-from lirpa_fastwarmup.verification import UnsoundBoundError, check_ibp, report
+from lirpa_fastwarmup.verification import UnsoundBoundError, evaluate, report
 from lirpa_fastwarmup.verification.reference import beyond_intervals
 from tests import networks
 from tests.networks import Function
@@ -105,14 +105,14 @@ def test_networks_beyond_the_interval_reference_are_verified_without_it(x, y, ca
 
 
 def test_training_errors_rest_on_checked_bounds(bounded, x, y, monkeypatch):
-    check_ibp(bounded, [(x, y)], EPS)
+    evaluate(bounded, [(x, y)], EPS, restarts=0)
     plant(monkeypatch, "BoundRelu", "interval_propagate", lambda ends: (ends[0], 0.9 * ends[1]))
     bounded.train()
     before = copy.deepcopy(bounded.state_dict())
     with pytest.raises(UnsoundBoundError, match="by IBP"):
-        check_ibp(bounded, [(x, y)], EPS)
+        evaluate(bounded, [(x, y)], EPS, restarts=0)
     with pytest.raises(UnsoundBoundError, match="by IBP"):
-        fw.verification.evaluate(bounded, [(x, y)], EPS, pgd_steps=1, pgd_restarts=1)
+        evaluate(bounded, [(x, y)], EPS, pgd_steps=1, restarts=1)
     assert bounded.training
     assert all(torch.equal(value, before[name]) for name, value in bounded.state_dict().items())
 
@@ -140,7 +140,7 @@ def test_networks_without_margins_are_refused_by_name(x, y, outputs):
     for ask in (
         lambda: fw.verify(bounded, (x, y), EPS),
         lambda: fw.verification.certified_radii(bounded, (x, y)),
-        lambda: fw.verification.verified_error(bounded, [(x, y)], EPS),
+        lambda: evaluate(bounded, [(x, y)], EPS),
         lambda: fw.ShortWarmup(bounded, fw.ConstantEpsilon(EPS), regularizers=()),
     ):
         with pytest.raises(ValueError, match="expected a classifier whose output is"):
@@ -155,11 +155,11 @@ def test_certificates_say_that_they_rest_on_untested_bounds(x):
     found = fw.verify(fw.BoundedModule(model, x, allow_untested=True), (x, y), 1e-4, ("IBP",), restarts=0)
     assert found.untested == ("Exp after module '1'",)
     assert all(sample.untested for sample in found.certificates)
-    assert [row["untested"] for row in report.certificate_rows([found])] == [1] * 8
+    assert [row["untested"] for row in report.certificate_rows([found], "sha256:0")] == [1] * 8
     assert report.verification_entry(found)["untested"] == ["Exp after module '1'"]
     assert "rests on untested bounds of Exp after module '1'" in report.as_text(found)
     tested = fw.verify(
         fw.BoundedModule(nn.Sequential(nn.Flatten(), nn.Linear(64, 3)).eval(), x), (x, y), 1e-4, ("IBP",)
     )
     assert tested.untested == ()
-    assert "untested" not in {**report.certificate_rows([tested])[0], **report.verification_entry(tested)}
+    assert "untested" not in {**report.certificate_rows([tested], "sha256:0")[0], **report.verification_entry(tested)}

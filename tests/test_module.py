@@ -311,6 +311,11 @@ def test_unsupported_operator_is_named(x, capfd):
 
 def test_paths_that_a_trace_cannot_follow_warn(x):
     with pytest.warns(fw.TracedPathWarning, match=r"reads the value of a tensor at .*networks\.py:\d+"):
+        fw.BoundedModule(networks.DataDependent(threshold=1e6), x)
+    with (
+        pytest.warns(fw.TracedPathWarning),
+        pytest.raises(NotImplementedError, match="another function than the model"),  # On larger random inputs.
+    ):
         fw.BoundedModule(networks.DataDependent(), x)
 
     class TrainsOtherwise(nn.Module):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import lirpa_fastwarmup as fw
+from lirpa_fastwarmup.boxes import labels_error, labels_fit
 from lirpa_fastwarmup.recipe.checks import ValueChecks
 from tests import networks
 from tests.reference import Box, assert_gradients_equal_finite_differences, propagate
@@ -288,33 +290,30 @@ def test_networks_that_the_objective_cannot_take(x):
         objective(Stepper(), x, regularizers=())
 
 
-class OnDevice:
-    """Stands in for a 0-dim tensor of another device, to see that nothing reads it early."""
-
-    device = torch.device("meta")
-
-    def __init__(self, value):
-        self.value, self.read = value, False
-
-    def __and__(self, other):
-        return OnDevice(self.value and other.value)
-
-    def __bool__(self):
-        self.read = True
-        return self.value
-
-
-def test_off_the_cpu_checks_wait_to_be_asked():
+def test_off_the_cpu_checks_wait_to_be_asked_and_tell_the_batch_that_failed_first():
     checks = ValueChecks()
-    good, bad = OnDevice(True), OnDevice(False)
-    checks.require("labels", good, lambda: ValueError("never"))
-    checks.require("labels", bad, lambda: ValueError("labels out of range"))
-    checks.require("labels", good, lambda: ValueError("labels out of range"))
-    assert not (good.read)
-    assert not (bad.read)
-    with pytest.raises(ValueError, match="labels out of range"):
+    for labels in ([0, 1, 2], [0, 7, 1], [2, 2, 2], [9, 9, 9]):
+        y = torch.tensor(labels)
+        checks.defer("labels", labels_fit(y, 3), [y], partial(labels_error, classes=3))
+    with pytest.raises(ValueError, match="found 0 to 7"):
         checks.raise_pending()
     checks.raise_pending()
+
+
+def test_a_loss_that_is_not_finite_off_the_cpu_is_told_with_its_own_step(x, y, monkeypatch):
+    monkeypatch.setattr(ValueChecks, "require", ValueChecks.defer)
+    warmup = objective(networks.convolutional(), x)
+    for step in range(4):
+        if step == 1:
+            saved = copy.deepcopy(warmup.model.state_dict())
+            with torch.no_grad():
+                next(warmup.model.parameters()).fill_(torch.inf)
+        if step == 2:
+            warmup.load_state_dict({**saved, "step": torch.tensor(warmup.steps_done)})
+        warmup(x, y)
+        warmup.step()
+    with pytest.raises(fw.NonFiniteLossError, match="at step 1,"):
+        warmup.raise_pending_errors()
 
 
 def test_autocast_reaches_the_clean_pass_alone(x, y):

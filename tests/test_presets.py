@@ -29,6 +29,7 @@ COMMON = {
     "lr_factor": 0.2,
     "grad_clip": 10.0,
     "average_decay": None,
+    "evaluate_test": "every-epoch",
     "precise_bn": False,
     "allow_untested": False,
     "sync_batchnorm": False,
@@ -36,9 +37,6 @@ COMMON = {
     "precision": "tf32",
     "init": "ibp",
     "batchnorm": True,
-    "bn_mean": True,
-    "bn_var": True,
-    "bn_affine": True,
     "regularizers": True,
     "reg_weight": 0.5,
     "tol": 0.5,
@@ -169,8 +167,7 @@ IMPOSSIBLE = [
     ({"optimizer": "lion"}, "unknown optimizer 'lion'; known are adam, sgd"),
     ({"select": "best"}, "unknown select 'best'; known are last, validation, test"),
     ({"select": "validation"}, "held-out samples needs some"),
-    ({"batchnorm": False, "bn_mean": False}, "ablate BatchNorm, which batchnorm=False leaves out whole"),
-    ({"precise_bn": True, "bn_var": False}, "use one of the two"),
+    ({"select": "test", "evaluate_test": "end"}, "needs its errors after every epoch"),
 ]
 
 

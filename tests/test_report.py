@@ -18,6 +18,7 @@ import lirpa_fastwarmup as fw
 from lirpa_fastwarmup import cli, data
 from lirpa_fastwarmup.inspection.records import read_history
 from lirpa_fastwarmup.presets import preset
+from lirpa_fastwarmup.storage import read_csv, read_json, weights_sum, write_json, write_tensors
 from lirpa_fastwarmup.training import load_model, train
 
 SETTINGS = preset("mnist5k").replace(
@@ -161,7 +162,7 @@ def test_report_with_certificates_shows_the_extreme_samples(run_dir, capsys):
         assert f"{result['verified_error']['value']:.2%}" in text
     from lirpa_fastwarmup.cli.report import _record
 
-    record = _record(run_dir, None)
+    record = _record(run_dir, None, False)
     with (run_dir / "certificates.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if float(row["eps"]) == 0.01]
     rows.sort(key=lambda row: float(row["margin_lower_bound"]))
@@ -183,7 +184,7 @@ def test_certificates_are_shown_without_the_data_too(run_dir, capsys):
 def test_certificates_of_an_earlier_network_go_when_training_goes_on(crashed, capsys):
     state = torch.load(crashed / "checkpoint.pt")
     state["position"]["epoch"], state["position"]["history"] = 3, state["position"]["history"][:2]
-    torch.save(state, crashed / "checkpoint.pt")
+    write_tensors(crashed / "checkpoint.pt", state)
     assert run(capsys, "verify", crashed, "--pgd-steps", 1, "--restarts", 1, "--limit", 20)[0] == 0
     assert run(capsys, "train", "--resume", "--out", crashed)[0] == 0
     assert not (crashed / "certificates.csv").exists()
@@ -198,8 +199,8 @@ def test_report_tells_that_not_all_samples_were_verified(run_dir, capsys):
 
 def test_images_of_other_data_than_the_certificates_are_not_shown(run_dir, capsys):
     assert run(capsys, "verify", run_dir, "--pgd-steps", 2, "--restarts", 1, "--limit", 50)[0] == 0
-    content = json.loads((run_dir / "verification.json").read_text())
-    (run_dir / "verification.json").write_text(json.dumps({**content, "dataset": "other digits"}))
+    content = read_json(run_dir / "verification.json")
+    write_json(run_dir / "verification.json", {**content, "dataset": "other digits"})
     assert run(capsys, "report", run_dir)[0] == 0
     page = (run_dir / "report.html").read_text()
     assert "Certificates are of other digits" in page
@@ -209,7 +210,7 @@ def test_images_of_other_data_than_the_certificates_are_not_shown(run_dir, capsy
 def test_report_without_certificates_bounds_samples_itself(run_dir):
     from lirpa_fastwarmup.cli.report import _record
 
-    record = _record(run_dir, None)
+    record = _record(run_dir, None, False)
     test = data.load("mnist5k").test
     bounded = fw.BoundedModule(load_model(run_dir / "model.pt"), test.inputs[:2])
     assert len(record.samples) == 1000
@@ -223,9 +224,9 @@ def test_report_without_certificates_bounds_samples_itself(run_dir):
 def test_report_over_several_runs(run_dir, tmp_path, capsys):
     other = tmp_path / "deeper" / "first"
     shutil.copytree(run_dir, other)
-    summary = json.loads((other / "summary.json").read_text())
+    summary = read_json(other / "summary.json")
     summary["settings"]["lr"] = 0.1
-    (other / "summary.json").write_text(json.dumps(summary))
+    write_json(other / "summary.json", summary)
     assert run(capsys, "report", run_dir, other)[0] == 0
     assert not (other / "report.html").exists()
     text = texts((run_dir / "report.html").read_text())
@@ -260,7 +261,38 @@ def test_report_of_a_history_by_an_earlier_version(run_dir, capsys):
         writer = csv.DictWriter(file, names, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
+    summary = {name: value for name, value in read_json(run_dir / "summary.json").items() if name != "files"}
+    (run_dir / "summary.json").write_text(json.dumps(summary))  # Without a checksum, as before.
     assert run(capsys, "report", run_dir)[0] == 0
+
+
+def test_reports_and_comparisons_refuse_files_of_other_weights_and_other_tables(run_dir, tmp_path, capsys):
+    assert run(capsys, "verify", run_dir, "--pgd-steps", 1, "--restarts", 1, "--limit", 20)[0] == 0
+    assert run(capsys, "report", run_dir)[0] == 0
+    digest = weights_sum(load_model(run_dir / "model.pt").state_dict())
+    assert (
+        read_json(run_dir / "verification.json")["weights"] == read_json(run_dir / "summary.json")["weights"] == digest
+    )
+    rows = read_csv(run_dir / "certificates.csv", ("weights",), "certificates")
+    assert {row["weights"] for row in rows} == {digest[: len("sha256:") + 16]}
+
+    def refused(command, said):
+        status, _, err = run(capsys, command, run_dir)
+        assert status == 1
+        assert said in err
+
+    for name in ("history.csv", "certificates.csv"):
+        text = (run_dir / name).read_text()
+        (run_dir / name).write_text(text.replace("0.", "0.1", 1))
+        refused("report", f"{run_dir / name} is not the file that")
+        (run_dir / name).write_text(text)
+    train(SETTINGS.replace(seed=7), tmp_path / "other")
+    shutil.copy(tmp_path / "other" / "model.pt", run_dir / "model.pt")
+    for command in ("report", "compare"):
+        refused(command, "summary.json is of other weights than those in")
+    for name in ("summary.json", "history.csv"):
+        shutil.copy(tmp_path / "other" / name, run_dir / name)
+    refused("report", "verification.json is of other weights than those in")
 
 
 def test_report_of_no_run(tmp_path, run_dir, capsys):

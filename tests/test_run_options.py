@@ -193,32 +193,6 @@ def test_held_out_samples_are_not_trained_on():
     assert not trained & held_out
 
 
-@pytest.mark.parametrize("part", ["mean", "var", "affine"])
-def test_ablated_batchnorm_is_bounded_but_not_taken_for_the_plain_network(part, tmp_path, caplog):
-    settings = SMALL.replace(**{f"bn_{part}": False})
-    summary = train(settings, tmp_path)
-    assert summary["pgd_error"] is None
-    assert f"BatchNorm has its {part}" in caplog.text
-    with pytest.raises(NotImplementedError, match="computes another function"):
-        load_model(tmp_path / "model.pt")
-    run, _ = one_epoch(settings, tmp_path)
-    for module in run.objective.model:
-        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):  # They begin as the identity.
-            nn.init.uniform_(module.weight, 0.5, 2.0)
-            nn.init.uniform_(module.bias)
-    x, y = next(iter(run.test_batches))
-    bounded = run.evaluated.eval()
-    assert bounded.ablated == (part,)
-    assert not torch.allclose(bounded(x), bounded.wrapped(x), atol=1e-4)
-    noise = 0.01 * (2 * torch.rand_like(x) - 1)
-    lower, upper = bounded.compute_bounds(x=(fw.input_box(x, 0.01),), method="IBP")
-    output = bounded((x + noise).clamp(0, 1))
-    assert bool(((output >= lower - 1e-4) & (output <= upper + 1e-4)).all())
-    with pytest.raises(NotImplementedError, match=f"PGD uses the plain network, whose BatchNorm has its {part}"):
-        fw.verification.pgd_error(bounded, [(x, y)], 0.1)
-    assert "NaN" not in json.dumps(summary)
-
-
 def test_tensorboard_gets_the_history(tmp_path, capsys):
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     arguments = ["--width", "2", "--hidden", "8", "--epochs", "2", "--ramp-length", "1", "--data-limit", "96"]
@@ -279,7 +253,7 @@ def test_a_network_of_ones_own_is_trained_with_all_remedies(own_networks):
     settings = SMALL.replace(model="my_networks:Net", width=None)
     summary = train(settings, own_networks / "run")
     assert summary["model"] == "my_networks:Net"
-    model = load_model(own_networks / "run" / "model.pt")
+    model = load_model(own_networks / "run" / "model.pt", trust=True)
     assert type(model).__name__ == "Net"
     # BatchNorm was inserted, and its statistics are kept.
     assert int(model.conv.batchnorm.num_batches_tracked) == 2
@@ -287,7 +261,9 @@ def test_a_network_of_ones_own_is_trained_with_all_remedies(own_networks):
     wrong = (model(test.images.float() / 255).argmax(1) != test.labels).double().mean()
     assert float(wrong) == pytest.approx(summary["standard_error"])
     train(settings.replace(batchnorm=False), own_networks / "without")
-    assert not any("batchnorm" in name for name, _ in load_model(own_networks / "without" / "model.pt").named_modules())
+    assert not any(
+        "batchnorm" in name for name, _ in load_model(own_networks / "without" / "model.pt", trust=True).named_modules()
+    )
 
 
 @pytest.mark.parametrize(
@@ -380,11 +356,14 @@ def test_files_of_a_network_with_untested_operators_say_so(own_networks, capsys)
     assert cli.main([*arguments, *brief, "--allow-untested"]) == 0
     (named,) = json.loads((out / "summary.json").read_text())["untested"]
     assert named.startswith("LeakyRelu after module 'conv")
-    assert cli.main(["verify", str(out), "--limit", "20", "--methods", "IBP", "--eps", "0.001", "--radius"]) == 0
+    assert (
+        cli.main(["verify", str(out), "--trust", "--limit", "20", "--methods", "IBP", "--eps", "0.001", "--radius"])
+        == 0
+    )
     assert "rests on untested bounds of LeakyRelu" in capsys.readouterr().out
     assert json.loads((out / "verification.json").read_text())["untested"] == [named]
     for name in ("certificates.csv", "radii.csv"):
         with (out / name).open(newline="") as file:
             assert {row["untested"] for row in csv.DictReader(file)} == {"1"}
-    assert cli.main(["report", str(out), "--out", str(own_networks / "report.html")]) == 0
+    assert cli.main(["report", str(out), "--trust", "--out", str(own_networks / "report.html")]) == 0
     assert "rests on untested bounds of" in (own_networks / "report.html").read_text()

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import pickle
 import subprocess
 import sys
@@ -12,6 +11,7 @@ import torch
 
 import lirpa_fastwarmup as fw
 from lirpa_fastwarmup.presets import preset
+from lirpa_fastwarmup.storage import read_json
 from lirpa_fastwarmup.training import OutputExistsError, load_model, train
 from lirpa_fastwarmup.training.progress import EpochMeans
 
@@ -39,7 +39,7 @@ def test_files_of_a_run(finished):
     assert sorted(path.name for path in out.iterdir()) == [
         *("checkpoint.pt", "curves.png", "history.csv", "model.pt", "summary.json")
     ]
-    assert json.loads((out / "summary.json").read_text()) == summary
+    assert read_json(out / "summary.json") == summary
     for key in ("standard_error", "pgd_error", "verified_error"):
         assert 0 <= summary[key] <= 1
     assert summary["standard_error"] <= summary["pgd_error"] <= summary["verified_error"]
@@ -77,7 +77,7 @@ def test_model_can_be_rebuilt_without_the_run(finished):
 
 def test_a_file_that_is_no_model(tmp_path):
     torch.save({"format": 99}, tmp_path / "model.pt")
-    with pytest.raises(ValueError, match=r"of format 99, and this version .* reads format 2"):
+    with pytest.raises(ValueError, match=r"of format 99, and this version .* reads the formats 2 and 3"):
         load_model(tmp_path / "model.pt")
     for content in (b"", b"text", b"PK\x03\x04 cut off", pickle.dumps(Path)):
         (tmp_path / "model.pt").write_bytes(content)

@@ -29,7 +29,8 @@ def test_errors_of_a_classifier_whose_margins_are_known(eps, share):
     errors = verification.evaluate(
         fw.BoundedModule(model, POINTS), [(POINTS[:3], LABELS[:3]), (POINTS[3:], LABELS[3:])], eps, input_range=None
     )
-    assert errors == verification.Errors(standard=0.25, pgd=share, verified=share)
+    found = (errors.standard_error.value, errors.pgd_error.value, errors.verified_error.value)
+    assert found == (0.25, share, share)
 
 
 def test_attack_stays_in_the_clipped_box_and_finds_what_it_returns(x, y):
@@ -50,8 +51,8 @@ def test_order_of_the_errors_and_modes_restored(x, y):
     model = networks.convolutional()
     bounded = fw.BoundedModule(model, x)
     model[1].eval()
-    errors = verification.evaluate(bounded, [(x, y)], 0.02, pgd_steps=5, pgd_restarts=1)
-    assert errors.standard <= errors.pgd <= errors.verified
+    errors = verification.evaluate(bounded, [(x, y)], 0.02, pgd_steps=5, restarts=1)
+    assert errors.standard_error.count <= errors.pgd_error.count <= errors.verified_error.count
     assert model.training
     assert not model[1].training
     assert int(model[4].num_batches_tracked) == 0
@@ -79,11 +80,12 @@ def test_nan_proves_nothing(x, y):
     model = networks.convolutional().eval()
     with torch.no_grad():
         model[10].weight.fill_(torch.nan)
-    assert verification.verified_error(fw.BoundedModule(model, x), [(x, y)], 0.01) == 1.0
+    found = verification.evaluate(fw.BoundedModule(model, x), [(x, y)], 0.01, check=False)
+    assert found.verified_error.value == 1.0
 
 
-@pytest.mark.parametrize("error", [verification.verified_error, verification.evaluate])
-def test_data_outside_its_range_gets_no_certificate(error, x, y):
+def test_data_outside_its_range_gets_no_certificate(x, y):
+    error = verification.evaluate
     bounded = fw.BoundedModule(networks.convolutional().eval(), x)
     with pytest.raises(ValueError, match="inputs must lie in input_range"):
         error(bounded, [(4 * x - 2, y)], 0.1)
@@ -103,10 +105,11 @@ def test_bad_input(x, y):
         verification.pgd(model, x, y, 0.1)
     with pytest.raises(ValueError, match="eps must be finite"):
         verification.pgd(model.eval(), x, y, -0.1)
+    bounded = fw.BoundedModule(model, x)
     with pytest.raises(ValueError, match="no samples"):
-        verification.standard_error(model, [])
+        verification.evaluate(bounded, [], 0.1)
     with pytest.raises(ValueError, match="eps must be finite"):
-        verification.verified_error(fw.BoundedModule(model, x), [(x, y)], float("nan"))
+        verification.evaluate(bounded, [(x, y)], float("nan"))
 
 
 def test_ties_are_no_success_of_the_attack(x):
@@ -117,17 +120,52 @@ def test_ties_are_no_success_of_the_attack(x):
     assert torch.equal(verification.pgd(model, x, y, 0.1, steps=2), x)
 
 
-@pytest.mark.parametrize("error", ["standard_error", "pgd_error", "verified_error", "evaluate"])
-def test_labels_are_checked_everywhere(error, x, y):
-    function = getattr(verification, error)
+ASKED_WITH_LABELS = {
+    "pgd": lambda model, x, y: verification.pgd(model, x, y, 0.1),
+    "evaluate": lambda model, x, y: verification.evaluate(fw.BoundedModule(model, x), [(x, y)], 0.1),
+    "verify": lambda model, x, y: fw.verify(fw.BoundedModule(model, x), (x, y), 0.1),
+    "certified_radii": lambda model, x, y: verification.certified_radii(fw.BoundedModule(model, x), (x, y)),
+}
+
+
+@pytest.mark.parametrize("function", ASKED_WITH_LABELS)
+def test_labels_are_checked_everywhere(function, x, y):
     model = networks.convolutional().eval()
-    arguments = () if error == "standard_error" else (0.1,)
-    subject = fw.BoundedModule(model, x) if error in ("verified_error", "evaluate") else model
     for labels, kind in (
         (y + 9, ValueError),
         (y.float(), TypeError),
         (y.unsqueeze(1), ValueError),
         (y[:3], ValueError),
+        (y[0], ValueError),
     ):
         with pytest.raises(kind, match="labels"):
-            function(subject, [(x, labels)], *arguments)
+            ASKED_WITH_LABELS[function](model, x, labels)
+
+
+@pytest.mark.parametrize(
+    ("given", "kind", "said"),
+    [
+        ({"eps": True}, TypeError, "eps must be a number or a tensor, in units of the input; found bool"),
+        ({"eps": torch.tensor([True])}, TypeError, "found a tensor of torch.bool"),
+        ({"eps": 8.0}, ValueError, "for pixels from 0 to 1, write 8/255, not 8"),
+        ({"eps": torch.tensor([0.1, 8.0])}, ValueError, "for pixels from 0 to 1"),
+        ({"eps": 0.1, "input_range": (0,)}, TypeError, "input_range must be a pair"),
+        ({"eps": 0.1, "input_range": (0, 1, 2)}, TypeError, "input_range must be a pair"),
+        ({"eps": 0.1, "input_range": "01"}, TypeError, "input_range must be a pair"),
+        ({"eps": 0.1, "input_range": (False, True)}, TypeError, "input_range must be a pair"),
+        ({"eps": 0.1, "input_range": (1.0, 0.0)}, ValueError, "must not begin above its end"),
+        ({"eps": 0.1, "input_range": (0.0, float("nan"))}, ValueError, "must not begin above its end"),
+    ],
+)
+def test_radii_and_ranges_are_checked_alike_everywhere(given, kind, said, x, y):
+    bounded = fw.BoundedModule(networks.convolutional().eval(), x)
+    given = {"input_range": (0.0, 1.0), **given}
+    eps = given.pop("eps")
+    for ask in (
+        lambda: fw.verify(bounded, (x, y), eps, **given),
+        lambda: verification.evaluate(bounded, (x, y), eps, **given),
+        lambda: fw.ShortWarmup(bounded, fw.ConstantEpsilon(eps), **given),
+        lambda: fw.inspect(bounded, x, eps, **given),
+    ):
+        with pytest.raises(kind, match=said):
+            ask()

@@ -12,11 +12,11 @@ from typing import Any
 
 from torch.distributed.elastic.multiprocessing.errors import record
 
-import lirpa_fastwarmup as fw
 from lirpa_fastwarmup.cli import compare, export, info, inspect, report, train, verify
 from lirpa_fastwarmup.recipe.objective import NonFiniteLossError
 from lirpa_fastwarmup.training import TrainingInterrupted
 from lirpa_fastwarmup.verification import OutOfMemoryError, UnsoundBoundError
+from lirpa_fastwarmup.version import __version__
 
 _PROGRAM = "lirpa-fastwarmup"
 # Mistakes of the user and of the world: told in one line, without a traceback.
@@ -39,8 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         carry_out: Callable[[argparse.Namespace], Any] = options.command if rank is None else record(options.command)
         return int(carry_out(options))
     except TrainingInterrupted as stopped:
-        command = shlex.join([_PROGRAM, "train", "--resume", "--out", str(stopped.out)])
-        print(f"{_PROGRAM}: {stopped}. To go on:\n    {command}", file=sys.stderr)
+        trust = ["--trust"] if options.trust or ":" in (options.model or "") else []
+        command = shlex.join([_PROGRAM, "train", "--resume", "--out", str(stopped.out), *trust])
+        print(f"{_PROGRAM}: {stopped}. To resume it:\n    {command}", file=sys.stderr)
         return _BY_SIGNAL + stopped.signal_number
     except KeyboardInterrupt as interrupted:
         said = f"; {interrupted}" if str(interrupted) else ""
@@ -58,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
         prog=_PROGRAM, description="Fast certified robust training with short warmup, on auto_LiRPA."
     )
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")
-    parser.add_argument("--version", action="version", version=fw.__version__)
+    parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in (train, inspect, verify, report, export, compare, info):
         command.add_to(commands)

@@ -15,11 +15,11 @@ from lirpa_fastwarmup.exchange import export
 _FOLDER = "export"
 
 
-def _indices(text: str) -> list[int]:
+def _indices(text: str) -> range:
     """An index, or a range such as 0-99."""
     first, dash, last = text.partition("-")
     try:
-        return list(range(int(first), int(last) + 1)) if dash else [int(first)]
+        return range(int(first), int(last if dash else first) + 1)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is no index, nor a range such as 0-99") from None
 
@@ -36,7 +36,7 @@ def add_to(commands: Any) -> None:
         type=_indices,
         nargs="+",
         metavar="I",
-        default=[list(range(10))],
+        default=[range(10)],
         help="indices of the test set, such as 0 5 10-19; by default 0-9",
     )
     what.add_argument("--timeout", type=int, default=120, help="seconds for each property")
@@ -50,13 +50,14 @@ def _export(options: argparse.Namespace) -> int:
     eps = subject.eps if options.eps is None else options.eps
     if eps is None:
         raise ValueError("name the radius of the properties with --eps")
+    count = len(subject.samples)
+    for given in options.samples:  # Before a long range is written out.
+        if not given or not 0 <= given[0] <= given[-1] < count:
+            shown = f"{given.start}-{given.stop - 1}" if len(given) != 1 else given.start
+            raise ValueError(
+                f"there is no sample {shown}: the test set of {subject.dataset} has {count}, counted from 0"
+            )
     indices = list(dict.fromkeys(index for given in options.samples for index in given))
-    outside = [index for index in indices if not 0 <= index < len(subject.samples)]
-    if outside or not indices:
-        raise ValueError(
-            f"there is no sample {outside[0] if outside else ''}: the test set of {subject.dataset} has "
-            f"{len(subject.samples)}, counted from 0"
-        )
     chosen = subject.samples.take(torch.tensor(indices))
     out = options.out or options.run / _FOLDER
     export(

@@ -10,6 +10,7 @@ import torch
 
 import lirpa_fastwarmup as fw
 from lirpa_fastwarmup.engine.compat import ACTIVE_PATCHES, ENGINE_VERSION
+from lirpa_fastwarmup.version import __version__
 
 
 def add_to(commands: Any) -> None:
@@ -21,7 +22,7 @@ def add_to(commands: Any) -> None:
 def _info(options: argparse.Namespace) -> int:
     sound = bounds_contain_samples()
     rows = [
-        ("lirpa_fastwarmup", fw.__version__),
+        ("lirpa_fastwarmup", __version__),
         ("Python", platform.python_version()),
         ("torch", torch.__version__),
         ("device", torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"),

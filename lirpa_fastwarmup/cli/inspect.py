@@ -10,7 +10,7 @@ from torch import Tensor
 
 import lirpa_fastwarmup as fw
 from lirpa_fastwarmup import data
-from lirpa_fastwarmup.cli.options import device_named, find_factories_here
+from lirpa_fastwarmup.cli.options import add_trust, device_named, find_factories_here
 from lirpa_fastwarmup.cli.settings import add_settings, given_settings, settings_of
 from lirpa_fastwarmup.cli.subject import subject_of_run
 from lirpa_fastwarmup.engine.module import BoundedModule
@@ -50,11 +50,12 @@ def add_to(commands: Any) -> None:
     command.add_argument("--csv", type=Path, metavar="FILE", help="also write the figures")
     command.add_argument("--markdown", action="store_true", help="print Markdown")
     command.add_argument("--device", help="cpu, cuda, cuda:1 …; by default a GPU if there is one")
+    add_trust(command)
     add_settings(command)
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    find_factories_here()
+    find_factories_here(options.model, trust=options.trust)
     bounded, samples, eps = _of_preset(options) if options.what in PRESETS else _of_run(options)
     found = fw.inspect(bounded, samples, eps)
     if options.csv is not None:
@@ -82,7 +83,7 @@ def _of_run(options: argparse.Namespace) -> tuple[BoundedModule, Tensor, float]:
             f"{', '.join(fixed)}: the network in {folder} is trained already, with settings of its own. Leave the "
             f"option{'s' * (len(fixed) > 1)} out, or name a preset to look at a fresh network"
         )
-    subject = subject_of_run(folder, dataset=options.dataset, data_dir=options.data_dir)
+    subject = subject_of_run(folder, dataset=options.dataset, data_dir=options.data_dir, trust=options.trust)
     device = device_named(options.device)
     samples = _inputs(subject.samples, options.samples).to(device)
     bounded = fw.BoundedModule(subject.network.to(device), samples[:2], allow_untested=subject.allow_untested)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,16 +13,17 @@ from torch import Tensor
 
 import lirpa_fastwarmup as fw
 from lirpa_fastwarmup import data
-from lirpa_fastwarmup.cli.options import find_factories_here
+from lirpa_fastwarmup.cli.options import add_trust, find_factories_here
 from lirpa_fastwarmup.cli.subject import Subject, subject_of_run
 from lirpa_fastwarmup.engine.bounds import ibp_margins, input_box
 from lirpa_fastwarmup.inspection.compare import comparison
-from lirpa_fastwarmup.inspection.records import Image, RunRecord, Sample, read_json, read_record
+from lirpa_fastwarmup.inspection.records import Image, RunRecord, Sample, check_origin, read_record
 from lirpa_fastwarmup.inspection.report import render
-from lirpa_fastwarmup.storage import make_folder, write_atomically
+from lirpa_fastwarmup.storage import make_folder, read_csv, read_json, write_atomically
 from lirpa_fastwarmup.training import settings_of_model, settings_of_run
 from lirpa_fastwarmup.training.files import CHECKPOINT, MODEL
 from lirpa_fastwarmup.verification import report as certificates
+from lirpa_fastwarmup.version import __version__
 
 logger = logging.getLogger(__name__)
 
@@ -40,16 +40,17 @@ def add_to(commands: Any) -> None:
     command.set_defaults(command=_report)
     command.add_argument("folders", type=Path, nargs="+", metavar="RUN_DIR", help="folder of a run, finished or not")
     command.add_argument("--out", type=Path, metavar="FILE", help=f"by default {REPORT} in the first RUN_DIR")
+    add_trust(command)
     command.add_argument("--data-dir", type=Path, metavar="DIR", help="folder of the dataset's files, if it was moved")
 
 
 def _report(options: argparse.Namespace) -> int:
-    find_factories_here()
+    find_factories_here(None, trust=options.trust)
     out = options.out or options.folders[0] / REPORT
-    records = [_record(folder, options.data_dir) for folder in options.folders]
+    records = [_record(folder, options.data_dir, options.trust) for folder in options.folders]
     _tell_apart(records, options.folders)
     finished = [folder for folder, one in zip(options.folders, records, strict=True) if one.summary is not None]
-    page = render(records, comparison(finished) if len(finished) > 1 else [], fw.__version__)
+    page = render(records, comparison(finished) if len(finished) > 1 else [], __version__)
     make_folder(out.parent)
     write_atomically(out, page.encode())
     print(f"written to {out}")
@@ -64,7 +65,7 @@ def _tell_apart(records: Sequence[RunRecord], folders: Sequence[Path]) -> None:
             record.name = str(folder)
 
 
-def _record(folder: Path, data_dir: Path | None) -> RunRecord:
+def _record(folder: Path, data_dir: Path | None, trust: bool) -> RunRecord:
     """All that is known of the run in ``folder``; what cannot be had is told in the record.
 
     Raises:
@@ -78,6 +79,7 @@ def _record(folder: Path, data_dir: Path | None) -> RunRecord:
         raise FileNotFoundError(f"{folder} holds no run: neither a summary, nor a history, nor a checkpoint")
     if (folder / certificates.SUMMARY).is_file():
         record.verification = read_json(folder / certificates.SUMMARY)
+        check_origin(folder / certificates.SUMMARY, record.verification, folder)
     else:
         record.missing.append("There are no certificates: lirpa-fastwarmup verify RUN_DIR makes them.")
     if record.summary is None:
@@ -92,7 +94,7 @@ def _record(folder: Path, data_dir: Path | None) -> RunRecord:
         if few != all_of_them:
             record.missing.append(f"Certificates are of {few} of the {all_of_them} test samples, the first ones.")
     try:
-        _look_at_network(record, subject_of_run(folder, data_dir=data_dir))
+        _look_at_network(record, subject_of_run(folder, data_dir=data_dir, trust=trust))
     except (OSError, ValueError, ImportError, TypeError, NotImplementedError) as error:
         record.missing.append(f"The network could not be looked at: {error}.")
     return record
@@ -111,14 +113,17 @@ def _settings(folder: Path) -> dict[str, Any]:
 
 def _certified_samples(path: Path, eps: float) -> tuple[float, list[Sample]]:
     """The samples with a margin in ``certificates.csv``, at the run's radius, or else at the smallest there."""
-    with path.open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["margin_lower_bound"]]
-    chosen = min((float(row["eps"]) for row in rows), key=lambda one: (abs(one - eps) > _SAME, one), default=eps)
-    samples = [
-        Sample(int(row["index"]), int(row["label"]), int(row["prediction"]), float(row["margin_lower_bound"]))
-        for row in rows
-        if float(row["eps"]) == chosen
-    ]
+    needed = ("index", "label", "prediction", "margin_lower_bound", "eps")
+    rows = [row for row in read_csv(path, needed, "certificates") if row["margin_lower_bound"]]
+    try:
+        chosen = min((float(row["eps"]) for row in rows), key=lambda one: (abs(one - eps) > _SAME, one), default=eps)
+        samples = [
+            Sample(int(row["index"]), int(row["label"]), int(row["prediction"]), float(row["margin_lower_bound"]))
+            for row in rows
+            if float(row["eps"]) == chosen
+        ]
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read as certificates: {error}") from error
     return chosen, sorted(samples, key=_margin)
 
 

@@ -14,7 +14,7 @@ from lirpa_fastwarmup.recipe.initialization import INITIALIZATIONS
 from lirpa_fastwarmup.recipe.robust import LOSSES
 from lirpa_fastwarmup.recipe.schedule import SCHEDULES
 from lirpa_fastwarmup.training import METHODS, Settings
-from lirpa_fastwarmup.training.settings import Optimizer, Precision, Select
+from lirpa_fastwarmup.training.settings import EvaluateTest, Optimizer, Precision, Select
 
 _SWITCH = argparse.BooleanOptionalAction
 
@@ -26,6 +26,7 @@ _OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         "data_limit": {"type": int, "metavar": "N", "help": "train on N samples, drawn by the seed"},
         "validation": {"type": int, "metavar": "N", "help": "hold out N of them, and keep the best epoch on these"},
         "select": {"choices": get_args(Select), "help": "which epoch's weights are kept"},
+        "evaluate_test": {"choices": get_args(EvaluateTest), "help": "when errors on the test set are taken"},
         "flip": {"action": _SWITCH, "help": "augmentation: mirror images at random"},
         "crop_padding": {"type": int, "metavar": "P", "help": "augmentation: random windows after padding by P pixels"},
     },
@@ -33,9 +34,6 @@ _OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         "model": {"metavar": "NAME", "help": f"{', '.join(MODELS)}, or package.module:factory"},
         "width": {"type": int, "help": "channels of its first stage (ResNeXt: bottleneck width)"},
         "hidden": {"type": int, "help": "features of its hidden linear layer"},
-        "bn_mean": {"action": _SWITCH, "help": "ablation: BatchNorm's mean"},
-        "bn_var": {"action": _SWITCH, "help": "ablation: BatchNorm's variance"},
-        "bn_affine": {"action": _SWITCH, "help": "ablation: BatchNorm's affine part"},
         "allow_untested": {"action": _SWITCH, "help": "accept operators whose bounds have not been tested"},
         "sync_batchnorm": {"action": _SWITCH, "help": "BatchNorm's statistics over all processes, under torchrun"},
         "precise_bn": {"action": _SWITCH, "help": "recompute BatchNorm's statistics after training"},

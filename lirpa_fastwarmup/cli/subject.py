@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lirpa_fastwarmup import data, models
-from lirpa_fastwarmup.cli.options import find_factories_here
+from lirpa_fastwarmup.cli.options import add_trust, find_factories_here
 from lirpa_fastwarmup.exchange import read_onnx
 from lirpa_fastwarmup.storage import read_tensors
 from lirpa_fastwarmup.training import load_model, load_weights, settings_of_model
@@ -47,6 +47,7 @@ class Subject:
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """Add the options that :func:`subject_of` reads."""
     command.add_argument("run", type=Path, nargs="?", metavar="RUN_DIR", help="folder of a training run")
+    add_trust(command)
     group = command.add_argument_group("network from elsewhere", "instead of RUN_DIR; needs --dataset and --out")
     group.add_argument(
         "--model", metavar="NAME", help=f"{', '.join(models.MODELS)}, package.module:factory, or FILE.onnx"
@@ -81,7 +82,7 @@ def subject_of(options: argparse.Namespace) -> Subject:
         OSError, ImportError, TypeError, NotImplementedError: as of the functions that load them.
     """
     check_named(options)
-    find_factories_here()
+    find_factories_here(options.model, trust=options.trust)
     return _of_run(options) if options.run is not None else _from_elsewhere(options)
 
 
@@ -89,11 +90,18 @@ def _of_run(options: argparse.Namespace) -> Subject:
     given = [f"--{name}" for name in _TAKEN_FROM_RUN if getattr(options, name) is not None]
     if given:
         raise ValueError(f"{', '.join(given)} is for a network from elsewhere; that of a run is all in {options.run}")
-    return subject_of_run(options.run, dataset=options.dataset, data_dir=options.data_dir, limit=options.limit)
+    return subject_of_run(
+        options.run, dataset=options.dataset, data_dir=options.data_dir, limit=options.limit, trust=options.trust
+    )
 
 
 def subject_of_run(
-    folder: Path, *, dataset: str | None = None, data_dir: Path | None = None, limit: int | None = None
+    folder: Path,
+    *,
+    dataset: str | None = None,
+    data_dir: Path | None = None,
+    limit: int | None = None,
+    trust: bool = False,
 ) -> Subject:
     """The network that a run kept, and its test samples, or the first ``limit`` of them.
 
@@ -101,6 +109,7 @@ def subject_of_run(
         folder: of the run.
         dataset, data_dir: other data than that of the run, or the place where that is now.
         limit: number of samples.
+        trust: call the factory that the run's files name, where the network is none of this package's.
 
     Raises:
         OSError: ``folder`` holds no network, or files are missing.
@@ -111,7 +120,7 @@ def subject_of_run(
         raise FileNotFoundError(
             f"{folder} holds no trained network ({MODEL}): name the folder of a training run that finished an epoch"
         )
-    network, settings = load_model(path), settings_of_model(path)
+    network, settings = load_model(path, trust=trust), settings_of_model(path)
     given = data_dir or (None if dataset else settings.data_dir)
     loaded, samples = _samples(dataset or settings.dataset, given, limit)
     _check_output(network, str(path), loaded)

@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from lirpa_fastwarmup.cli.options import device_named, find_factories_here
+from lirpa_fastwarmup.cli.options import add_trust, device_named, find_factories_here
 from lirpa_fastwarmup.cli.settings import add_settings, given_settings, settings_of
 from lirpa_fastwarmup.distributed import Ranks, joined, local_device
 from lirpa_fastwarmup.presets import PRESETS
@@ -36,6 +36,7 @@ def add_to(commands: Any) -> None:
     command.add_argument("--show", action="store_true", help="print the settings and stop")
     command.add_argument("--device", help="cpu, cuda, cuda:1 …; by default a GPU if there is one")
     command.add_argument("--tensorboard", action="store_true", help=f"also log to DIR/{TENSORBOARD}")
+    add_trust(command)
     add_settings(command)
 
 
@@ -80,7 +81,7 @@ class _Console:
 
 
 def _train(options: argparse.Namespace) -> int:
-    find_factories_here()
+    find_factories_here(options.model, trust=options.trust)
     if options.show:
         print(_resumed_settings(options) if options.resume else settings_of(options))
         return 0
@@ -124,7 +125,8 @@ def _with_progress(
 
 def _run(options: argparse.Namespace, settings: Settings, out: Path, told: Mapping[str, Any]) -> dict[str, Any]:
     if options.resume:
-        return resume(out, data_dir=options.data_dir, **told)
+        # A factory that this command names is the user's own.
+        return resume(out, data_dir=options.data_dir, trust=options.trust or options.model == settings.model, **told)
     return train(settings, out, overwrite=options.overwrite, **told)
 
 

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
-from itertools import islice
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 import lirpa_fastwarmup as fw
+from lirpa_fastwarmup.boxes import check_radius
 from lirpa_fastwarmup.cli.options import device_named, number
 from lirpa_fastwarmup.cli.subject import Subject, add_arguments, check_named, subject_of
 from lirpa_fastwarmup.data import Batches
-from lirpa_fastwarmup.distributed import Ranks, gathered, joined, local_device, wait_for_all
+from lirpa_fastwarmup.distributed import Ranks, gathered, joined, leader_first, local_device
 from lirpa_fastwarmup.engine.compat import ENGINE_VERSION
-from lirpa_fastwarmup.engine.inputs import check_radius
-from lirpa_fastwarmup.storage import make_folder, write_csv, write_json
+from lirpa_fastwarmup.storage import file_sum, locked, make_folder, weights_sum, write_csv, write_json
 from lirpa_fastwarmup.verification import (
     METHODS,
     Journal,
@@ -32,6 +30,8 @@ from lirpa_fastwarmup.verification import (
     report,
     verify,
 )
+from lirpa_fastwarmup.verification.journal import journals_beside
+from lirpa_fastwarmup.version import __version__
 
 _TOLERANCE = 1e-4
 
@@ -41,7 +41,7 @@ def add_to(commands: Any) -> None:
     command = commands.add_parser(
         "verify",
         help="certify and attack the test samples of a trained network",
-        description="Certify and attack the test samples of a trained network. Interrupted, the same command goes on.",
+        description="Certify and attack the test samples of a trained network. Interrupted, the same command resumes.",
     )
     command.set_defaults(command=_verify)
     add_arguments(command)
@@ -71,13 +71,15 @@ def _verify(options: argparse.Namespace) -> int:
     device = local_device(device_named(options.device))
     with joined(device) as ranks:
         out = _folder(options) if ranks.leads else options.out or options.run
-        subject = subject_of(options)
-        radii = options.eps or ([] if options.radius else [subject.eps])
-        if None in radii:
-            raise ValueError("name the radius to certify, --eps 8/255, or ask for the largest one with --radius")
-        for eps in radii:  # Before hours go into the first of them.
-            check_radius(eps, (0.0, 1.0))
-        return _carry_out(options, subject, radii, out, device, ranks)
+        with locked(out) if ranks.leads else nullcontext():
+            with leader_first():  # Which downloads and unpacks, if need be.
+                subject = subject_of(options)
+            radii = options.eps or ([] if options.radius else [subject.eps])
+            if None in radii:
+                raise ValueError("name the radius to certify, --eps 8/255, or ask for the largest one with --radius")
+            for eps in radii:  # Before hours go into the first of them.
+                check_radius(eps, (0.0, 1.0))
+            return _carry_out(options, subject, radii, out, device, ranks)
 
 
 def _carry_out(
@@ -92,14 +94,14 @@ def _carry_out(
         verifications = [task.verify(eps) for eps in radii]
         certified = task.radii() if options.radius else None
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"finished batches are kept in {journal.path}; the same command goes on") from None
+        raise KeyboardInterrupt(f"finished batches are kept in {journal.path}; the same command resumes") from None
     finally:
         task.close()
+    used = set().union(*gathered(journal.used))
     if ranks.leads:
-        found = [one for one in verifications if one is not None]
-        _write(out, options, subject, found, certified, bounded, time.perf_counter() - started, ranks)
-    wait_for_all()  # No process forgets what it knows before it is written.
-    journal.forget()
+        _write(out, options, subject, verifications, certified, bounded, time.perf_counter() - started, ranks)
+        for path in journals_beside(journal.path):
+            Journal(path).forget(used)
     if task.contradictions:
         raise UnsoundBoundError(task.contradictions)
     return 0
@@ -124,8 +126,7 @@ def _folder(options: argparse.Namespace) -> Path:
 class _Task:
     """One network's verification at several radii, with a bar for each; unsound bounds stop none of them.
 
-    Of several processes, each computes every size-th batch into a journal of its own; from all of these the first one
-    puts the results together, as it would go on with a verification that was interrupted.
+    Several processes share the batches, and all of them get all results; the first one prints.
     """
 
     def __init__(
@@ -141,7 +142,8 @@ class _Task:
 
     def _given(self, title: str) -> dict[str, Any]:
         shown = None if self._ranks.leads else True
-        self._bar = tqdm(total=len(self._samples.split), desc=title, unit="sample", leave=False, disable=shown)
+        samples = -(-len(self._samples.split) // self._ranks.size)
+        self._bar = tqdm(total=samples, desc=title, unit="sample", leave=False, disable=shown)
         return {
             "methods": self._options.methods,
             "pgd_steps": self._options.pgd_steps,
@@ -150,6 +152,7 @@ class _Task:
             "seed": self._options.seed,
             "journal": self._journal,
             "progress": self._advance,
+            "over_ranks": True,
         }
 
     def _advance(self, done: Sequence[object]) -> None:
@@ -160,55 +163,31 @@ class _Task:
         if self._bar is not None:
             self._bar.close()
 
-    def _share(self, compute: Callable[[Iterable[tuple[Tensor, Tensor]]], object], title: str) -> None:
-        """Compute this process's batches, and give the first one what all of them found."""
-        if self._ranks.size == 1:
-            return
-        told: list[str] = []
-        if self._ranks.rank < len(self._samples):
-            try:
-                compute(islice(self._samples, self._ranks.rank, None, self._ranks.size))
-            except UnsoundBoundError as error:
-                told = [f"{title}, of every {self._ranks.size}th batch: {text}" for text in error.contradictions]
-        for rank, (entries, others) in enumerate(gathered((self._journal.used(), told))):
-            if self._ranks.leads and rank:
-                self.contradictions += others
-                for key, value in entries.items():
-                    self._journal.put(key, value)
+    def _print(self, text: str) -> None:
+        self.close()
+        if self._ranks.leads:
+            print(text, flush=True)
 
-    def verify(self, eps: float) -> Verification | None:
-        """The verification at ``eps``; ``None`` where another process has it."""
-        title = f"eps {eps:.5g}"
-        compute: Callable[[Any], Verification] = partial(
-            verify, self._bounded, eps=eps, float64=self._options.float64, **self._given(title)
-        )
-        self._share(compute, title)
-        if not self._ranks.leads:
-            return None
+    def verify(self, eps: float) -> Verification:
+        """The verification at ``eps``."""
         try:
-            found = compute(self._samples)
+            found = verify(
+                self._bounded, self._samples, eps, float64=self._options.float64, **self._given(f"eps {eps:.5g}")
+            )
         except UnsoundBoundError as error:
             found = cast("Verification", error.result)
             self.contradictions += [f"at eps {eps:g} {text}" for text in error.contradictions]
-        self.close()
-        print(report.as_text(found), flush=True)
+        self._print(report.as_text(found))
         return found
 
-    def radii(self) -> list[Radius] | None:
-        """The largest radii; ``None`` where another process has them."""
-        compute: Callable[[Any], list[Radius]] = partial(
-            certified_radii, self._bounded, tolerance=_TOLERANCE, **self._given("radius")
-        )
-        self._share(compute, "radius")
-        if not self._ranks.leads:
-            return None
+    def radii(self) -> list[Radius]:
+        """The largest radii."""
         try:
-            found = compute(self._samples)
+            found = certified_radii(self._bounded, self._samples, tolerance=_TOLERANCE, **self._given("radius"))
         except UnsoundBoundError as error:
             found = cast("list[Radius]", error.result)
             self.contradictions += error.contradictions
-        self.close()
-        print(report.radii_as_text(report.radius_entry(found, _TOLERANCE), len(found)), flush=True)
+        self._print(report.radii_as_text(report.radius_entry(found, _TOLERANCE), len(found)))
         return found
 
 
@@ -222,7 +201,7 @@ def _write(
     seconds: float,
     ranks: Ranks,
 ) -> None:
-    device = bounded.example[0].device
+    device, weights = bounded.example[0].device, weights_sum(bounded.wrapped.state_dict())
     for name in report.WRITTEN:
         (out / name).unlink(missing_ok=True)
     content: dict[str, Any] = {
@@ -237,18 +216,21 @@ def _write(
         "precision": "float32, eager, without TF32 and autocast; rounding is not bounded",
         "engine": f"auto_LiRPA {ENGINE_VERSION}",
         "torch": torch.__version__,
-        "package": fw.__version__,
+        "package": __version__,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
         "processes": ranks.size,
         "seconds": seconds,
         "untested": list(bounded.untested),
+        "weights": weights,
     }
     if verifications:
-        write_csv(out / report.CERTIFICATES, report.certificate_rows(verifications))
+        write_csv(out / report.CERTIFICATES, report.certificate_rows(verifications, weights))
         content["results"] = [report.verification_entry(one) for one in verifications]
     if radii is not None:
-        write_csv(out / report.RADII, report.radius_rows(radii))
+        write_csv(out / report.RADII, report.radius_rows(radii, weights))
         content["certified_radius"] = report.radius_entry(radii, _TOLERANCE)
+    tables = (report.CERTIFICATES, report.RADII)
+    content["files"] = {name: file_sum(out / name) for name in tables if (out / name).is_file()}
     write_json(out / report.SUMMARY, content)
     print(f"written to {out}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 from pathlib import Path
 from typing import Any
@@ -65,27 +66,75 @@ def _name(place: Path) -> str:
     return "CIFAR-10" if original else "CIFAR-10 (not the original files)"
 
 
-class _ArrayUnpickler(pickle.Unpickler):
-    """Reads arrays and plain values, and refuses to call anything else that a pickle names."""
+class _Bytes:
+    """What stands for an array of bytes while a pickle is read: its content, and no function of numpy's."""
 
-    _ALLOWED = frozenset(
-        {
-            ("_codecs", "encode"),
-            ("numpy", "dtype"),
-            ("numpy", "ndarray"),
-            ("numpy.core.multiarray", "_reconstruct"),
-            ("numpy._core.multiarray", "_reconstruct"),
-            ("numpy._core.numeric", "_frombuffer"),
-            ("numpy.core.numeric", "_frombuffer"),
-        }
-    )
+    def __init__(self, *_: Any) -> None:
+        self.shape: tuple[int, ...] = ()
+        self.content = b""
+
+    def __setstate__(self, state: Any) -> None:
+        *_, shape, dtype, fortran, content = state
+        self._take(content, dtype, shape, "F" if fortran else "C")
+
+    def _take(self, content: Any, dtype: Any, shape: Any, order: Any) -> None:
+        if not isinstance(dtype, _Type) or dtype.name not in ("u1", "|u1") or order not in ("C", b"C"):
+            raise pickle.UnpicklingError("it holds an array of something else than bytes, row by row")
+        self.content, self.shape = bytes(content), tuple(int(size) for size in shape)
+        if math.prod(self.shape) != len(self.content):
+            raise pickle.UnpicklingError(f"{len(self.content)} bytes are no array of shape {self.shape}")
+
+    @classmethod
+    def from_buffer(cls, content: Any, dtype: Any, shape: Any, order: Any) -> _Bytes:
+        """As numpy writes arrays since its version 1.16."""
+        made = cls()
+        made._take(content, dtype, shape, order)
+        return made
+
+    def array(self) -> np.ndarray:
+        """The array, read-only."""
+        return np.frombuffer(self.content, dtype=np.uint8).reshape(self.shape)
+
+
+class _Type:
+    """What stands for a numpy.dtype while a pickle is read: its name."""
+
+    def __init__(self, name: Any = "", *_: Any) -> None:
+        self.name = name.decode("latin1") if isinstance(name, bytes) else str(name)
+
+    def __setstate__(self, state: Any) -> None:
+        """Byte order and the like, which bytes have not."""
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Reads arrays of bytes and plain values, and refuses to call anything else that a pickle names.
+
+    Of numpy nothing is called either: its functions end the process on states that no array has.
+    """
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self._ALLOWED:
+        module = module.replace("numpy._core", "numpy.core")  # As numpy 2 calls it.
+        allowed = {
+            ("_codecs", "encode"): _encoded,
+            ("numpy", "dtype"): _Type,
+            ("numpy", "ndarray"): _Bytes,
+            ("numpy.core.multiarray", "_reconstruct"): _Bytes,
+            ("numpy.core.numeric", "_frombuffer"): _Bytes.from_buffer,
+        }
+        if (module, name) not in allowed:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no batch of CIFAR-10 does")
-        # numpy 1 calls the package numpy.core, numpy 2 numpy._core, and files may come from either.
-        core = "numpy._core" if hasattr(np, "_core") else "numpy.core"
-        return super().find_class(module.replace("numpy._core", "numpy.core").replace("numpy.core", core), name)
+        return allowed[module, name]
+
+
+def _is_class(label: object) -> bool:
+    return isinstance(label, int) and 0 <= label < _CLASSES
+
+
+def _encoded(text: str, encoding: str) -> bytes:
+    """Bytes as Python 3 pickles them in Python 2's protocols."""
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"it holds bytes encoded as {encoding!r}")
+    return text.encode(encoding)
 
 
 def _read_batch(path: Path) -> Split:
@@ -97,11 +146,12 @@ def _read_batch(path: Path) -> Split:
     except Exception as error:  # pickle fails in many ways on what is damaged.
         raise CorruptFileError(f"{path} cannot be read as a batch of CIFAR-10 ({error}): fetch it again") from error
     pixels = batch.get(b"data") if isinstance(batch, dict) else None
+    pixels = pixels.array() if isinstance(pixels, _Bytes) else pixels
     labels = batch.get(b"labels") if isinstance(batch, dict) else None
     size = int(np.prod(_SHAPE))
     if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.shape[1:] != (size,):
         found = f"{pixels.dtype} {pixels.shape}" if isinstance(pixels, np.ndarray) else type(pixels).__name__
         raise CorruptFileError(f"{path} should hold uint8 data of shape (n, {size}); found {found}")
-    if not isinstance(labels, list) or len(labels) != len(pixels) or not set(labels) <= set(range(_CLASSES)):
+    if not isinstance(labels, list) or len(labels) != len(pixels) or not all(map(_is_class, labels)):
         raise CorruptFileError(f"{path} should hold {len(pixels)} labels from 0 to {_CLASSES - 1}, as a list")
     return Split(torch.from_numpy(pixels.reshape(-1, *_SHAPE).copy()), torch.tensor(labels, dtype=torch.int64))

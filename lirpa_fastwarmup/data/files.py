@@ -9,8 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import appdirs
+import numpy as np
 
 from lirpa_fastwarmup.data.download import CorruptFileError, Source, download
+from lirpa_fastwarmup.storage import locked
 
 
 def cache_folder(dataset: str) -> Path:
@@ -35,7 +37,9 @@ def fetched(title: str, sources: Sequence[Source], folder: Path) -> None:
     """
     for source in sources:
         try:
-            download(source, folder)
+            folder.mkdir(parents=True, exist_ok=True)
+            with locked(folder, wait=True):  # Another program may be downloading the same.
+                download(source, folder)
         except OSError as error:
             addresses = ", ".join(one.url for one in sources)
             raise type(error)(
@@ -75,8 +79,11 @@ def archived_folder(
         fetched(title, [source], folder)
     if not archive.is_file():
         raise missing_files(title, [f"{inside} with {', '.join(wanted)}", f"or the archive {source.name}"], folder)
-    _unpack(archive, folder)
-    if (place := found()) is None:
+    with locked(folder, wait=True):
+        if (place := found()) is None:
+            _unpack(archive, folder)
+            place = found()
+    if place is None:
         raise CorruptFileError(f"{archive} holds no {inside} with {', '.join(wanted)}: fetch it again")
     return place
 
@@ -89,5 +96,31 @@ def _unpack(archive: Path, folder: Path) -> None:
         else:
             with tarfile.open(archive) as tar:
                 tar.extractall(folder, filter="data")
-    except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error) as error:
+    except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, RuntimeError, ValueError) as error:
         raise CorruptFileError(f"{archive} is no intact archive ({error}): remove it, and fetch it again") from error
+
+
+def read_npz(path: Path, names: Sequence[str], what: str) -> dict[str, np.ndarray]:
+    """Arrays of an npz file, by name.
+
+    Args:
+        path: the file.
+        names: of the arrays.
+        what: what it should hold, for the message.
+
+    Raises:
+        OSError: it cannot be opened.
+        CorruptFileError: it is damaged or encrypted, no npz, holds Python objects, or lacks an array.
+    """
+    with path.open("rb") as file:
+        try:
+            with np.load(file, allow_pickle=False) as content:
+                missing = [name for name in names if name not in content]
+                if missing:
+                    raise ValueError(f"it has no array {missing[0]!r}; it has {', '.join(content.files) or 'none'}")
+                return {name: content[name] for name in names}
+        except Exception as error:  # numpy and zipfile fail in many ways on what is damaged.
+            hint = "it holds pickled objects, or is no npz" if "allow_pickle" in str(error) else str(error)
+            raise CorruptFileError(
+                f"{path} is no intact npz file of {what} ({hint}): write plain arrays with numpy.savez"
+            ) from error

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import zipfile
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +13,8 @@ import torch
 
 from lirpa_fastwarmup.data.dataset import Dataset, Split
 from lirpa_fastwarmup.data.download import CorruptFileError
-from lirpa_fastwarmup.data.files import cache_folder, missing_files
+from lirpa_fastwarmup.data.files import cache_folder, missing_files, read_npz
+from lirpa_fastwarmup.storage import locked, read_json, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -67,11 +65,12 @@ def _split(part: str, batches: Sequence[Path]) -> Split:
         folder.mkdir(parents=True, exist_ok=True)
     pixels, index = folder / f"{part}_pixels.npy", folder / f"{part}_index.json"
     origin = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in batches]
-    known = _read_index(index)
-    if not pixels.is_file() or known is None or known["origin"] != origin:
-        known = {"origin": origin, "labels": _unpack(batches, pixels)}
-        # Written last: without it, or with another, the pixels are unpacked again.
-        index.write_text(json.dumps(known))
+    with locked(folder, wait=True):  # Another program may be unpacking the same.
+        known = _read_index(index)
+        if not pixels.is_file() or known is None or known["origin"] != origin:
+            known = {"origin": origin, "labels": _unpack(batches, pixels)}
+            # Written last: without it, or with another, the pixels are unpacked again.
+            write_json(index, known)
     # Private to this process when written to, which nobody does; torch warns of arrays that cannot be written to.
     images = torch.from_numpy(np.load(pixels, mmap_mode="c"))
     return Split(images, torch.tensor(known["labels"], dtype=torch.int64))
@@ -79,10 +78,10 @@ def _split(part: str, batches: Sequence[Path]) -> Split:
 
 def _read_index(path: Path) -> dict[str, Any] | None:
     try:
-        known = json.loads(path.read_text())
+        known = read_json(path)
     except (OSError, ValueError):
         return None
-    return known if isinstance(known, dict) and known.keys() == {"origin", "labels"} else None
+    return known if known.keys() == {"origin", "labels"} else None
 
 
 def _unpack(batches: Sequence[Path], pixels: Path) -> list[int]:
@@ -105,11 +104,7 @@ def _unpack(batches: Sequence[Path], pixels: Path) -> list[int]:
 
 
 def _array(path: Path, name: str) -> np.ndarray:
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as content:
-            return np.asarray(content[name])
-    except (zipfile.BadZipFile, EOFError, zlib.error, ValueError, KeyError) as error:
-        raise CorruptFileError(f"{path} cannot be read as a batch of ImageNet64 ({error}): fetch it again") from error
+    return read_npz(path, (name,), "a batch of ImageNet64")[name]
 
 
 def _labels(path: Path) -> list[int]:

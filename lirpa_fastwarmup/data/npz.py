@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +9,12 @@ import torch
 from torch import Tensor
 
 from lirpa_fastwarmup.data.dataset import Dataset, Split
-from lirpa_fastwarmup.data.download import CorruptFileError
-from lirpa_fastwarmup.data.files import missing_files
+from lirpa_fastwarmup.data.files import missing_files, read_npz
 
 _FILES = ("train.npz", "test.npz")
 _CHANNELS = (1, 3, 4)
 _CHUNK = 4096
+_MOST_CLASSES = 1_000_000
 
 
 def load(data_dir: Path | None = None) -> Dataset:
@@ -50,22 +48,7 @@ def load(data_dir: Path | None = None) -> Dataset:
 
 
 def _read_split(path: Path) -> Split:
-    arrays = {}
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as content:
-            for name in ("images", "labels"):
-                if name not in content:
-                    raise ValueError(f"{path} has no array {name!r}; it has {', '.join(content.files) or 'none'}")
-                arrays[name] = content[name]
-    except (zipfile.BadZipFile, EOFError, zlib.error) as error:
-        raise CorruptFileError(f"{path} is no intact npz file ({error}): write it again, with numpy.savez") from error
-    except ValueError as error:
-        # numpy says so of arrays of Python objects, and of what is no zip file at all.
-        if "allow_pickle" in str(error):
-            raise CorruptFileError(
-                f"{path} holds pickled objects, or is no npz file: write plain arrays with numpy.savez"
-            ) from error
-        raise
+    arrays = read_npz(path, ("images", "labels"), "images and labels")
     return Split(_images(arrays["images"], path), _labels(arrays["labels"], len(arrays["images"]), path))
 
 
@@ -85,11 +68,13 @@ def _images(images: np.ndarray, path: Path) -> Tensor:
 
 
 def _labels(labels: np.ndarray, count: int, path: Path) -> Tensor:
-    if labels.dtype.kind not in "iu" or labels.shape != (count,) or int(labels.min()) < 0:
+    if labels.dtype.kind not in "iu" or labels.shape != (count,) or count == 0 or labels.min() < 0:
         raise ValueError(
             f"labels of {path} must be class numbers from 0, one for each of {count} images; found {labels.dtype} of "
             f"shape {labels.shape}{f', the least {labels.min()}' if labels.size else ''}"
         )
+    if labels.max() >= _MOST_CLASSES:
+        raise ValueError(f"{path} has the label {labels.max()}: number the classes from 0, without gaps")
     return torch.from_numpy(labels.astype(np.int64))
 
 

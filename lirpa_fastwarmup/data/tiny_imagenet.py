@@ -108,7 +108,7 @@ def _pixels(path: Path) -> np.ndarray:
             pixels = np.array(image.convert("RGB"))
     except FileNotFoundError:
         raise missing_files("Tiny-ImageNet", [path.name], path.parent) from None
-    except (OSError, SyntaxError, ValueError) as error:  # What Pillow raises on damaged files.
+    except Exception as error:  # Pillow fails in many ways on damaged files.
         raise CorruptFileError(f"{path} cannot be decoded ({error}): fetch the dataset again") from error
     if pixels.shape != (_SIZE, _SIZE, 3):
         raise CorruptFileError(f"{path} is an image of {pixels.shape[1]}×{pixels.shape[0]} pixels, not {_SIZE}×{_SIZE}")

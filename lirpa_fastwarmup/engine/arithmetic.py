@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lirpa_fastwarmup.engine.compat import engine, node_classes
-from lirpa_fastwarmup.engine.nodes import evaluate, leave_one_input
+from lirpa_fastwarmup.engine.nodes import computed_constant, evaluate, leave_one_input
 
 Bound: Any = engine.bound_general.Bound
 _INPUT: Any = engine.bound_general.BoundInput
@@ -129,6 +129,9 @@ def simplify_arithmetic(bounded: Any) -> None:
     of_data = reached_from_inputs(nodes, through_shapes=True)
     of_values = reached_from_inputs(nodes, through_shapes=False)
     for node in nodes:
+        if node.inputs and id(node) not in of_data:
+            kind: Any = type(node)
+            node.__class__ = computed_constant(kind)
         operation = _OPERATIONS.get(type(node))
         if operation is None or len(node.inputs) != 2:
             continue

@@ -8,25 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lirpa_fastwarmup.boxes import Epsilon, InputRange, box_ends, check_eps, check_pair, inputs_error, inputs_fit
 from lirpa_fastwarmup.engine.compat import engine
-from lirpa_fastwarmup.engine.inputs import (
-    Epsilon,
-    InputRange,
-    broadcast_to_batch,
-    check_eps,
-    inputs_error,
-    inputs_fit,
-)
-
-
-def box_ends(x: Tensor, eps: Epsilon, input_range: InputRange | None) -> tuple[Tensor, Tensor]:
-    """The lowest and the highest corner of the box {x' : |x' − x| ≤ eps, elementwise} ∩ input_range."""
-    eps = broadcast_to_batch(eps, x, "eps")
-    lower, upper = x - eps, x + eps
-    if input_range is not None:
-        low, high = (broadcast_to_batch(end, x, "input_range") for end in input_range)
-        lower, upper = lower.clamp(min=low), upper.clamp(max=high)
-    return lower, upper
 
 
 def input_box(x: Tensor, eps: Epsilon, input_range: InputRange | None = (0.0, 1.0)) -> Any:
@@ -42,13 +25,17 @@ def input_box(x: Tensor, eps: Epsilon, input_range: InputRange | None = (0.0, 1.
         ValueError: ``eps`` is negative or not finite, or of a shape that does not fit; on the CPU also where
             ``x`` lies outside its range (elsewhere the check would wait for the device).
     """
+    check_pair(input_range)
     if not isinstance(eps, Tensor) or eps.device.type == "cpu":
         check_eps(eps)
     if x.device.type == "cpu" and not bool(inputs_fit(x, input_range)):
         raise inputs_error(x, input_range)
     lower, upper = box_ends(x, eps, input_range)
     perturbation = engine.PerturbationLpNorm(norm=math.inf, eps=eps, x_L=lower, x_U=upper)
-    return engine.BoundedTensor(x, perturbation)
+    # As the engine's own constructor makes it, which fails while the bytes of tensors are counted (see `memory`).
+    box: Any = Tensor._make_subclass(engine.BoundedTensor, x, x.requires_grad)
+    box.ptb = perturbation
+    return box
 
 
 def class_count(bounded: Any) -> int:

@@ -18,10 +18,9 @@ from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from lirpa_fastwarmup.boxes import Epsilon, InputRange, box_ends
 from lirpa_fastwarmup.engine import sharing
-from lirpa_fastwarmup.engine.bounds import box_ends
 from lirpa_fastwarmup.engine.compat import engine
-from lirpa_fastwarmup.engine.inputs import Epsilon, InputRange
 
 _READS = ("__bool__", "__int__", "__index__", "__float__", "item", "tolist")
 _CHECKS = ("isnan", "isinf")

@@ -6,6 +6,8 @@ engine, and even between two conversions.
 
 from __future__ import annotations
 
+import hashlib
+import marshal
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -15,13 +17,15 @@ from torch import nn
 
 from lirpa_fastwarmup.engine.arithmetic import BoundConstantArithmetic
 from lirpa_fastwarmup.engine.compat import engine, node_classes
-from lirpa_fastwarmup.engine.nodes import BoundConvNd, BoundMeanPool, ConstantPad
+from lirpa_fastwarmup.engine.nodes import BoundConvNd, BoundMeanPool, ConstantPad, evaluate
+from lirpa_fastwarmup.storage import add_to_hash
 
 _INPUT = node_classes("Input")
 _PARAMETER = node_classes("Params")
 _STATE = node_classes("Params", "Buffers")
 _CONVOLUTION = (*node_classes("Conv", "ConvTranspose"), BoundConvNd)
 _TRANSPOSED = node_classes("ConvTranspose")
+_TRANSPOSE = node_classes("Transpose")
 _AFFINE: Any = (*_CONVOLUTION, *node_classes("Linear"))
 _RELU = node_classes("Relu")
 _OTHER_PIECEWISE = node_classes("LeakyRelu")
@@ -114,7 +118,7 @@ class NetworkGraph:
             name=module,
             parameter=parameter.ori_name,
             fan_in=_fan_in(node, parameter, sources[0]),
-            plain=weight is parameter or all(type(n).__name__ == "BoundTranspose" for n in _between(weight, parameter)),
+            plain=weight is parameter or all(isinstance(n, _TRANSPOSE) for n in _between(weight, parameter)),
             node=node,
             source=sources[0],
         )
@@ -293,3 +297,27 @@ def _fan_in(node: Any, parameter: Any, source: Any) -> float:
     if isinstance(node, _TRANSPOSED) or getattr(node, "transposed", False):
         return shape[0] * math.prod(shape[2:]) / node.groups / math.prod(node.stride)
     return float(math.prod(shape[1:]))
+
+
+def fingerprint(bounded: Any) -> str:
+    """A digest of the function that ``bounded`` computes: operators, attributes, connections, weights and constants.
+
+    Networks of one ``repr`` and one state dict differ in it where their ``forward`` differs.
+    """
+    hashed = hashlib.sha256()
+    for node in bounded._modules.values():
+        sources = [source.name for source in (*node.inputs, *getattr(node, "constant", ()))]
+        add_to_hash(hashed, (_code(type(node)), node.name, sources, getattr(node, "attr", None)))
+        add_to_hash(hashed, (getattr(node, "operation", None), getattr(node, "constant_first", None)))
+        if not node.inputs and (isinstance(node, _STATE) or not isinstance(node, _INPUT)):
+            add_to_hash(hashed, evaluate(node))
+    return hashed.hexdigest()
+
+
+def _code(kind: type) -> tuple[str, ...] | list[Any]:
+    """The name of a node's class, and the code of a user's own."""
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    if kind.__module__.startswith(("auto_LiRPA.", "lirpa_fastwarmup.")):
+        return (name,)  # Of a version that is known.
+    functions = [getattr(value, "__code__", None) for value in vars(kind).values()]
+    return [name, *(marshal.dumps(code) for code in functions if code is not None)]

@@ -80,17 +80,19 @@ class MarginBounds:
     Args:
         bounded: the network; it stays as it is, and later changes of it are not seen.
         dtype: precision of the bounds.
+        live: use the network itself, which must be in evaluation mode and of this dtype, and not copies of it; only IBP
+            is certain to work then, and leaves its bounds at the network's nodes.
     """
 
-    def __init__(self, bounded: BoundedModule, dtype: torch.dtype) -> None:
+    def __init__(self, bounded: BoundedModule, dtype: torch.dtype, *, live: bool = False) -> None:
         self.dtype = dtype
         self.classes = class_count(bounded)
-        self._lean = bounded.rebuilt(dtype)
+        self._lean = bounded if live else bounded.rebuilt(dtype)
         self._networks = dict.fromkeys(METHODS, self._lean)
 
     @property
     def model(self) -> nn.Module:
-        """The copy of the plain network, in evaluation mode."""
+        """The plain network whose margins are bounded, in evaluation mode."""
         return self._lean.wrapped
 
     def bounded(self, method: str) -> BoundedModule:

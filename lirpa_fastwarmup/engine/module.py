@@ -6,7 +6,6 @@ taken with the BatchNorm statistics of their own clean batch.
 
 from __future__ import annotations
 
-import copy
 import functools
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -14,19 +13,21 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
+from lirpa_fastwarmup.boxes import check_input_shapes
 from lirpa_fastwarmup.engine import sharing
 from lirpa_fastwarmup.engine.arithmetic import simplify_arithmetic
 from lirpa_fastwarmup.engine.compat import ENGINE_VERSION, engine
 from lirpa_fastwarmup.engine.equality import check_same_function
 from lirpa_fastwarmup.engine.failures import named_failures
-from lirpa_fastwarmup.engine.inputs import check_input_shapes
 from lirpa_fastwarmup.engine.nodes import CUSTOM_OPERATORS, adopt_operators
 from lirpa_fastwarmup.engine.operators import Acceptance, review, untested_error
 from lirpa_fastwarmup.engine.precision import default_dtype, exact_arithmetic
 from lirpa_fastwarmup.engine.tracing import (
     TracedPathWarning,
     active_dropout,
+    copy_of,
     quiet_conversion,
     unchanged,
     untraceable,
@@ -82,6 +83,7 @@ class BoundedModule(engine.BoundedModule):
 
     wrapped: nn.Module
     example: tuple[Tensor, ...]
+    any_batch: bool
     _arguments: tuple[Any, ...]
     _reviewed: Acceptance
     _built = False
@@ -112,8 +114,10 @@ class BoundedModule(engine.BoundedModule):
                 "BatchNorm statistics with the model's"
             )
         _refuse_perturbed_weights(model)
-        # A trace would take autocast's conversions with it.
-        with unchanged(model), exact_arithmetic(_like(model).device):
+        if device == "auto":  # As the engine has it, and also where there are no parameters.
+            device = _like(model).device
+        # A trace would take autocast's conversions with it, and fails where operators are watched (see `memory`).
+        with _disable_current_modes(), unchanged(model), exact_arithmetic(_like(model).device):
             self._check_structure(model, example)
             self._build_engine(model, global_input, options, device, verbose, operators)
             if self._reviewed.needs_matrices and self.conv_mode == "patches":
@@ -125,8 +129,7 @@ class BoundedModule(engine.BoundedModule):
         self._links = sharing.state_links(self, model)
         self._built = True
         self._follow_wrapped()
-        if not self.ablated:
-            self._check_function()
+        self._check_function()
 
     def _build_engine(
         self, model: nn.Module, global_input: Any, options: Any, device: Any, verbose: Any, ops: Any
@@ -153,7 +156,7 @@ class BoundedModule(engine.BoundedModule):
         model = self.wrapped
         with unchanged(model), exact_arithmetic(_like(model).device), torch.no_grad():
             self.eval()
-            check_same_function(self, model, self.example)
+            self.__dict__["any_batch"] = check_same_function(self, model, self.example)
         self._follow_wrapped()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -176,7 +179,7 @@ class BoundedModule(engine.BoundedModule):
             options = {**options, "sparse_features_alpha": False}
         elif not self._holds_vectors_and_images():
             options = {**options, "sparse_features_alpha": False, "sparse_spec_alpha": False}
-        model = copy.deepcopy(self.wrapped).to(dtype).eval().requires_grad_(False)
+        model = copy_of(self.wrapped).to(dtype).eval().requires_grad_(False)
         example = tuple(x.to(dtype) if x.is_floating_point() else x for x in self.example)
         with default_dtype(dtype):  # Of the tables of S-shaped functions.
             return type(self)(model, example, options, device, verbose, operators, allow_untested=allow_untested)
@@ -216,30 +219,6 @@ class BoundedModule(engine.BoundedModule):
         return dict(self._arguments[0])
 
     @property
-    def ablated(self) -> tuple[str, ...]:
-        """What ``bound_opts={"bn": {"mean": False, …}}`` leaves out of BatchNorm, of mean, var and affine.
-
-        The bounded network then computes another function than the wrapped one; see :meth:`require_same_function`.
-        """
-        options = self.bound_opts.get("bn", {})
-        if not any(isinstance(node, sharing.BoundBatchNormalization) for node in self._modules.values()):
-            return ()
-        return tuple(part for part in ("mean", "var", "affine") if not options.get(part, True))
-
-    def require_same_function(self, purpose: str) -> None:
-        """Refuse what is done with the wrapped model in place of the bounded network, where the two differ.
-
-        Raises:
-            NotImplementedError: BatchNorm is ablated; ``purpose`` is in the text.
-        """
-        if self.ablated:
-            raise NotImplementedError(
-                f"{purpose} uses the plain network, whose BatchNorm has its {', '.join(self.ablated)}; the bounded one "
-                "was built without (bound_opts['bn']), so that the two compute different functions. Use full "
-                "BatchNorm, or the bounded network's own outputs and bounds"
-            )
-
-    @property
     def over_ranks(self) -> bool:
         """Whether a batch, in training mode, is the batches of all processes together; see :meth:`join_ranks`."""
         return self._over_ranks
@@ -250,9 +229,6 @@ class BoundedModule(engine.BoundedModule):
         BatchNorm's statistics are then of all of them, in clean passes and hence in bounds, as nn.SyncBatchNorm does
         it; and so are the figures that the paper's regularisers are made of, which are not linear in the batch. Every
         process must make every pass, and compute every regulariser.
-
-        Raises:
-            NotImplementedError: BatchNorm is ablated.
         """
         sharing.batchnorm_over_ranks(self)
         self._over_ranks = True

@@ -130,7 +130,9 @@ def _engine_first(engine_operator: Any, *, transposed: bool) -> Callable[..., An
         attr = {"pads": _automatic_padding(attr), **attr}
         # 0.7 builds a three-dimensional convolution without complaint, and then runs conv2d; the adjoint of its dilated
         # transposed ones has another shape than their input.
-        if len(attr["kernel_shape"]) < 3 and not (transposed and max(attr["dilations"]) > 1):
+        # 0.3's convolutions have one dilation.
+        one_dilation = len(set(attr["dilations"])) == 1 and not (transposed and max(attr["dilations"]) > 1)
+        if len(attr["kernel_shape"]) < 3 and one_dilation:
             try:
                 return engine_operator(attr, inputs, output_index, options)
             except (AssertionError, IndexError):
@@ -215,6 +217,31 @@ def _number(attr: Any, name: str, inputs: Any, place: int, default: float) -> fl
         return float(attr.get(name, default))
     value = value_of(inputs[place])
     return float(value) if value.numel() else default
+
+
+class ComputedConstant:
+    """A value made from parameters, buffers and constants alone: its interval is the value itself.
+
+    0.3 propagates intervals through products of constants as if they were data, and gets other weights.
+    """
+
+    def interval_propagate(self: Any, *v: Any) -> tuple[Tensor, Tensor]:
+        value = self.forward(*(interval[0] for interval in v))
+        return value, value
+
+    def __getattr__(self: Any, name: str) -> Any:
+        # CROWN reads the bounds of weights, which 0.3 keeps for parameters alone, and deletes those that it kept.
+        return evaluate(self) if name in ("lower", "upper") else super().__getattr__(name)  # type: ignore[misc]
+
+    def __delattr__(self, name: str) -> None:
+        if name not in ("lower", "upper") or name in vars(self):
+            super().__delattr__(name)
+
+
+@functools.cache
+def computed_constant(engine_class: Any) -> Any:
+    """``engine_class`` with the interval of :class:`ComputedConstant`."""
+    return type(f"Computed{engine_class.__name__}", (ComputedConstant, engine_class), {})
 
 
 class _Pool(Bound):
@@ -318,6 +345,7 @@ class BoundClamp(Bound):
         self.offset: float = attr.get("beta", 0.5) if sigmoid else 0.0
         self.low: float = 0.0 if sigmoid else _number(attr, "min", inputs, 1, -math.inf)
         self.high: float = 1.0 if sigmoid else _number(attr, "max", inputs, 2, math.inf)
+        self.low = min(self.low, self.high)  # As torch.clamp has it where the lower end is above the upper one.
 
     def forward(self, x: Tensor, *_: Tensor) -> Tensor:
         return (x if self.slope == 1 and self.offset == 0 else x * self.slope + self.offset).clamp(self.low, self.high)

@@ -64,6 +64,7 @@ def normalize_over_ranks(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As :func:`normalize_by_batch`, with the statistics of all processes' batches together."""
     shape, over = (1, -1, *[1] * (x.ndim - 2)), [dim for dim in range(x.ndim) if dim != 1]
+    given, x = x.dtype, x.to(weight.dtype)  # Half of the digits would round the count of a batch.
     own = x.new_tensor([x.numel() // x.shape[1]])
     sums = differentiable_total(torch.cat([x.sum(over), own]))
     count = sums[-1].detach()
@@ -73,7 +74,7 @@ def normalize_over_ranks(
     running_mean.lerp_(mean.detach(), momentum)
     running_var.lerp_(var.detach() * (count / (count - 1)), momentum)
     scale = weight / (var + eps).sqrt()
-    return deviation * scale.view(shape) + bias.view(shape), mean, var
+    return (deviation * scale.view(shape) + bias.view(shape)).to(given), mean, var
 
 
 def scale_interval(lower: Tensor, upper: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:

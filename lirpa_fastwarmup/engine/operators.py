@@ -58,6 +58,19 @@ def _one_activation(_: Any, depends: list[bool]) -> str | None:
     return "it multiplies two activations: multiply by a weight" if sum(depends) > 1 else None
 
 
+def _linear(node: Any, depends: list[bool]) -> str | None:
+    factors = node.attr.get("alpha", 1.0), node.attr.get("beta", 1.0)
+    if min(factors) < 0:
+        return f"it multiplies weight and bias by {factors[0]:g} and {factors[1]:g}: negate the weights instead"
+    return _one_activation(node, depends)
+
+
+def _matmul(node: Any, depends: list[bool]) -> str | None:
+    if any(len(source.output_shape) > 2 for source, data in zip(node.inputs, depends, strict=True) if not data):
+        return "it multiplies by a constant of more than two dimensions: multiply by a matrix"
+    return _one_activation(node, depends)
+
+
 def _two_operands(node: Any, _: list[bool]) -> str | None:
     return None if len(node.inputs) == 2 else "it has more than two operands"
 
@@ -70,8 +83,8 @@ OPERATORS: dict[str, Operator] = {
     "Conv": Operator(node_classes("Conv"), patches=True),
     "convolution of another rank, or transposed": Operator((BoundConvNd,)),
     "ConvTranspose": Operator(node_classes("ConvTranspose")),
-    "Linear": Operator(node_classes("Linear"), patches=True, objection=_one_activation),
-    "MatMul": Operator((*node_classes("MatMul"), MarginMatMul), patches=True, objection=_one_activation),
+    "Linear": Operator(node_classes("Linear"), patches=True, objection=_linear),
+    "MatMul": Operator((*node_classes("MatMul"), MarginMatMul), patches=True, objection=_matmul),
     "BatchNormalization": Operator(
         (*node_classes("BatchNormalization"), SharedBatchNorm, ViewedBatchNorm), patches=True
     ),

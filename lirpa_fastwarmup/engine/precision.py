@@ -1,7 +1,12 @@
-"""Arithmetic as its dtype promises: what is gained in speed by rounding coarser is switched off."""
+"""Arithmetic as its dtype promises: what is gained in speed by rounding coarser is switched off.
+
+What is set here is the whole process's, also that of its other threads. It is set and restored under one lock, so that
+threads that bound networks at the same time take turns, and leave everything as they found it.
+"""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -20,6 +25,7 @@ _COARSE: tuple[Any, ...] = (
     _backends.mkldnn.conv,
     _backends.mkldnn.rnn,
 )
+_ONE_AT_A_TIME = threading.RLock()
 
 
 @contextmanager
@@ -28,8 +34,8 @@ def exact_arithmetic(device: torch.device) -> Iterator[None]:
 
     What is left is the rounding of the tensors' own dtype.
     """
-    before = [backend.fp32_precision for backend in _COARSE]
-    with ExitStack() as stack:
+    with _ONE_AT_A_TIME, ExitStack() as stack:
+        before = [backend.fp32_precision for backend in _COARSE]
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         for kind in {"cpu", device.type}:
             stack.enter_context(torch.autocast(kind, enabled=False))
@@ -46,22 +52,24 @@ def exact_arithmetic(device: torch.device) -> Iterator[None]:
 def products_in_tf32(allowed: bool) -> Iterator[None]:
     """Float32 products on a GPU with their inputs rounded to TF32, or not, whatever the process was set to."""
     on_gpu = [_backends.cuda.matmul, _backends.cudnn.conv]
-    before = [backend.fp32_precision for backend in on_gpu]
-    try:
-        for backend in on_gpu:
-            backend.fp32_precision = "tf32" if allowed else "ieee"
-        yield
-    finally:
-        for backend, precision in zip(on_gpu, before, strict=True):
-            backend.fp32_precision = precision
+    with _ONE_AT_A_TIME:
+        before = [backend.fp32_precision for backend in on_gpu]
+        try:
+            for backend in on_gpu:
+                backend.fp32_precision = "tf32" if allowed else "ieee"
+            yield
+        finally:
+            for backend, precision in zip(on_gpu, before, strict=True):
+                backend.fp32_precision = precision
 
 
 @contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
     """What a tensor is made in that is not told its dtype."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
+    with _ONE_AT_A_TIME:
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(before)

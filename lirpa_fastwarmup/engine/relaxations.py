@@ -65,9 +65,14 @@ def _wrong_samples(node: Any, last: Any, batch: int, generator: torch.Generator)
     [(below, above), *_], below_bias, above_bias = node.bound_backward(rows, rows.clone(), *node.inputs, **options)
     wrong = torch.zeros(batch, dtype=torch.bool, device=rows.device)
     for point in _points(source.lower.expand_as(below), source.upper.expand_as(below), below, above, generator):
-        value = node.forward(point.flatten(0, 1)).flatten(1).gather(1, elements.reshape(-1, 1)).view(count, batch)
+        value = (
+            node.forward(point.flatten(0, 1))
+            .reshape(count * batch, -1)
+            .gather(1, elements.reshape(-1, 1))
+            .view(count, batch)
+        )
         for sign, slopes, bias in ((1, below, below_bias), (-1, above, above_bias)):
-            terms = (slopes * point).flatten(2)
+            terms = (slopes * point).reshape(count, batch, -1)
             scale = 1 + torch.maximum(value.abs(), terms.abs().sum(2) + torch.as_tensor(bias).abs())
             wrong |= (sign * (terms.sum(2) + bias - value) > SLACK[rows.dtype] * scale).any(0)
     return [int(sample) for sample in wrong.nonzero().flatten()]
@@ -78,7 +83,7 @@ def _elements(lower: Tensor, upper: Tensor, count: int, generator: torch.Generat
     drawn = torch.randint(count, (_ELEMENTS, len(lower)), generator=generator).to(lower.device)
     if lower[0].numel() == count:
         widest = min(_ELEMENTS // 2, count)
-        drawn[:widest] = (upper - lower).flatten(1).topk(widest, 1).indices.T
+        drawn[:widest] = (upper - lower).reshape(len(lower), -1).topk(widest, 1).indices.T
     return drawn
 
 

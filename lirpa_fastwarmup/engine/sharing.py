@@ -56,25 +56,19 @@ class SharedBatchNorm(BoundBatchNormalization):
             self.momentum = self._count_batch()
         else:
             m, v = m.clone(), v.clone()
-        if self._ablated:
-            return super().forward(x, w, b, m, v)
         self.patches_start = x.ndim > 2
         normalize = normalize_over_ranks if self.over_ranks else normalize_by_batch
         result, self.current_mean, self.current_var = normalize(x, w, b, m, v, self.momentum, self.eps)
         return result
 
     def interval_propagate(self, *v: Any) -> Any:
-        if self._ablated or self.bn_mode != "forward" or Interval.get_perturbation(v[0])[0] != math.inf:
+        if self.bn_mode != "forward" or Interval.get_perturbation(v[0])[0] != math.inf:
             return super().interval_propagate(*v)
         (lower, upper), weight, bias = v[0], v[1][0], v[2][0]
         if not self.training:
             self.current_mean, self.current_var = v[3][0], v[4][0]
         scale = weight / (self.current_var + self.eps).sqrt()
         return scale_interval(lower, upper, scale, bias - self.current_mean * scale)
-
-    @property
-    def _ablated(self) -> bool:
-        return not (self.use_mean and self.use_var and self.use_affine)
 
     def _count_batch(self) -> float:
         """Count a batch, as nn.BatchNorm does, and return the share that it takes in the running statistics."""
@@ -146,10 +140,19 @@ def state_links(bounded: Any, model: nn.Module) -> list[StateLink]:
 
 
 def adopt_batchnorm(bounded: Any, model: nn.Module, kind: type[SharedBatchNorm]) -> None:
-    """Turn each BatchNorm node traced from a module of ``model`` into one of class ``kind``."""
+    """Turn each BatchNorm node traced from a module of ``model`` into one of class ``kind``.
+
+    Raises:
+        NotImplementedError: the engine was told to leave out a part of BatchNorm.
+    """
     for node in bounded._modules.values():
         if not isinstance(node, BoundBatchNormalization):
             continue
+        if not (node.use_mean and node.use_var and node.use_affine):
+            raise NotImplementedError(
+                "bound_opts['bn'] leaves out a part of BatchNorm, so that the bounded network computes another "
+                "function than the model: leave the option out, or change the model"
+            )
         owner = _owner(model, getattr(node.inputs[3], "ori_name", ""))
         if owner is not None and isinstance(owner[0], _BatchNorm):
             node.__class__ = kind
@@ -162,18 +165,9 @@ def adopt_batchnorm(bounded: Any, model: nn.Module, kind: type[SharedBatchNorm])
 
 
 def batchnorm_over_ranks(bounded: Any) -> None:
-    """Take BatchNorm's statistics, in training mode, over the batches of all processes.
-
-    Raises:
-        NotImplementedError: part of BatchNorm is ablated.
-    """
+    """Take BatchNorm's statistics, in training mode, over the batches of all processes."""
     for node in bounded._modules.values():
         if isinstance(node, SharedBatchNorm):
-            if node._ablated:
-                raise NotImplementedError(
-                    "BatchNorm with a part left out (bound_opts['bn']) has no statistics over several processes: use "
-                    "full BatchNorm, or statistics of each process"
-                )
             node.over_ranks = True
 
 
@@ -200,6 +194,7 @@ def share_batchnorm_state(bounded: Any, model: nn.Module) -> list[str]:
 
     Raises:
         ValueError: ``bounded`` was built from another module.
+        NotImplementedError: its ``bound_opts`` leave out a part of BatchNorm.
     """
     links = state_links(bounded, model)
     parameters = [node for node in bounded._modules.values() if isinstance(node, BoundParams)]

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lirpa_fastwarmup.boxes import Epsilon, InputRange, broadcast_to_batch
 from lirpa_fastwarmup.engine.bounds import input_box
 from lirpa_fastwarmup.engine.graph import read_graph
-from lirpa_fastwarmup.engine.inputs import Epsilon, InputRange, broadcast_to_batch
 from lirpa_fastwarmup.engine.methods import MarginBounds, bounded_inputs
 from lirpa_fastwarmup.engine.precision import SLACK
 from lirpa_fastwarmup.engine.relaxations import wrong_relaxations
@@ -98,7 +98,7 @@ def find_contradictions(
         Pairs of a sample's place in the batch and what was found.
     """
     some = _spread_out(len(y), min(most, _PROBED_BY.get(method, PROBED))).to(y.device)
-    eps = radii_of(some, eps, x)
+    eps = per_sample(eps, x)(some)
     x, y = x[some], y[some]
     given = [] if points is None else [points[some]]
     found = []
@@ -112,9 +112,11 @@ def find_contradictions(
     return [(int(some[place]), text) for place, text in found]
 
 
-def radii_of(samples: Tensor, eps: Epsilon, x: Tensor) -> Epsilon:
-    """The radii of some samples of the batch ``x``, where ``eps`` has one for each, shape (batch, 1, …)."""
-    return eps[samples] if isinstance(eps, Tensor) and eps.ndim == x.ndim and len(eps) == len(x) else eps
+def per_sample(eps: Epsilon, x: Tensor) -> Callable[[Tensor], Epsilon]:
+    """What gives the radii of some samples of the batch ``x``, where ``eps`` has one for each, shape (batch, 1, …)."""
+    if isinstance(eps, Tensor) and eps.ndim == x.ndim and len(eps) == len(x):
+        return lambda samples: eps[samples]
+    return lambda samples: eps
 
 
 def _spread_out(count: int, most: int) -> Tensor:
@@ -137,7 +139,7 @@ def _off_the_point(
 def tolerance(bound: Tensor, value: Tensor) -> Tensor:
     """What rounding explains, per element: relative to the element, and a few ulp of the largest in its row."""
     size = torch.maximum(bound.abs(), value.abs())
-    largest = size.flatten(1).amax(1).view(-1, *[1] * (size.ndim - 1))
+    largest = _rows(size).amax(1).view(-1, *[1] * (size.ndim - 1))
     return SLACK[bound.dtype] * (1 + size) + 8 * torch.finfo(bound.dtype).eps * largest
 
 
@@ -197,9 +199,9 @@ class _Search:
 
     @torch.no_grad()
     def visit(self, point: Tensor) -> None:
-        """Compare all values at ``point`` with their bounds."""
-        logits = self.bounded.forward(point)
-        attained = class_margins(logits, self.y)
+        """Compare all values at ``point``, and the margins of the model itself, with their bounds."""
+        attained = class_margins(self.bounded.wrapped(point), self.y)
+        self.bounded.forward(point)
         for sample in contradicted(self.margins, attained).nonzero().flatten():
             self.found.append((int(sample), "has a margin below its lower bound at a point of its box"))
         for place, held in enumerate(self.held):
@@ -208,7 +210,7 @@ class _Search:
             self.highest[place] = torch.maximum(self.highest[place], value)
             low = value < held.lower - tolerance(held.lower, value)
             high = value > held.upper + tolerance(held.upper, value)
-            for sample in (low | high).flatten(1).any(1).nonzero().flatten():
+            for sample in _rows(low | high).any(1).nonzero().flatten():
                 self.found.append((int(sample), f"has a value outside its bounds {self.graph.place_of(held.node)}"))
 
     def extremes(self) -> Iterator[Tensor]:
@@ -226,8 +228,8 @@ class _Search:
     def _elements(self, place: int) -> Tensor:
         """One element per sample, by its place in the flattened node."""
         held = self.held[place]
-        width = (held.upper - held.lower).flatten(1)
-        filled = (self.highest[place] - self.lowest[place]).flatten(1) / width.clamp(min=torch.finfo(width.dtype).tiny)
+        width = _rows(held.upper - held.lower)
+        filled = _rows(self.highest[place] - self.lowest[place]) / width.clamp(min=torch.finfo(width.dtype).tiny)
         chosen = torch.where(width > 0, filled, torch.zeros_like(filled)).argmax(1)
         drawn = torch.randint(width.shape[1], (len(width),), generator=self.generator).to(chosen.device)
         other = torch.arange(len(width), device=chosen.device) % 2 == 1
@@ -235,7 +237,7 @@ class _Search:
 
     def _towards(self, centre: Tensor, values: Tensor, elements: Tensor) -> Iterator[Tensor]:
         with torch.enable_grad():
-            total = values.flatten(1).gather(1, elements.unsqueeze(1)).sum()
+            total = _rows(values).gather(1, elements.unsqueeze(1)).sum()
             (gradient,) = torch.autograd.grad(total, centre, retain_graph=True, allow_unused=True)
         if gradient is not None:
             yield torch.where(gradient > 0, self.upper, self.lower)
@@ -250,3 +252,8 @@ def _held(nodes: Sequence[Any], batch: int) -> Iterator[_Held]:
             continue
         if lower.is_floating_point() and lower.shape == upper.shape == torch.Size((batch, *node.output_shape[1:])):
             yield _Held(node, lower.detach(), upper.detach())
+
+
+def _rows(values: Tensor) -> Tensor:
+    """One row a sample, also where a sample has one value without a dimension."""
+    return values.reshape(len(values), -1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import logging
 import re
@@ -34,6 +35,9 @@ _READS_A_VALUE = {
 }
 
 
+_LINEAR_FROM = 20  # Softplus is the identity beyond, within 2e-9.
+
+
 class TracedPathWarning(UserWarning):
     """The network can take several paths; bounds hold for the one that was traced."""
 
@@ -47,6 +51,7 @@ class Observation:
         value_reads: ``file:line`` of each place of user code where a tensor's value was read.
         operations: names of the torch functions called, in order; calls of BatchNorm's counter left out.
         norm_modes: of each functional batch_norm, whether it used the statistics of the batch.
+        altered: calls that the exporter would make another function of, and what to write instead.
         calls: how often each module was called, by name.
     """
 
@@ -54,6 +59,7 @@ class Observation:
     value_reads: list[str]
     operations: list[str]
     norm_modes: list[bool]
+    altered: list[str]
     calls: dict[str, int]
 
 
@@ -67,6 +73,7 @@ class _Recorder(TorchFunctionMode):
         self.value_reads: list[str] = []
         self.operations: list[str] = []
         self.norm_modes: list[bool] = []
+        self.altered: list[str] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -78,6 +85,7 @@ class _Recorder(TorchFunctionMode):
                 self.value_reads.append(f"{frame.filename}:{frame.lineno}")
             if name == "batch_norm" and id(args[1] if len(args) > 1 else None) not in self._statistics:
                 self.norm_modes.append(bool(args[5] if len(args) > 5 else kwargs.get("training", False)))
+            self.altered += _altered_by_export(name, args, kwargs)
             # Dropout in evaluation mode is called too, and does nothing.
             active = kwargs.get("training", True) if "dropout" in name else None
             self.operations.append(name if active is None else f"{name} {active}")
@@ -87,6 +95,15 @@ class _Recorder(TorchFunctionMode):
     def _reads_a_value(name: str, args: Any) -> bool:
         masks = name == "__getitem__" and isinstance(args[1], Tensor) and args[1].dtype == torch.bool
         return name in _READS_A_VALUE or masks or (name == "where" and len(args) == 1)
+
+
+def _altered_by_export(name: str, args: Any, kwargs: Any) -> list[str]:
+    """What the exporter would silently make another function of, and random inputs seldom show."""
+    if name == "softplus" and (args[2] if len(args) > 2 else kwargs.get("threshold", _LINEAR_FROM)) < _LINEAR_FROM:
+        return [f"softplus with a threshold below {_LINEAR_FROM}, which the exporter drops: use the default one"]
+    if "dropout" in name and kwargs.get("training", True) and kwargs.get("p", 0.5):
+        return [f"{name} that is on in evaluation mode: use nn.Dropout"]
+    return []
 
 
 @torch.no_grad()
@@ -105,7 +122,7 @@ def observe(model: nn.Module, inputs: Sequence[Tensor]) -> Observation:
         for handle in handles:
             handle.remove()
     reads = list(dict.fromkeys(recorder.value_reads))
-    return Observation(output, reads, recorder.operations, recorder.norm_modes, calls)
+    return Observation(output, reads, recorder.operations, recorder.norm_modes, recorder.altered, calls)
 
 
 def untraceable(model: nn.Module, inputs: Sequence[Tensor]) -> tuple[Observation, list[str]]:
@@ -114,7 +131,8 @@ def untraceable(model: nn.Module, inputs: Sequence[Tensor]) -> tuple[Observation
     Changes the mode of ``model`` and its statistics: call it under :func:`unchanged`.
 
     Raises:
-        NotImplementedError: BatchNorm without running statistics, of which there is no bound.
+        NotImplementedError: BatchNorm without running statistics, of which there is no bound; or a call that the
+            exporter would make another function of.
     """
     for name, module in model.named_modules():
         if isinstance(module, _BatchNorm) and module.running_mean is None:
@@ -124,6 +142,8 @@ def untraceable(model: nn.Module, inputs: Sequence[Tensor]) -> tuple[Observation
             )
     observe(model.eval(), inputs)  # What the network builds at its first call is built now.
     observed = observe(model, inputs)
+    if observed.altered:
+        raise NotImplementedError(f"the network calls {observed.altered[0]}")
     reasons = [f"it reads the value of a tensor at {place}" for place in observed.value_reads]
     if _differs_in_training(model, inputs):
         reasons.append("it computes something else in training mode")
@@ -177,6 +197,17 @@ def unchanged(model: nn.Module) -> Iterator[None]:
                 saved = buffers.get(name)  # A buffer that the first call registered has no earlier state.
                 if saved is not None and not torch.equal(buffer, saved.to(buffer.device)):
                     buffer.copy_(saved)
+
+
+def copy_of(model: nn.Module) -> nn.Module:
+    """A deep copy, also of a module that keeps a computed tensor (a pruned weight) with the graph of its last pass."""
+    computed = [
+        value
+        for module in model.modules()
+        for value in vars(module).values()
+        if isinstance(value, Tensor) and not value.is_leaf
+    ]
+    return copy.deepcopy(model, {id(value): value.detach().clone() for value in computed})
 
 
 class _Collector(logging.Handler):

@@ -9,8 +9,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from lirpa_fastwarmup.engine.bounds import box_ends
-from lirpa_fastwarmup.engine.inputs import InputRange, check_batch, check_radius
+from lirpa_fastwarmup.boxes import InputRange, box_ends, check_batch, check_radius
 from lirpa_fastwarmup.exchange.onnx_file import write_onnx
 from lirpa_fastwarmup.exchange.vnnlib import robustness_property
 from lirpa_fastwarmup.storage import make_folder, write_atomically

@@ -8,32 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lirpa_fastwarmup.inspection.records import SUMMARY, read_json
+from lirpa_fastwarmup.inspection.records import ERRORS, read_summary
 
 # What may differ between the runs of a row.
 _NO_DIFFERENCE = ("seed", "data_dir")
-_FIGURES = ("standard_error", "pgd_error", "verified_error")
 _HEADS = ("standard", "PGD", "verified")
-
-
-def read_summary(folder: Path) -> dict[str, Any]:
-    """The ``summary.json`` of the run in ``folder``.
-
-    Raises:
-        FileNotFoundError: there is none, because the run is not finished or the folder holds no run.
-        ValueError: it is no summary of a run.
-    """
-    path = folder / SUMMARY
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder} holds no finished run (no {path.name})")
-    try:
-        summary = read_json(path)
-    except ValueError as error:
-        raise ValueError(f"{error}; a run's summary was expected") from error
-    missing = [name for name in (*_FIGURES, "dataset", "seed", "settings") if name not in summary]
-    if missing:
-        raise ValueError(f"{path} is not the summary of a run: it lacks {', '.join(missing)}")
-    return summary
 
 
 def comparison(folders: Sequence[Path]) -> list[tuple[str, ...]]:
@@ -59,7 +38,7 @@ def comparison(folders: Sequence[Path]) -> list[tuple[str, ...]]:
                 str(first["dataset"]),
                 *(_setting(first, name) for name in columns),
                 ", ".join(str(summary["seed"]) for summary in sorted(summaries, key=lambda run: int(run["seed"]))),
-                *(_figure([summary[name] for summary in summaries]) for name in _FIGURES),
+                *(_figure([summary[name] for summary in summaries]) for name in ERRORS),
                 ", ".join(summary["run"] for summary in summaries),
             )
         )

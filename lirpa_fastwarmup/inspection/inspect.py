@@ -11,9 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lirpa_fastwarmup.engine.bounds import ibp_margins, input_box, proved
-from lirpa_fastwarmup.engine.graph import AffineLayer, NetworkGraph, read_graph, weight_of
-from lirpa_fastwarmup.engine.inputs import (
+from lirpa_fastwarmup.boxes import (
     Epsilon,
     InputRange,
     check_input_shapes,
@@ -21,6 +19,8 @@ from lirpa_fastwarmup.engine.inputs import (
     inputs_error,
     inputs_fit,
 )
+from lirpa_fastwarmup.engine.bounds import ibp_margins, input_box, proved
+from lirpa_fastwarmup.engine.graph import AffineLayer, NetworkGraph, read_graph, weight_of
 from lirpa_fastwarmup.engine.layers import LayerBounds, input_half_width, outputs_of_batch, relu_bounds, relus_read
 from lirpa_fastwarmup.engine.module import BoundedModule
 from lirpa_fastwarmup.engine.precision import exact_arithmetic

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,8 +11,10 @@ from typing import Any
 import numpy as np
 
 from lirpa_fastwarmup.inspection.figures import Inspection
+from lirpa_fastwarmup.storage import file_sum, read_csv, read_json, read_tensors, weights_sum
 
-SUMMARY, HISTORY = "summary.json", "history.csv"
+ERRORS = ("standard_error", "pgd_error", "verified_error")
+SUMMARY, HISTORY, MODEL = "summary.json", "history.csv", "model.pt"
 
 
 Image = np.ndarray[Any, np.dtype[np.uint8]]
@@ -72,34 +72,64 @@ def read_history(path: Path) -> list[dict[str, float]]:
         OSError: the file cannot be read.
         ValueError: it is no history of a run.
     """
+    rows = read_csv(path, ("epoch",), "the history of a run")
     try:
-        with path.open(newline="") as file:
-            rows = [{name: _number(text) for name, text in row.items()} for row in csv.DictReader(file)]
-    except (ValueError, TypeError, AttributeError) as error:  # Text, or lines of another length.
+        return [{name: _number(text) for name, text in row.items()} for row in rows]
+    except ValueError as error:
         raise ValueError(f"{path} cannot be read as the history of a run: {error}") from error
-    if rows and "epoch" not in rows[0]:
-        raise ValueError(f"{path} is no history of a run: it has no column 'epoch'")
-    return rows
 
 
 def _number(text: str) -> float:
     return float(text) if text else math.nan
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
+def check_origin(path: Path, content: Mapping[str, Any], folder: Path) -> None:
+    """Refuse what says something of other weights, or of other tables, than those that lie beside it.
+
+    Args:
+        path: the file, for the message.
+        content: what it holds: ``weights``, a digest, and ``files``, checksums by name; either may be missing.
+        folder: of the run.
 
     Raises:
-        OSError: the file cannot be read.
-        ValueError: it holds no object.
+        OSError: a file cannot be read.
+        ValueError: they are other ones.
     """
+    weights, model, files = content.get("weights"), folder / MODEL, content.get("files") or {}
+    if weights is not None and model.is_file():
+        kept = read_tensors(model, "is damaged: restore it from a copy, or retrain")
+        if not isinstance(kept, dict) or weights_sum(kept.get("state_dict", {})) != weights:
+            raise ValueError(f"{path} is of other weights than those in {model}: verify or train again")
+    for name, expected in files.items():
+        if (path.parent / name).is_file() and file_sum(path.parent / name) != expected:
+            raise ValueError(
+                f"{path.parent / name} is not the file that {path.name} was written with: restore it, or verify or "
+                "train again"
+            )
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """The ``summary.json`` of the run in ``folder``.
+
+    Raises:
+        FileNotFoundError: there is none, because the run is not finished or the folder holds no run.
+        ValueError: it is no summary of a run.
+    """
+    path = folder / SUMMARY
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} holds no finished run (no {path.name})")
     try:
-        content = json.loads(path.read_text())
+        summary = read_json(path)
     except ValueError as error:
-        raise ValueError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no object, but a {type(content).__name__}")
-    return content
+        raise ValueError(f"{error}; a run's summary was expected") from error
+    missing = [name for name in (*ERRORS, "dataset", "seed", "settings", "test_samples") if name not in summary]
+    if missing:
+        raise ValueError(f"{path} is not the summary of a run: it lacks {', '.join(missing)}")
+    known = (int, float, type(None))
+    if not isinstance(summary["settings"], dict) or any(type(summary[name]) not in known for name in ERRORS):
+        raise ValueError(f"{path} is not the summary of a run: its settings or errors are of another type")
+    check_origin(path, summary, folder)
+    return summary
 
 
 def read_record(folder: Path) -> RunRecord:
@@ -115,6 +145,6 @@ def read_record(folder: Path) -> RunRecord:
     if (folder / HISTORY).is_file():
         record.history = read_history(folder / HISTORY)
     if (folder / SUMMARY).is_file():
-        record.summary = read_json(folder / SUMMARY)
-        record.settings = record.summary.get("settings", {})
+        record.summary = read_summary(folder)
+        record.settings = record.summary["settings"]
     return record

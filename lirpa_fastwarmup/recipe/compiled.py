@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from lirpa_fastwarmup.boxes import Epsilon, InputRange
 from lirpa_fastwarmup.engine.bounds import input_box
 from lirpa_fastwarmup.engine.capture import RecordableBox, forget_last_pass, record
-from lirpa_fastwarmup.engine.inputs import Epsilon, InputRange
 from lirpa_fastwarmup.engine.module import BoundedModule
 from lirpa_fastwarmup.recipe.cuda_graph import CudaGraph
 from lirpa_fastwarmup.recipe.step import StepValues, Terms, compute_step

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lirpa_fastwarmup.boxes import check_eps
 from lirpa_fastwarmup.engine.bounds import input_box
 from lirpa_fastwarmup.engine.graph import AffineLayer, StructureError, affine_weights, read_graph, weight_of
-from lirpa_fastwarmup.engine.inputs import check_eps
 from lirpa_fastwarmup.engine.layers import width_gain
 
 _LITERATURE: dict[str, Callable[..., Tensor]] = {

@@ -13,11 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lirpa_fastwarmup.engine.bounds import class_count, input_box
-from lirpa_fastwarmup.engine.graph import StructureError, read_graph
-from lirpa_fastwarmup.engine.inputs import (
+from lirpa_fastwarmup.boxes import (
     Epsilon,
     InputRange,
+    check_eps,
     check_input_shapes,
     check_shapes,
     inputs_error,
@@ -25,6 +24,8 @@ from lirpa_fastwarmup.engine.inputs import (
     labels_error,
     labels_fit,
 )
+from lirpa_fastwarmup.engine.bounds import class_count, input_box
+from lirpa_fastwarmup.engine.graph import StructureError, read_graph
 from lirpa_fastwarmup.engine.module import BoundedModule
 from lirpa_fastwarmup.recipe.checks import ValueChecks
 from lirpa_fastwarmup.recipe.compiled import CompiledSteps, scalar_like
@@ -105,8 +106,8 @@ class ShortWarmup(nn.Module):
     Raises:
         TypeError: ``bounded`` is no :class:`lirpa_fastwarmup.BoundedModule`.
         StructureError: regularisers are asked for and the network has no ReLU.
-        ValueError: an argument out of its range; the output is no (batch, classes); or the network has
-            a parameter called ``step``.
+        ValueError: an argument out of its range; a largest radius wider than the input range; the output is no
+            (batch, classes); or the network has a parameter called ``step``.
     """
 
     def __init__(
@@ -139,6 +140,7 @@ class ShortWarmup(nn.Module):
                 "expected a schedule such as SmoothedEpsilon(max_eps, start, length, steps_per_epoch), or "
                 f"ConstantEpsilon(eps) for a radius that stays the same; found {schedule!r}"
             )
+        check_eps(schedule.max_eps, input_range)
         self.classes = class_count(bounded)
         # Kept out of the registered modules: it is a view of `model`, which is registered.
         object.__setattr__(self, "bounded", bounded)
@@ -249,19 +251,15 @@ class ShortWarmup(nn.Module):
                 "a batch of one sample cannot train BatchNorm, whose statistics it would determine alone: drop it, or "
                 "use larger batches"
             )
-        self._checks.require("labels", labels_fit(y, self.classes), partial(labels_error, y, self.classes))
-        self._checks.require("inputs", inputs_fit(x, self.input_range), partial(inputs_error, x, self.input_range))
+        self._checks.require("labels", labels_fit(y, self.classes), [y], partial(labels_error, classes=self.classes))
+        self._checks.require(
+            "inputs", inputs_fit(x, self.input_range), [x], partial(inputs_error, input_range=self.input_range)
+        )
 
     def _check_loss(self, loss: Tensor, eps: Epsilon) -> None:
-        step = self.steps_done
-        self._checks.require(
-            "loss",
-            loss.detach().isfinite(),
-            lambda: NonFiniteLossError(
-                f"the loss is {float(loss.detach())} at step {step}, eps {eps}. Lower the learning rate or clip "
-                "gradients; if it is so from the first step, the bounds explode: initialise with ibp_init_"
-            ),
-        )
+        step = torch.full_like(loss.detach(), self.steps_done)
+        radius = scalar_like(loss.detach(), eps).max()
+        self._checks.require("loss", loss.detach().isfinite(), [loss.detach(), step, radius], _not_finite)
 
     # One mode and one state dict with the wrapped model.
 
@@ -291,6 +289,13 @@ class ShortWarmup(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         self.bounded._apply(fn, recurse)
         return self
+
+
+def _not_finite(loss: Tensor, step: Tensor, eps: Tensor) -> NonFiniteLossError:
+    return NonFiniteLossError(
+        f"the loss is {float(loss.amax())} at step {int(step.amax())}, eps {float(eps.amax()):.6g}. Lower the learning "
+        "rate or clip gradients; if it is so from the first step, the bounds explode: initialise with ibp_init_"
+    )
 
 
 def _to_own_keys(module: ShortWarmup, state_dict: Any, prefix: str, *rest: Any) -> None:

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from lirpa_fastwarmup.engine.inputs import Epsilon, check_eps
+from lirpa_fastwarmup.boxes import Epsilon, check_eps
 
 
 class Schedule(Protocol):

@@ -4,7 +4,7 @@ from lirpa_fastwarmup.training.build import build_run
 from lirpa_fastwarmup.training.files import OutputExistsError
 from lirpa_fastwarmup.training.interrupt import TrainingInterrupted
 from lirpa_fastwarmup.training.methods import METHODS
-from lirpa_fastwarmup.training.network import load_model, load_weights, settings_of_model
+from lirpa_fastwarmup.training.network import UntrustedError, load_model, load_weights, settings_of_model
 from lirpa_fastwarmup.training.run import resume, settings_of_run, train
 from lirpa_fastwarmup.training.settings import Settings
 
@@ -13,6 +13,7 @@ __all__ = [
     "OutputExistsError",
     "Settings",
     "TrainingInterrupted",
+    "UntrustedError",
     "build_run",
     "load_model",
     "load_weights",

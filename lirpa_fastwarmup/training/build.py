@@ -12,7 +12,7 @@ from torch.optim import SGD, Adam, Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from lirpa_fastwarmup import data
-from lirpa_fastwarmup.distributed import Ranks, present
+from lirpa_fastwarmup.distributed import Ranks, leader_first, present
 from lirpa_fastwarmup.engine.module import BoundedModule
 from lirpa_fastwarmup.recipe.initialization import initialize_
 from lirpa_fastwarmup.recipe.objective import ShortWarmup
@@ -65,11 +65,6 @@ class Run:
     def device(self) -> torch.device:
         return next(self.objective.parameters()).device
 
-    @property
-    def plain(self) -> nn.Module:
-        """What gives the evaluated network's outputs: the plain network, where that computes the same function."""
-        return self.evaluated if self.evaluated.ablated else self.evaluated.wrapped
-
 
 def build_run(settings: Settings, device: torch.device) -> Run:
     """Everything that ``settings`` stand for, with freshly drawn weights.
@@ -79,12 +74,13 @@ def build_run(settings: Settings, device: torch.device) -> Run:
         ValueError, TypeError, ImportError, NotImplementedError: what the settings name does not fit together; the
             text says what.
     """
-    dataset = data.load(settings.dataset, settings.data_dir)
+    with leader_first():  # Which downloads and unpacks, if need be.
+        dataset = data.load(settings.dataset, settings.data_dir)
     ranks = present()
     train, held_out = _training_samples(settings, dataset)
     train_batches = _training_batches(settings, data.place(train, device), device, ranks)
     architecture = architecture_of(settings, dataset)
-    # Everything random hangs on the seed, and the caller's random state stays as it is.
+    # Everything random depends on the seed, and the caller's random state stays as it is.
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(settings.seed)
         bounded = _bounded(settings, build_network(architecture).to(device), dataset.in_shape)
@@ -103,8 +99,8 @@ def build_run(settings: Settings, device: torch.device) -> Run:
         dataset_name=dataset.name,
         train=train_batches.split,
         train_batches=train_batches,
-        validation_batches=None if held_out is None else _evaluation_batches(held_out, device, ranks),
-        test_batches=_evaluation_batches(dataset.test, device, ranks),
+        validation_batches=None if held_out is None else _evaluation_batches(held_out, device),
+        test_batches=_evaluation_batches(dataset.test, device),
         inspected=data.spread(dataset.test, _INSPECTED).inputs.to(device),
         objective=objective,
         trained=objective,
@@ -148,19 +144,13 @@ def _calibration_images(settings: Settings, samples: data.Split, device: torch.d
     return some.to(device).inputs
 
 
-def _evaluation_batches(samples: data.Split, device: torch.device, ranks: Ranks) -> data.Batches:
-    if ranks.size > 1:
-        if len(samples) < ranks.size:
-            raise ValueError(f"{len(samples)} sample(s) to evaluate on cannot be shared among {ranks.size} processes")
-        samples = samples.take(torch.arange(ranks.rank, len(samples), ranks.size))
+def _evaluation_batches(samples: data.Split, device: torch.device) -> data.Batches:
     return data.Batches(data.place(samples, device), _EVALUATION_BATCH, device=device)
 
 
 def _bounded(settings: Settings, model: nn.Module, in_shape: tuple[int, int, int]) -> BoundedModule:
-    options = {"bn": {"mean": settings.bn_mean, "var": settings.bn_var, "affine": settings.bn_affine}}
     example = torch.zeros(2, *in_shape, device=next(model.parameters()).device)
-    ablation = options if settings.ablates_batchnorm else None
-    return BoundedModule(model, example, bound_opts=ablation, allow_untested=settings.allow_untested)
+    return BoundedModule(model, example, allow_untested=settings.allow_untested)
 
 
 def _objective(settings: Settings, bounded: BoundedModule, steps_per_epoch: int, ranks: Ranks) -> ShortWarmup:

@@ -5,22 +5,24 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from lirpa_fastwarmup.storage import write_tensors
 from lirpa_fastwarmup.training import files
 from lirpa_fastwarmup.training.build import Run
 from lirpa_fastwarmup.training.loop import Position
 from lirpa_fastwarmup.training.network import load_weights
 from lirpa_fastwarmup.training.settings import Settings
 
-_FORMAT = 1
+_FORMATS = (1, 2)  # Those that can be read; the last one is written.
+_ENTRIES = {"settings", "train_samples", "objective", "optimizer", "batches", "average", "position"}
 
 
 def save(path: Path, run: Run, position: Position) -> None:
     """Write the state of ``run`` at ``position``; until that is done, an earlier checkpoint stays whole.
 
-    Every process must call this; the first one writes. What it writes does not hang on their number.
+    Every process must call this; the first one writes. What it writes does not depend on their number.
     """
     content = {
-        "format": _FORMAT,
+        "format": _FORMATS[-1],
         "settings": run.settings.as_dict(),
         "train_samples": len(run.train),
         "objective": run.objective.state_dict(),
@@ -30,7 +32,20 @@ def save(path: Path, run: Run, position: Position) -> None:
         "position": {**vars(position), "means": position.means.state_dict()},
     }
     if run.ranks.leads:
-        files.write_tensors(path, content)
+        write_tensors(path, content)
+
+
+def require(path: Path) -> None:
+    """See that there is a checkpoint.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path.parent} holds no checkpoint ({path.name}) to resume from: a run writes one when it finishes its "
+            "first epoch, or is interrupted. Start one there first, without --resume"
+        )
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -40,18 +55,18 @@ def read(path: Path) -> dict[str, Any]:
         FileNotFoundError: there is none.
         ValueError: it is damaged, or of another version.
     """
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path.parent} holds no checkpoint ({path.name}) to go on from: start a run there first"
-        )
-    content = files.read_tensors(path, _FORMAT)
+    require(path)
+    content = files.read_tensors(path, _FORMATS)
     try:
         content["settings"] = Settings.from_dict(content["settings"])
-    except (TypeError, ValueError, KeyError) as error:
+        missing = _ENTRIES - content.keys()
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise ValueError(
             f"the settings in {path} are not such as this version of lirpa_fastwarmup knows ({error}): use the version "
-            "that wrote it, or train anew"
+            "that wrote it, or retrain"
         ) from error
+    if missing:
+        raise ValueError(f"{path} is no checkpoint of a run: it lacks {', '.join(sorted(missing))}")
     return content
 
 
@@ -67,11 +82,14 @@ def restore(content: dict[str, Any], run: Run, position: Position, path: Path) -
             f"{len(run.train)} now: give it the same data"
         )
     load_weights(run.objective, content["objective"], path)
-    run.optimizer.load_state_dict(content["optimizer"])
-    run.train_batches.load_state_dict(content["batches"])
+    try:
+        run.optimizer.load_state_dict(content["optimizer"])
+        run.train_batches.load_state_dict(content["batches"])
+        saved = dict(content["position"])
+        position.means.load_state_dict(saved.pop("means"))
+        for name, value in saved.items():
+            setattr(position, name, value)
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"{path} does not fit the run that its settings give: {error}. Retrain") from error
     if run.average is not None:
         load_weights(run.average, content["average"], path)
-    saved = dict(content["position"])
-    position.means.load_state_dict(saved.pop("means"))
-    for name, value in saved.items():
-        setattr(position, name, value)

@@ -11,10 +11,16 @@ from torch import nn
 
 from lirpa_fastwarmup import models
 from lirpa_fastwarmup.recipe.batchnorm import insert_batchnorm
+from lirpa_fastwarmup.storage import weights_sum, write_tensors
 from lirpa_fastwarmup.training import files
 from lirpa_fastwarmup.training.settings import Settings
 
-_FORMAT = 2
+_FORMATS = (2, 3)  # Those that can be read; the last one is written.
+_ARCHITECTURE = {"model", "in_shape", "classes", "width", "hidden", "batchnorm"}
+
+
+class UntrustedError(ValueError):
+    """A file names code to be run, and the user has not said that the file is to be trusted."""
 
 
 def architecture_of(settings: Settings, dataset: Any) -> dict[str, Any]:
@@ -50,40 +56,81 @@ def build_network(architecture: Mapping[str, Any]) -> nn.Module:
 def save_model(path: Path, model: nn.Module, architecture: Mapping[str, Any], settings: Settings, epoch: int) -> None:
     """Write the plain network, and all that it takes to build it again."""
     content = {
-        "format": _FORMAT,
+        "format": _FORMATS[-1],
         "epoch": epoch,
         "architecture": dict(architecture),
         "settings": settings.as_dict(),
         "state_dict": {name: value.cpu() for name, value in model.state_dict().items()},
     }
-    files.write_tensors(path, content)
+    write_tensors(path, content)
 
 
-def load_model(path: Path) -> nn.Module:
+def load_model(path: Path, *, trust: bool = False) -> nn.Module:
     """The trained network of a run, in evaluation mode on the CPU, from its ``model.pt``.
+
+    Args:
+        path: the file.
+        trust: call the factory that the file names, where the network is none of this package's. That runs the code
+            of the module that it names: leave it off for files of strangers.
 
     Raises:
         OSError: the file cannot be read.
+        UntrustedError: it names a factory, and ``trust`` is off.
         ValueError: the file is no such model, damaged, of a format that this version does not know, or of another
             architecture than its factory makes now.
-        NotImplementedError: the run ablated BatchNorm, so that the plain network computes another function than
-            the one that was trained.
     """
-    content = files.read_tensors(path, _FORMAT)
-    left_out = [name for name in ("bn_mean", "bn_var", "bn_affine") if not content["settings"].get(name, True)]
-    if left_out:
-        raise NotImplementedError(
-            f"{path} was trained with part of BatchNorm left out ({', '.join(left_out)} off). The plain network leaves "
-            "nothing out and computes another function"
-        )
-    model = build_network(content["architecture"])
+    content = _read_model(path)
+    require_trust(str(content["architecture"]["model"]), path, trust=trust)
+    try:
+        model = build_network(content["architecture"])
+    except (TypeError, AttributeError, RuntimeError, MemoryError, OverflowError) as error:
+        raise ValueError(f"{path} names an architecture that cannot be built: {error}") from error
     load_weights(model, content["state_dict"], path)
     return model.eval()
 
 
 def settings_of_model(path: Path) -> Settings:
-    """The settings of the run that wrote ``model.pt``; errors as of :func:`load_model`."""
-    return Settings.from_dict(files.read_tensors(path, _FORMAT)["settings"])
+    """The settings of the run that wrote ``model.pt``.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: the file is no such model, or damaged.
+    """
+    try:
+        return Settings.from_dict(_read_model(path)["settings"])
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} holds no settings of a run: {error}") from error
+
+
+def weights_of_model(path: Path) -> str:
+    """The digest of the weights in ``model.pt``; errors as of :func:`settings_of_model`."""
+    return weights_sum(_read_model(path)["state_dict"])
+
+
+def require_trust(name: str, path: Path, *, trust: bool) -> None:
+    """Refuse to call a factory that a file names, and not the user.
+
+    Raises:
+        UntrustedError: ``name`` is none of this package's networks, and ``trust`` is off.
+    """
+    if name not in models.MODELS and not trust:
+        raise UntrustedError(
+            f"{path} names the network {name!r}, whose code would be imported and run. If you know where the file is "
+            "from, trust it: --trust, or trust=True"
+        )
+
+
+def _read_model(path: Path) -> dict[str, Any]:
+    content = files.read_tensors(path, _FORMATS)
+    wanted = {"architecture": dict, "settings": dict, "state_dict": dict}
+    for name, kind in wanted.items():
+        if not isinstance(content.get(name), kind):
+            raise ValueError(f"{path} is no model of a run: it lacks {name}")
+    architecture = content["architecture"]
+    missing = _ARCHITECTURE - architecture.keys()
+    if missing:
+        raise ValueError(f"{path} is no model of a run: its architecture lacks {', '.join(sorted(missing))}")
+    return content
 
 
 def load_weights(model: nn.Module, state_dict: Mapping[str, Any], path: Path) -> None:
@@ -94,7 +141,7 @@ def load_weights(model: nn.Module, state_dict: Mapping[str, Any], path: Path) ->
     """
     try:
         model.load_state_dict(state_dict)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path} holds the weights of another architecture than {type(model).__name__} has now: {error}. Restore "
             "the code that the run was made with"
@@ -103,4 +150,4 @@ def load_weights(model: nn.Module, state_dict: Mapping[str, Any], path: Path) ->
 
 def load_kept_weights(model: nn.Module, path: Path) -> None:
     """Load the weights that :func:`save_model` wrote to ``path`` into ``model``."""
-    load_weights(model, files.read_tensors(path, _FORMAT)["state_dict"], path)
+    load_weights(model, _read_model(path)["state_dict"], path)

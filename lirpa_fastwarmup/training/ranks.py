@@ -1,4 +1,4 @@
-"""What the processes of one run agree on: that it is one run, and its errors over all samples."""
+"""That the processes of one run compute one run."""
 
 from __future__ import annotations
 
@@ -7,20 +7,10 @@ import json
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-import lirpa_fastwarmup
-from lirpa_fastwarmup.data import Batches
-from lirpa_fastwarmup.distributed import gathered, present, total
+from lirpa_fastwarmup.distributed import gathered
 from lirpa_fastwarmup.engine.compat import ENGINE_VERSION
 from lirpa_fastwarmup.training.build import Run
-
-
-def over_ranks(share: float, batches: Batches) -> float:
-    """A share of this process's samples as the share of all processes' samples."""
-    if present().size == 1:
-        return share
-    count, device = len(batches.split), batches.device
-    hits, samples = total(torch.tensor([round(share * count), count], dtype=torch.float64, device=device)).tolist()
-    return hits / samples
+from lirpa_fastwarmup.version import __version__
 
 
 def join_ranks(run: Run) -> None:
@@ -38,7 +28,7 @@ def join_ranks(run: Run) -> None:
 
 def _require_same(run: Run) -> None:
     own = {
-        "versions": f"{lirpa_fastwarmup.__version__}, auto_LiRPA {ENGINE_VERSION}, torch {torch.__version__}",
+        "versions": f"{__version__}, auto_LiRPA {ENGINE_VERSION}, torch {torch.__version__}",
         "settings": json.dumps({**run.settings.as_dict(), "data_dir": None}),
         "data": f"{run.dataset_name}, {len(run.train)} training samples, labels {int(run.train.labels.long().sum())}",
         "network": str({name: tuple(value.shape) for name, value in run.objective.model.state_dict().items()}),

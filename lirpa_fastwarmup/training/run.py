@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
-import json
 import logging
+import math
 import time
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lirpa_fastwarmup.distributed import from_leader, present
+from lirpa_fastwarmup.distributed import from_leader, present, share_buffers
 from lirpa_fastwarmup.inspection.figures import history_columns
 from lirpa_fastwarmup.inspection.inspect import inspect
 from lirpa_fastwarmup.inspection.records import HISTORY, SUMMARY
 from lirpa_fastwarmup.recipe.objective import NonFiniteLossError
-from lirpa_fastwarmup.storage import write_csv, write_json
+from lirpa_fastwarmup.storage import file_sum, read_json, write_csv, write_json
 from lirpa_fastwarmup.training import checkpoint, files
 from lirpa_fastwarmup.training.build import Run, build_run
 from lirpa_fastwarmup.training.interrupt import deferred_signals, raising_signals
 from lirpa_fastwarmup.training.loop import Position, learning_rate, train_epoch
-from lirpa_fastwarmup.training.network import save_model
+from lirpa_fastwarmup.training.network import require_trust, save_model
 from lirpa_fastwarmup.training.progress import EpochMeans, Listeners, Progress
-from lirpa_fastwarmup.training.ranks import join_ranks, over_ranks
+from lirpa_fastwarmup.training.ranks import join_ranks
 from lirpa_fastwarmup.training.settings import Settings
 from lirpa_fastwarmup.training.summary import draw_curves, summarise
-from lirpa_fastwarmup.verification import check_ibp, standard_error, verified_error
+from lirpa_fastwarmup.verification import evaluate
 
 logger = logging.getLogger(__name__)
 
@@ -64,18 +65,17 @@ def train(
             ``model.pt`` is that of the last whole epoch.
         TrainingInterrupted: a signal came.
     """
-    if present().leads:
-        files.prepare(out, overwrite=overwrite)
     started = time.perf_counter()
-    run = build_run(settings, torch.device(device))
-    join_ranks(run)
-    ramp_end = settings.ramp_start + settings.ramp_length - 1
-    if ramp_end > settings.epochs:
-        logger.warning(
-            "eps reaches %g only after %d epochs, and training ends after %d: the network is never trained at it",
-            *(settings.eps, ramp_end, settings.epochs),
-        )
-    return _to_the_end(run, Position(_no_means(run)), out, progress or Listeners(), started, fresh=True)
+    with _claimed(out, overwrite=overwrite):
+        run = build_run(settings, torch.device(device))
+        join_ranks(run)
+        ramp_end = settings.ramp_start + settings.ramp_length - 1
+        if ramp_end > settings.epochs:
+            logger.warning(
+                "eps reaches %g only after %d epochs, and training ends after %d: the network is never trained at it",
+                *(settings.eps, ramp_end, settings.epochs),
+            )
+        return _to_the_end(run, Position(_no_means(run)), out, progress or Listeners(), started, fresh=True)
 
 
 def resume(
@@ -84,8 +84,9 @@ def resume(
     data_dir: Path | None = None,
     device: str | torch.device = "cpu",
     progress: Progress | None = None,
+    trust: bool = False,
 ) -> dict[str, Any]:
-    """Go on with the run in ``out`` from its checkpoint, to the same end that it would have come to unbroken.
+    """Resume the run in ``out`` from its checkpoint, to the same end that it would have come to unbroken.
 
     On the CPU with the same number of threads, weights and history are those of the unbroken run bit for bit. A run
     that is finished already is left as it is.
@@ -94,37 +95,45 @@ def resume(
         out: the run's folder.
         data_dir: where its data is now, if it was moved.
         device, progress: as of :func:`train`.
+        trust: import and call the factory of the network that the checkpoint names, where it is none of this package's.
 
     Returns:
         The content of ``summary.json``.
 
     Raises:
         FileNotFoundError: ``out`` holds no checkpoint.
+        UntrustedError: the network is none of this package's, and ``trust`` is off.
         ValueError: the checkpoint is damaged, of another version, or of another network or data than its settings
             give now.
         Exception: as :func:`train`.
     """
     path = out / files.CHECKPOINT
-    left: Any = from_leader(_left_in(out) if present().leads else None)
-    content, summary = left
-    if summary is not None:
-        return dict(summary)
     started = time.perf_counter()
-    settings: Settings = content["settings"]
-    run = build_run(settings if data_dir is None else settings.replace(data_dir=data_dir), torch.device(device))
-    join_ranks(run)
-    position = Position(_no_means(run))
-    checkpoint.restore(content, run, position, path)
-    return _to_the_end(run, position, out, progress or Listeners(), started, fresh=False)
+    checkpoint.require(path)
+    with _claimed(out, overwrite=True):
+        left: Any = from_leader(_left_in(out) if present().leads else None)
+        content, summary = left
+        if summary is not None:
+            return dict(summary)
+        settings: Settings = content["settings"]
+        require_trust(settings.model, path, trust=trust)
+        run = build_run(settings if data_dir is None else settings.replace(data_dir=data_dir), torch.device(device))
+        join_ranks(run)
+        position = Position(_no_means(run))
+        checkpoint.restore(content, run, position, path)
+        if run.ranks.leads:
+            _write_results(run, position, out)  # Which may have been killed right after its checkpoint.
+        return _to_the_end(run, position, out, progress or Listeners(), started, fresh=False)
 
 
-def _left_in(out: Path) -> Any:
+def _claimed(out: Path, *, overwrite: bool) -> AbstractContextManager[None]:
+    return files.claimed(out, overwrite=overwrite) if present().leads else nullcontext()
+
+
+def _left_in(out: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """The checkpoint in ``out``, and the summary if the run is finished."""
     content = checkpoint.read(out / files.CHECKPOINT)
-    if (out / SUMMARY).is_file():
-        return content, json.loads((out / SUMMARY).read_text())
-    files.prepare(out, overwrite=True)
-    return content, None
+    return content, read_json(out / SUMMARY) if (out / SUMMARY).is_file() else None
 
 
 def settings_of_run(out: Path) -> Settings:
@@ -148,19 +157,28 @@ def _to_the_end(
                 train_epoch(run, position, progress, stop)
             except NonFiniteLossError as error:
                 raise _diverged(error, position, out) from error
+            whole = position.batches_done == len(run.train_batches)
             if fresh and run.ranks.leads:
-                files.remove_earlier_run(out)  # Not before there is something to put in its place.
-            fresh = False
-            if position.batches_done == len(run.train_batches):
-                _close_epoch(run, position, out, progress)
+                files.remove_events(out)  # Before this run's first ones.
+            if whole:
+                _close_epoch(run, position, progress)
             position.elapsed = time.perf_counter() - started
+            if fresh and run.ranks.leads:
+                (out / SUMMARY).unlink(missing_ok=True)  # With the summary of an earlier run, this one would seem done.
             checkpoint.save(path, run, position)
+            if run.ranks.leads:
+                if fresh:
+                    files.remove_earlier_run(out)  # Not before there is something to put in its place.
+                if whole:
+                    _write_results(run, position, out)
+            fresh = False
             stop.raise_if_asked()
     with raising_signals(out):
         summary = summarise(run, position, out, started)
-    if run.ranks.leads:
-        write_json(out / SUMMARY, summary)
-        draw_curves(position.history, run.settings, out / files.CURVES)
+        if run.ranks.leads:
+            draw_curves(position.history, run.settings, out / files.CURVES)
+            summary["files"] = {HISTORY: file_sum(out / HISTORY)}
+            write_json(out / SUMMARY, summary)  # Last: what a run with a summary has, it has whole.
     return summary
 
 
@@ -170,42 +188,61 @@ def _diverged(error: NonFiniteLossError, position: Position, out: Path) -> NonFi
     return NonFiniteLossError(f"training stopped in epoch {position.epoch}: {error}. {there}")
 
 
-def _close_epoch(run: Run, position: Position, out: Path, progress: Progress) -> None:
-    """Evaluate, keep the network if it is to be kept, write the history, and move on to the next epoch."""
+def _close_epoch(run: Run, position: Position, progress: Progress) -> None:
+    """Evaluate, choose the network if it is to be chosen, and move on to the next epoch."""
     row = _history_row(run, position)
     position.history.append(row)
     position.epoch_seconds.append(position.seconds)
     column = _CHOSEN_BY.get(run.settings.select)
-    if column is None or position.best is None or row[column] < position.best[0]:
-        position.best = None if column is None else (row[column], position.epoch)
-        if run.ranks.leads:
-            files.remove_certificates(out)
-            save_model(out / files.MODEL, run.evaluated.wrapped, run.architecture, run.settings, position.epoch)
-    if run.ranks.leads:
-        write_csv(out / HISTORY, position.history)
+    if column is not None and (position.best is None or row[column] < position.best[0]):
+        position.best = (row[column], position.epoch)
     progress.epoch_done(row, position.seconds)
     position.epoch, position.batches_done, position.seconds = position.epoch + 1, 0, 0.0
     position.means = _no_means(run)
 
 
+def _write_results(run: Run, position: Position, out: Path) -> None:
+    """Write the files that belong to a checkpoint at the end of an epoch: the history, and the network if it is kept.
+
+    They come after the checkpoint, and are written again when a run is resumed that was killed in between.
+    """
+    epoch = position.epoch - 1
+    if epoch == 0 or position.batches_done:
+        return
+    if position.best is None or position.best[1] == epoch:
+        files.remove_certificates(out)
+        save_model(out / files.MODEL, run.evaluated.wrapped, run.architecture, run.settings, epoch)
+    write_csv(out / HISTORY, position.history)
+
+
 def _history_row(run: Run, position: Position) -> dict[str, float]:
-    eps = run.settings.eps
-    if position.epoch == 1:
-        check_ibp(run.evaluated, run.test_batches, eps)
     means = position.means.read()
     row = {
         "epoch": position.epoch,
         "eps": position.eps,
         "lr": learning_rate(run.settings, position.epoch),
         **{f"train_{name}" if name.endswith("error") else name: value for name, value in means.items()},
-        "standard_error": over_ranks(standard_error(run.plain, run.test_batches), run.test_batches),
-        "verified_error": over_ranks(verified_error(run.evaluated, run.test_batches, eps), run.test_batches),
+        **_errors(run, position),
     }
-    held_out = run.validation_batches
-    if held_out is not None:
-        row["validation_standard_error"] = over_ranks(standard_error(run.plain, held_out), held_out)
-        row["validation_verified_error"] = over_ranks(verified_error(run.evaluated, held_out, eps), held_out)
     return row | _layer_figures(run)
+
+
+def _errors(run: Run, position: Position) -> dict[str, float]:
+    """Errors on the test set and on samples held out; bounds are checked in the first epoch, and before the summary."""
+    share_buffers(run.evaluated.wrapped)
+    nothing = math.nan
+    row = {"standard_error": nothing, "verified_error": nothing}
+    check, eps = position.epoch == 1, run.settings.eps
+    if run.settings.evaluate_test == "every-epoch":
+        found = evaluate(run.evaluated, run.test_batches, eps, restarts=0, check=check, over_ranks=True)
+        row = {"standard_error": found.standard_error.value, "verified_error": found.verified_error.value}
+    elif check:
+        evaluate(run.evaluated, next(iter(run.test_batches)), eps, restarts=0)
+    if run.validation_batches is not None:
+        found = evaluate(run.evaluated, run.validation_batches, eps, restarts=0, check=False, over_ranks=True)
+        row["validation_standard_error"] = found.standard_error.value
+        row["validation_verified_error"] = found.verified_error.value
+    return row
 
 
 def _layer_figures(run: Run) -> dict[str, float]:

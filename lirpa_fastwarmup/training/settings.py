@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from lirpa_fastwarmup.recipe.initialization import INITIALIZATIONS
 from lirpa_fastwarmup.recipe.robust import LOSSES
@@ -17,6 +17,7 @@ from lirpa_fastwarmup.training.methods import Method, settings_of
 Optimizer = Literal["adam", "sgd"]
 Select = Literal["last", "validation", "test"]
 Precision = Literal["float32", "tf32", "bf16"]
+EvaluateTest = Literal["every-epoch", "end"]
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "method": get_args(Method),
@@ -26,6 +27,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "optimizer": get_args(Optimizer),
     "select": get_args(Select),
     "precision": get_args(Precision),
+    "evaluate_test": get_args(EvaluateTest),
 }
 # Names, what their values must be, and whether a value is that.
 _RULES: list[tuple[tuple[str, ...], str, Callable[[Any], bool]]] = [
@@ -48,6 +50,21 @@ _RULES: list[tuple[tuple[str, ...], str, Callable[[Any], bool]]] = [
     (("seed",), "from 0 to 2^63 − 1", lambda value: 0 <= value < 2**63),
 ]
 
+_ABLATIONS = ("bn_mean", "bn_var", "bn_affine")  # Settings of earlier versions.
+
+
+def _is_a(value: object, kind: Any) -> bool:
+    """Whether ``value`` is of a field's type; whole numbers are floats, truth values are no numbers."""
+    if get_origin(kind) is Literal:
+        return isinstance(value, str)
+    if get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(_is_a(item, get_args(kind)[0]) for item in value)
+    if get_args(kind):
+        return any(_is_a(value, one) for one in get_args(kind))
+    if kind in (int, float):
+        return isinstance(value, int | kind) and not isinstance(value, bool)
+    return isinstance(value, kind)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
@@ -62,6 +79,7 @@ class Settings:
         validation: samples of these held out for choosing the best epoch.
         select: whose weights are kept: those of the last epoch, or of the best by verified error on the held-out
             samples, or on the test set (which makes the reported error optimistic).
+        evaluate_test: when errors on the test set are taken: after every epoch, or once at the end.
         flip, crop_padding: augmentation: random mirroring; random windows of the image padded by so many pixels.
         model: name of the network, or ``package.module:factory``.
         width, hidden: its size; ``width=None`` for the paper's.
@@ -84,7 +102,6 @@ class Settings:
             :class:`lirpa_fastwarmup.BoundedModule`.
         init: initialisation; see :func:`lirpa_fastwarmup.recipe.initialization.initialize_`.
         batchnorm: full BatchNorm.
-        bn_mean, bn_var, bn_affine: ablations of BatchNorm: what of it is used.
         regularizers: the paper's two regularisers, in the warmup.
         reg_weight, tol: their λ and τ.
         bound: what bounds the loss; see :class:`lirpa_fastwarmup.ShortWarmup`.
@@ -107,6 +124,7 @@ class Settings:
     data_limit: int | None = None
     validation: int = 0
     select: Select = "last"
+    evaluate_test: EvaluateTest = "every-epoch"
     flip: bool = False
     crop_padding: int = 0
     model: str = "cnn7"
@@ -128,9 +146,6 @@ class Settings:
     allow_untested: bool = False
     init: str = "ibp"
     batchnorm: bool = True
-    bn_mean: bool = True
-    bn_var: bool = True
-    bn_affine: bool = True
     regularizers: bool = True
     reg_weight: float = 0.5
     tol: float = 0.5
@@ -144,21 +159,19 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        self._check_types()
         self._check_ranges()
         if self.select == "validation" and not self.validation:
             raise ValueError("choosing the best epoch on held-out samples needs some: give their number as validation")
-        if self.ablates_batchnorm and not self.batchnorm:
-            raise ValueError("bn_mean, bn_var and bn_affine ablate BatchNorm, which batchnorm=False leaves out whole")
-        if self.ablates_batchnorm and self.precise_bn:
-            raise ValueError(
-                "precise_bn recomputes statistics with the plain network, which computes another function than the "
-                "ablated one (bn_mean, bn_var, bn_affine): use one of the two"
-            )
+        if self.select == "test" and self.evaluate_test == "end":
+            raise ValueError("choosing the best epoch on the test set needs its errors after every epoch")
 
-    @property
-    def ablates_batchnorm(self) -> bool:
-        """Whether part of BatchNorm is left out."""
-        return not (self.bn_mean and self.bn_var and self.bn_affine)
+    def _check_types(self) -> None:
+        for name, kind in get_type_hints(type(self)).items():
+            value = getattr(self, name)
+            if not _is_a(value, kind):
+                expected = getattr(kind, "__name__", str(kind))
+                raise TypeError(f"{name} must be of type {expected}; found {value!r}")
 
     def _check_ranges(self) -> None:
         for name, known in _CHOICES.items():
@@ -202,6 +215,10 @@ class Settings:
             TypeError: names that this version does not know, or missing ones.
             ValueError: a value out of its range.
         """
+        values = dict(values)
+        left_out = [name for name in _ABLATIONS if not values.pop(name, True)]
+        if left_out:
+            raise ValueError(f"{', '.join(left_out)} off: this version trains no network with a part of BatchNorm only")
         data_dir = None if values.get("data_dir") is None else Path(values["data_dir"])
         return cls(**{**values, "data_dir": data_dir, "lr_milestones": tuple(values.get("lr_milestones", ()))})
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import subprocess
 import time
 from pathlib import Path
@@ -12,18 +11,18 @@ from typing import Any
 import torch
 from torch.optim.swa_utils import update_bn
 
-import lirpa_fastwarmup
 from lirpa_fastwarmup import data
-from lirpa_fastwarmup.distributed import from_leader, total
+from lirpa_fastwarmup.distributed import from_leader, share_buffers
 from lirpa_fastwarmup.engine.compat import ENGINE_VERSION
 from lirpa_fastwarmup.inspection.plots import save_training_curves
+from lirpa_fastwarmup.storage import weights_sum
 from lirpa_fastwarmup.training import files
 from lirpa_fastwarmup.training.build import Run
 from lirpa_fastwarmup.training.loop import Position
 from lirpa_fastwarmup.training.network import load_kept_weights, save_model
-from lirpa_fastwarmup.training.ranks import over_ranks
 from lirpa_fastwarmup.training.settings import Settings
 from lirpa_fastwarmup.verification import evaluate
+from lirpa_fastwarmup.version import __version__
 
 logger = logging.getLogger(__name__)
 
@@ -54,14 +53,18 @@ def summarise(run: Run, position: Position, out: Path, started: float) -> dict[s
     """Finish the network, take its errors, and return what ``summary.json`` holds."""
     settings = run.settings
     epoch = _finish_network(run, position, out)
+    network = run.evaluated.wrapped
+    share_buffers(network)
     errors = evaluate(
         run.evaluated,
         run.test_batches,
         settings.eps,
         pgd_steps=settings.pgd_steps,
-        pgd_restarts=settings.pgd_restarts,
-        generator=torch.Generator().manual_seed(settings.seed),
+        restarts=settings.pgd_restarts,
+        seed=settings.seed,
+        over_ranks=True,
     )
+    attacked = errors.pgd_error
     return {
         "preset": settings.preset,
         "method": settings.method,
@@ -69,25 +72,26 @@ def summarise(run: Run, position: Position, out: Path, started: float) -> dict[s
         "dataset": run.dataset_name,
         "train_samples": len(run.train),
         "validation_samples": settings.validation,
-        "test_samples": int(total(torch.tensor(len(run.test_batches.split), device=run.device))),
+        "test_samples": len(run.test_batches.split),
         "processes": run.ranks.size,
         "seed": settings.seed,
         "eps": settings.eps,
         "epochs": settings.epochs,
         "selected_epoch": epoch,
         "selected_by": _SELECTION[settings.select],
-        "standard_error": over_ranks(errors.standard, run.test_batches),
-        "pgd_error": None if math.isnan(errors.pgd) else over_ranks(errors.pgd, run.test_batches),
-        "verified_error": over_ranks(errors.verified, run.test_batches),
+        "standard_error": errors.standard_error.value,
+        "pgd_error": None if attacked is None else attacked.value,
+        "verified_error": errors.verified_error.value,
         "seconds": time.perf_counter() - started,
         "train_seconds_per_epoch": sum(position.epoch_seconds) / len(position.epoch_seconds),
         "device": str(run.device),
-        "package": lirpa_fastwarmup.__version__,
+        "package": __version__,
         "engine": f"auto_LiRPA {ENGINE_VERSION}",
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "git": _commit(),
         "untested": list(run.evaluated.untested),
+        "weights": weights_sum(network.state_dict()),
         "settings": settings.as_dict(),
     }
 

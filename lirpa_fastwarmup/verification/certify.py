@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lirpa_fastwarmup.engine.bounds import box_ends, input_box, proved
-from lirpa_fastwarmup.engine.inputs import Epsilon, InputRange
+from lirpa_fastwarmup.attacks import attack, random_starts
+from lirpa_fastwarmup.boxes import Epsilon, InputRange, box_ends
+from lirpa_fastwarmup.engine.bounds import input_box, proved
 from lirpa_fastwarmup.engine.methods import METHODS, MarginBounds
-from lirpa_fastwarmup.engine.module import BoundedModule
 from lirpa_fastwarmup.engine.precision import exact_arithmetic
-from lirpa_fastwarmup.engine.soundness import PROBED, class_margins, contradicted, find_contradictions, radii_of
+from lirpa_fastwarmup.engine.soundness import PROBED, class_margins, contradicted, find_contradictions, per_sample
 from lirpa_fastwarmup.memory import Parts
-from lirpa_fastwarmup.verification.attacks import attack
 from lirpa_fastwarmup.verification.reference import beyond_intervals
 from lirpa_fastwarmup.verification.result import Certificate, Stage
 
@@ -57,6 +56,10 @@ class BatchResult:
     certificates: list[Certificate] = field(default_factory=list)
     stages: dict[str, Stage] = field(default_factory=dict)
     contradictions: list[tuple[int, str]] = field(default_factory=list)
+
+    def certificates_from(self, first: int) -> list[Certificate]:
+        """The certificates, counted from ``first``: their places among the samples of all batches."""
+        return [replace(sample, index=first + sample.index) for sample in self.certificates]
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -103,20 +106,23 @@ def ordered(methods: Sequence[str]) -> tuple[str, ...]:
 
 
 class Certifier:
-    """Certifies one batch after the other on copies of a network, by one plan.
+    """Certifies one batch after the other by one plan, in exact arithmetic.
 
     Args:
-        bounded: the network; only copies of it are used.
+        bounds: the network's bounds in each precision; the first one's verdicts are reported.
         plan: what to do.
+        untested: whether they have not been tested.
+        check: check the bounds of each method on the first samples that it sees.
     """
 
-    def __init__(self, bounded: BoundedModule, plan: Plan) -> None:
+    def __init__(self, bounds: Sequence[MarginBounds], plan: Plan, *, untested: bool, check: bool = True) -> None:
         self.plan = plan
-        self._bounds = {dtype: MarginBounds(bounded, dtype) for dtype in dtypes_of(plan)}
-        self._untested = bool(bounded.untested)
-        self._probed: set[tuple[str, torch.dtype]] = set()
+        self._bounds = tuple(bounds)
+        self._untested = untested
+        self._unchecked = {(method, one.dtype) for method in plan.methods for one in bounds} if check else set()
         self._parts = {name: Parts(plan.batch_size) for name in (ATTACK, *plan.methods)}
 
+    @torch.no_grad()
     def certify(self, x: Tensor, y: Tensor, eps: Epsilon) -> BatchResult:
         """Attack and bound the samples ``x`` with labels ``y`` in their boxes of radius ``eps``.
 
@@ -126,51 +132,56 @@ class Certifier:
         """
         with exact_arithmetic(x.device):
             result = BatchResult()
-            points = self._attacked_points(x.float(), y, eps, result)
-            first = self._verdicts(torch.float32, x, y, eps, points, result)
+            points = self._attacked_points(x.to(self._bounds[0].dtype), y, eps, result)
+            first = self._verdicts(self._bounds[0], x, y, eps, points, result)
             second = None
-            if self.plan.float64:
+            if len(self._bounds) > 1:
                 ignored = BatchResult(contradictions=result.contradictions)
-                second = self._verdicts(torch.float64, x, y, eps, points, ignored)
+                second = self._verdicts(self._bounds[1], x, y, eps, points, ignored)
             result.certificates = self._certificates(y, first, second)
         return result
 
-    def _attacked_points(self, x: Tensor, y: Tensor, eps: Epsilon, result: BatchResult) -> Tensor:
-        if not self.plan.restarts:
-            return x
+    def _attacked_points(self, x: Tensor, y: Tensor, eps: Epsilon, result: BatchResult) -> Tensor | None:
+        """Of each sample the worst point that was found, in the first precision; ``None`` without an attack."""
+        plan = self.plan
+        if not plan.restarts:
+            return None
         started = time.perf_counter()
-        model = self._bounds[torch.float32].model
+        model = self._bounds[0].model
         # The same points whatever was done before, so that an interrupted verification goes on as it would have.
-        generator = torch.Generator().manual_seed(self.plan.seed)
+        starts = random_starts(x, plan.restarts, torch.Generator().manual_seed(plan.seed))
+        radii = per_sample(eps, x)
 
         def points(part: Tensor) -> Tensor:
             return attack(
                 model,
                 x[part],
                 y[part],
-                eps,
-                steps=self.plan.pgd_steps,
-                restarts=self.plan.restarts,
-                input_range=self.plan.input_range,
-                generator=generator,
+                radii(part),
+                steps=plan.pgd_steps,
+                restarts=plan.restarts,
+                input_range=plan.input_range,
+                starts=starts[:, part.cpu()],
             ).points
 
         found = self._parts[ATTACK].each(points, _all(y), ATTACK)
-        hits = int((_logits(model, found).argmax(1) != y).sum())
+        hits = int((model(found).argmax(1) != y).sum())
         result.stages[ATTACK] = Stage(len(y), hits, time.perf_counter() - started)
         return found
 
     def _verdicts(
-        self, dtype: torch.dtype, x: Tensor, y: Tensor, eps: Epsilon, points: Tensor, result: BatchResult
+        self, network: MarginBounds, x: Tensor, y: Tensor, eps: Epsilon, points: Tensor | None, result: BatchResult
     ) -> _Verdicts:
-        """Bound the batch in ``dtype``; stages and contradictions go into ``result``."""
-        model = self._bounds[dtype].model
+        """Bound the batch by ``network``; stages and contradictions go into ``result``."""
+        dtype = network.dtype
         x = x.to(dtype)
-        clean = _logits(model, x)
-        lower, upper = box_ends(x, eps, self.plan.input_range)
-        points = torch.min(torch.max(points.to(dtype), lower), upper)
-        worst = _logits(model, points)
-        attained = [class_margins(logits, y) for logits in (clean, worst)]
+        clean = worst = network.model(x)
+        attained = [class_margins(clean, y)]
+        if points is not None:
+            lower, upper = box_ends(x, eps, self.plan.input_range)
+            points = torch.min(torch.max(points.to(dtype), lower), upper)
+            worst = network.model(points)
+            attained.append(class_margins(worst, y))
         predictions = clean.argmax(1)
         verdicts = _Verdicts(
             predictions,
@@ -182,7 +193,7 @@ class Certifier:
             # The cheapest is asked of every sample, so that what must not be proved gets its chance to be.
             left = _all(y) if place == 0 else ((verdicts.method < 0) & ~verdicts.refuted).nonzero().squeeze(1)
             if len(left):
-                self._bound(method, x, y, eps, left, points, attained, verdicts, result)
+                self._bound(network, method, x, y, eps, left, points, attained, verdicts, result)
         for index in ((verdicts.method >= 0) & verdicts.refuted).nonzero().flatten().tolist():
             text = f"is proved by {METHODS[int(verdicts.method[index])]} and yet misclassified at a point of its box"
             result.contradictions.append((index, f"{text} ({_name(dtype)})"))
@@ -190,22 +201,23 @@ class Certifier:
 
     def _bound(
         self,
+        network: MarginBounds,
         method: str,
         x: Tensor,
         y: Tensor,
         eps: Epsilon,
         samples: Tensor,
-        points: Tensor,
+        points: Tensor | None,
         attained: Sequence[Tensor],
         verdicts: _Verdicts,
         result: BatchResult,
     ) -> None:
         """Bound the margins of ``samples`` by ``method``, and take down what that proves or contradicts."""
         started = time.perf_counter()
-        network = self._bounds[x.dtype]
+        radii = per_sample(eps, x)
 
         def bounds(part: Tensor) -> Tensor:
-            return network.lower(input_box(x[part], eps, self.plan.input_range), y[part], method)
+            return network.lower(input_box(x[part], radii(part), self.plan.input_range), y[part], method)
 
         lower = self._parts[method].each(bounds, samples, method)
         proves = proved(lower)
@@ -216,22 +228,23 @@ class Certifier:
         for index in samples[wrong].tolist():
             text = f"has a smaller margin at a point of its box than {method}'s lower bound ({_name(x.dtype)})"
             result.contradictions.append((index, text))
-        if (method, x.dtype) not in self._probed:
-            self._probed.add((method, x.dtype))
-            self._probe(method, x[samples], y[samples], radii_of(samples, eps, x), points[samples], samples, result)
+        if (method, x.dtype) in self._unchecked:
+            self._unchecked.remove((method, x.dtype))
+            given = None if points is None else points[samples]
+            found = self._check(network, method, x[samples], y[samples], radii(samples), given)
+            for place, text in dict(found).items():
+                result.contradictions.append((int(samples[place]), f"{text} ({_name(x.dtype)})"))
 
-    def _probe(
-        self, method: str, x: Tensor, y: Tensor, eps: Epsilon, points: Tensor, samples: Tensor, result: BatchResult
-    ) -> None:
-        """Check the bounds of ``method`` on the first samples that it sees."""
-        network, input_range = self._bounds[x.dtype], self.plan.input_range
-        most = self._parts[method].size
+    def _check(
+        self, network: MarginBounds, method: str, x: Tensor, y: Tensor, eps: Epsilon, points: Tensor | None
+    ) -> list[tuple[int, str]]:
+        """What is wrong with the bounds of ``method`` on the first samples that it sees."""
+        input_range, most = self.plan.input_range, self._parts[method].size
         found = find_contradictions(network, x, y, eps, method, input_range, points=points, most=most)
         if method == "IBP":
             some = torch.arange(min(len(x), PROBED), device=x.device)
-            found += beyond_intervals(network.bounded(method), x[some], radii_of(some, eps, x), input_range)
-        for place, text in dict(found).items():
-            result.contradictions.append((int(samples[place]), f"{text} ({_name(x.dtype)})"))
+            found += beyond_intervals(network.bounded(method), x[some], per_sample(eps, x)(some), input_range)
+        return found
 
     def _certificates(self, y: Tensor, first: _Verdicts, second: _Verdicts | None) -> list[Certificate]:
         labels, predictions, places = y.tolist(), first.predictions.tolist(), first.method.tolist()
@@ -253,17 +266,6 @@ class Certifier:
             )
             for index in range(len(y))
         ]
-
-
-def dtypes_of(plan: Plan) -> list[torch.dtype]:
-    """The precisions that a plan computes in."""
-    return [torch.float32, *([torch.float64] if plan.float64 else [])]
-
-
-@torch.no_grad()
-def _logits(model: torch.nn.Module, x: Tensor) -> Tensor:
-    logits: Tensor = model(x)
-    return logits
 
 
 def _all(y: Tensor) -> Tensor:

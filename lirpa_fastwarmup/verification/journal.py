@@ -1,51 +1,40 @@
-"""Finished batches in a file, so that an interrupted verification goes on where it stopped."""
+"""Finished batches in a file, from which an interrupted verification is resumed."""
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from lirpa_fastwarmup.storage import write_atomically
+from lirpa_fastwarmup.storage import add_to_hash, parse_json, write_atomically
 
 
 class Journal:
     """Results by what they were computed from; one line of JSON each, on the disk as soon as it is known.
 
     Args:
-        path: the file; what it holds from before is known at once, a torn last line left out.
+        path: the file. What it and the journals of other processes beside it hold is known at once; lines that are torn
+            or damaged are left out.
+
+    Attributes:
+        used: the keys that were asked for.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._known = self._read()
-        self._used: set[str] = set()
-
-    def _read(self) -> dict[str, Any]:
-        known = {}
-        if self.path.is_file():
-            for line in self.path.read_text(errors="replace").splitlines():
-                try:
-                    entry = json.loads(line)
-                    known[entry["key"]] = entry["value"]
-                except (ValueError, TypeError, KeyError):
-                    continue
-        return known
+        self.used: set[str] = set()
+        self._known: dict[str, Any] = {}
+        for other in journals_beside(path):
+            self._known |= _read(other)
 
     def get(self, key: str) -> Any:
         """What was put under ``key``; ``None`` if nothing was."""
-        self._used.add(key)
+        self.used.add(key)
         return self._known.get(key)
-
-    def used(self) -> dict[str, Any]:
-        """What was asked for since this object was made, as far as it is known."""
-        return {key: self._known[key] for key in self._used if key in self._known}
 
     def put(self, key: str, value: Any) -> None:
         """Write a result down."""
@@ -53,7 +42,7 @@ class Journal:
         with self.path.open("a") as file:
             # A line that was torn off is ended first.
             file.write("" if self._ends_whole() else "\n")
-            file.write(json.dumps({"key": key, "value": value}) + "\n")
+            file.write(_line(key, value))
             file.flush()
             os.fsync(file.fileno())
 
@@ -63,26 +52,41 @@ class Journal:
             file.seek(max(0, size - 1))
             return file.read(1) in (b"", b"\n")
 
-    def forget(self) -> None:
-        """Take out what was asked for since this object was made; the file goes with its last line."""
-        left = {key: value for key, value in self._read().items() if key not in self._used}
-        lines = [json.dumps({"key": key, "value": value}) + "\n" for key, value in left.items()]
-        if lines:
-            write_atomically(self.path, "".join(lines).encode())
+    def forget(self, keys: Collection[str]) -> None:
+        """Take out the results of ``keys``; the file goes with its last line."""
+        left = {key: value for key, value in _read(self.path).items() if key not in keys}
+        if left:
+            write_atomically(self.path, "".join(_line(key, value) for key, value in left.items()).encode())
         else:
             self.path.unlink(missing_ok=True)
-        self._known = left
+
+
+def journals_beside(path: Path) -> list[Path]:
+    """The journals of all processes that wrote or write one beside ``path``, that one included."""
+    name = path.name.removesuffix(path.suffix) if path.suffix[1:].isdigit() else path.name
+    return sorted({path, *path.parent.glob(f"{glob.escape(name)}*")})
+
+
+def _line(key: str, value: Any) -> str:
+    return json.dumps({"key": key, "value": value, "checksum": digest({key: value})}) + "\n"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    known = {}
+    if path.is_file():
+        for line in path.read_text(errors="replace").splitlines():
+            try:
+                entry = parse_json(line)
+                key, value = entry["key"], entry["value"]
+                if entry["checksum"] == digest({key: value}):
+                    known[key] = value
+            except (ValueError, TypeError, KeyError):
+                continue
+    return known
 
 
 def digest(values: Mapping[str, Any]) -> str:
-    """A key that differs where ``values`` differ: tensors by dtype, shape and content, others by their text."""
+    """A key that differs where ``values`` differ, tensors in them by every element."""
     hashed = hashlib.sha256()
-    for name, value in values.items():
-        hashed.update(f"{name}=".encode())
-        if isinstance(value, Tensor):
-            value = value.detach().cpu().contiguous()
-            hashed.update(f"{value.dtype}{tuple(value.shape)}".encode())
-            hashed.update(value.view(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b"")
-        else:
-            hashed.update(repr(value).encode())
+    add_to_hash(hashed, values)
     return hashed.hexdigest()

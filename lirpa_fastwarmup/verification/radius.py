@@ -4,22 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from lirpa_fastwarmup.engine.bounds import class_count, input_box, proved
-from lirpa_fastwarmup.engine.inputs import InputRange, check_batch, check_input_shapes
+from lirpa_fastwarmup.attacks import attack, random_starts
+from lirpa_fastwarmup.boxes import InputRange
+from lirpa_fastwarmup.engine.bounds import input_box, proved
 from lirpa_fastwarmup.engine.methods import MarginBounds
 from lirpa_fastwarmup.engine.module import BoundedModule
 from lirpa_fastwarmup.engine.precision import exact_arithmetic
 from lirpa_fastwarmup.engine.soundness import UnsoundBoundError, find_contradictions
 from lirpa_fastwarmup.memory import Parts
-from lirpa_fastwarmup.verification.attacks import attack
 from lirpa_fastwarmup.verification.certify import ATTACK, ordered
-from lirpa_fastwarmup.verification.journal import Journal, digest
-from lirpa_fastwarmup.verification.verifier import Samples, batches_of, check_network, conditions_of
+from lirpa_fastwarmup.verification.evaluate import Samples, Task, check_network, over_batches
+from lirpa_fastwarmup.verification.journal import Journal
 
 
 @dataclass(frozen=True)
@@ -45,16 +44,18 @@ class Radius:
 
 
 @dataclass(frozen=True)
-class _Search:
-    network: MarginBounds
-    untested: bool
+class _Plan:
     methods: tuple[str, ...]
     input_range: InputRange | None
     largest: float
     tolerance: float
     pgd_steps: int
     restarts: int
+    batch_size: int
     seed: int
+
+
+_Found = tuple[list[Radius], list[tuple[int, str]]]  # Radii of a batch, and contradictions; indices from 0.
 
 
 def certified_radii(
@@ -71,6 +72,7 @@ def certified_radii(
     seed: int = 0,
     journal: Journal | None = None,
     progress: Callable[[Sequence[Radius]], None] | None = None,
+    over_ranks: bool = False,
 ) -> list[Radius]:
     """For each sample the largest radius, to ``tolerance``, at which one of ``methods`` certifies it.
 
@@ -83,9 +85,9 @@ def certified_radii(
         samples: inputs and labels (x, y), or batches of these.
         methods: as of :func:`lirpa_fastwarmup.verify`.
         largest: where the search ends, in units of the input.
-        tolerance: how close to the largest certified radius it comes.
+        tolerance: how close to the largest certified radius it comes, as far as float32 tells radii apart.
         pgd_steps, restarts: of the attack.
-        input_range, batch_size, seed, journal: as of :func:`lirpa_fastwarmup.verify`.
+        input_range, batch_size, seed, journal, over_ranks: as of :func:`lirpa_fastwarmup.verify`.
         progress: given the radii of each batch when it is done.
 
     Raises:
@@ -99,140 +101,141 @@ def certified_radii(
             f"the radius is searched for from 0 to largest, to within tolerance, so that 0 < tolerance < largest; "
             f"found tolerance {tolerance} and largest {largest}"
         )
-    search = _Search(
-        MarginBounds(bounded, torch.float32),
-        bool(bounded.untested),
-        ordered(methods),
-        input_range,
-        largest,
-        tolerance,
-        pgd_steps,
-        restarts,
-        seed,
+    plan = _Plan(ordered(methods), input_range, largest, tolerance, pgd_steps, restarts, batch_size, seed)
+    search = _Search(MarginBounds(bounded, torch.float32), plan, untested=bool(bounded.untested))
+    results = over_batches(
+        bounded,
+        samples,
+        Task(
+            search.radii,
+            {"radius": asdict(plan)},
+            lambda found: [[asdict(one) for one in found[0]], found[1]],
+            lambda stored: ([Radius(**one) for one in stored[0]], [(index, text) for index, text in stored[1]]),
+        ),
+        batch_size=batch_size,
+        input_range=input_range,
+        journal=journal,
+        progress=None if progress is None else lambda first, found: progress(_counted_from(first, found[0])),
+        over_ranks=over_ranks,
     )
-    parts = {name: Parts(batch_size) for name in (ATTACK, *search.methods)}
-    conditions = {**conditions_of(bounded), "radius": replace(search, network=None)}  # type: ignore[arg-type]
     radii: list[Radius] = []
     contradictions: list[str] = []
-    probed = False
-    for x, y in batches_of(samples, batch_size):
-        check_input_shapes([x], bounded.example)
-        check_batch(x, y, class_count(bounded), input_range)
-        key = digest({**conditions, "x": x, "y": y})
-        stored: list[dict[str, Any]] | None = journal.get(key) if journal else None
-        if stored is None:
-            device = bounded.example[0].device
-            x, y = x.to(device).float(), y.to(device)
-            new = _radii(search, parts, x, y)
-            if not probed:
-                contradictions += _contradictions(search, x, y, new, len(radii))
-                probed = True
-            if journal:
-                journal.put(key, [asdict(one) for one in new])
-        else:
-            new = [Radius(**one) for one in stored]
-        new = [replace(one, index=len(radii) + one.index) for one in new]
-        radii += new
-        if progress:
-            progress(new)
-    if not radii:
-        raise ValueError("there are no samples to find the radius of")
-    contradictions += [
-        f"sample {one.index} is proved by {one.method} at {one.radius:g} and misclassified at a point of that box"
-        for one in radii
-        if one.attacked
-    ]
+    for found, wrong in results:
+        contradictions += [f"sample {len(radii) + index} {text}" for index, text in wrong]
+        radii += _counted_from(len(radii), found)
     if contradictions:
         raise UnsoundBoundError(contradictions, radii)
     return radii
 
 
-def _contradictions(search: _Search, x: Tensor, y: Tensor, radii: Sequence[Radius], first: int) -> list[str]:
-    """What is wrong with the methods in the boxes that were certified; samples count from ``first``."""
-    texts = []
-    eps = torch.tensor([one.radius for one in radii], device=x.device).view(-1, *[1] * (x.ndim - 1))
-    with exact_arithmetic(x.device):
-        for method in search.methods:
-            found = find_contradictions(search.network, x, y, eps, method, search.input_range)
-            texts += [f"sample {first + place} {text}" for place, text in dict(found).items()]
-    return texts
+def _counted_from(first: int, radii: Sequence[Radius]) -> list[Radius]:
+    return [replace(one, index=first + one.index) for one in radii]
 
 
-def _radii(search: _Search, parts: dict[str, Parts], x: Tensor, y: Tensor) -> list[Radius]:
-    with exact_arithmetic(x.device):
-        with torch.no_grad():
-            predictions = search.network.model(x).argmax(1)
-        right = (predictions == y).nonzero().squeeze(1)
-        radius = torch.zeros(len(y), device=x.device)
-        method = torch.full_like(y, -1)
-        for place, name in enumerate(search.methods):
-            if len(right):
-                found = _bisect(search, parts[name], name, x, y, right, radius)
-                method[right[found > radius[right]]] = place
-                radius[right] = found
-        attacked = _attacked(search, parts[ATTACK], x, y, radius)
-    labels, places = y.tolist(), method.tolist()
-    return [
-        Radius(
-            index=index,
-            label=labels[index],
-            prediction=int(predictions[index]),
-            radius=float(radius[index]),
-            method=search.methods[places[index]] if places[index] >= 0 else None,
-            attacked=attacked[index],
-            untested=search.untested,
-        )
-        for index in range(len(y))
-    ]
+class _Search:
+    """Finds the radii of one batch after the other, and checks the methods in the first one."""
 
+    def __init__(self, network: MarginBounds, plan: _Plan, *, untested: bool) -> None:
+        self._network = network
+        self._plan = plan
+        self._untested = untested
+        self._parts = {name: Parts(plan.batch_size) for name in (ATTACK, *plan.methods)}
+        self._checked = False
 
-def _bisect(
-    search: _Search, parts: Parts, method: str, x: Tensor, y: Tensor, samples: Tensor, proven: Tensor
-) -> Tensor:
-    """The largest radii of ``samples`` that ``method`` certifies, or ``proven`` where that is more."""
-    low = proven[samples]
-    ones = [1] * (x.ndim - 1)
+    @torch.no_grad()
+    def radii(self, x: Tensor, y: Tensor) -> _Found:
+        """The radii of a batch, and what contradicts them."""
+        x = x.float()
+        methods = self._plan.methods
+        with exact_arithmetic(x.device):
+            predictions = self._network.model(x).argmax(1)
+            right = (predictions == y).nonzero().squeeze(1)
+            radius = torch.zeros(len(y), device=x.device)
+            method = torch.full_like(y, -1)
+            for place, name in enumerate(methods):
+                if len(right):
+                    found = self._bisect(name, x, y, right, radius)
+                    method[right[found > radius[right]]] = place
+                    radius[right] = found
+            attacked = self._attacked(x, y, radius).tolist()
+            wrong = [] if self._checked else self._contradictions(x, y, radius)
+            self._checked = True
+        labels, places = y.tolist(), method.tolist()
+        radii = [
+            Radius(
+                index=index,
+                label=labels[index],
+                prediction=int(predictions[index]),
+                radius=float(radius[index]),
+                method=methods[places[index]] if places[index] >= 0 else None,
+                attacked=attacked[index],
+                untested=self._untested,
+            )
+            for index in range(len(y))
+        ]
+        text = "is proved by {} at {:g} and misclassified at a point of that box"
+        wrong += [(one.index, text.format(one.method, one.radius)) for one in radii if one.attacked]
+        return radii, wrong
 
-    def margins_at(radius: Tensor) -> Callable[[Tensor], Tensor]:
-        def margins(part: Tensor) -> Tensor:
-            where = samples[part]
-            box = input_box(x[where], radius[part].view(-1, *ones), search.input_range)
-            return search.network.lower(box, y[where], method)
+    def _contradictions(self, x: Tensor, y: Tensor, radius: Tensor) -> list[tuple[int, str]]:
+        """What is wrong with the methods in the boxes that were certified."""
+        eps = radius.view(-1, *[1] * (x.ndim - 1))
+        found: list[tuple[int, str]] = []
+        for method in self._plan.methods:
+            wrong = find_contradictions(self._network, x, y, eps, method, self._plan.input_range)
+            found += dict(wrong).items()
+        return found
 
-        return margins
+    def _bisect(self, method: str, x: Tensor, y: Tensor, samples: Tensor, proven: Tensor) -> Tensor:
+        """The largest radii of ``samples`` that ``method`` certifies, or ``proven`` where that is more."""
+        plan, parts = self._plan, self._parts[method]
+        low = proven[samples]
+        ones = [1] * (x.ndim - 1)
 
-    # Steps that double come first: bounds far beyond what can be proved are the dearest of all.
-    step = torch.clamp(low / 8, min=16 * search.tolerance)
-    failed = torch.full_like(low, torch.inf)
-    while len(left := ((low < search.largest) & (failed - low > search.tolerance)).nonzero().squeeze(1)):
-        further = torch.clamp(low + step, max=search.largest)
-        trial = torch.where(failed.isfinite(), (low + failed) / 2, further)
-        holds = proved(parts.each(margins_at(trial), left, method))
-        low[left] = torch.where(holds, trial[left], low[left])
-        failed[left] = torch.where(holds, failed[left], trial[left])
-        step *= 2
-    return low
+        def margins_at(radius: Tensor) -> Callable[[Tensor], Tensor]:
+            def margins(part: Tensor) -> Tensor:
+                where = samples[part]
+                box = input_box(x[where], radius[part].view(-1, *ones), plan.input_range)
+                return self._network.lower(box, y[where], method)
 
+            return margins
 
-def _attacked(search: _Search, parts: Parts, x: Tensor, y: Tensor, radius: Tensor) -> list[bool]:
-    """Whether a misclassified point lies in each certified box."""
-    certified = (radius > 0).nonzero().squeeze(1)
-    attacked = torch.zeros(len(y), dtype=torch.bool, device=x.device)
-    if len(certified) == 0 or not search.restarts:
-        return attacked.tolist()
-    generator = torch.Generator().manual_seed(search.seed)
+        # Steps that double come first: bounds far beyond what can be proved are the most expensive of all.
+        step = torch.clamp(low / 8, min=16 * plan.tolerance)
+        failed = torch.full_like(low, torch.inf)
+        while True:
+            further = torch.clamp(low + step, max=plan.largest)
+            trial = torch.where(failed.isfinite(), (low + failed) / 2, further)
+            between = (trial > low) & (trial < failed)  # Not where float32 has no radius in between.
+            open_ = (low < plan.largest) & (failed - low > plan.tolerance) & (between | ~failed.isfinite())
+            left = open_.nonzero().squeeze(1)
+            if len(left) == 0:
+                return low
+            holds = proved(parts.each(margins_at(trial), left, method))
+            low[left] = torch.where(holds, trial[left], low[left])
+            failed[left] = torch.where(holds, failed[left], trial[left])
+            step *= 2
 
-    def succeeded(part: Tensor) -> Tensor:
-        return attack(
-            search.network.model,
-            x[part],
-            y[part],
-            radius[part].view(-1, *[1] * (x.ndim - 1)),
-            steps=search.pgd_steps,
-            restarts=search.restarts,
-            input_range=search.input_range,
-            generator=generator,
-        ).succeeded
+    def _attacked(self, x: Tensor, y: Tensor, radius: Tensor) -> Tensor:
+        """Whether a misclassified point lies in each certified box."""
+        plan = self._plan
+        certified = (radius > 0).nonzero().squeeze(1)
+        attacked = torch.zeros(len(y), dtype=torch.bool, device=x.device)
+        if len(certified) == 0 or not plan.restarts:
+            return attacked
+        starts = random_starts(x, plan.restarts, torch.Generator().manual_seed(plan.seed))
 
-    attacked[certified] = parts.each(succeeded, certified, ATTACK)
-    return attacked.tolist()
+        def succeeded(part: Tensor) -> Tensor:
+            return attack(
+                self._network.model,
+                x[part],
+                y[part],
+                radius[part].view(-1, *[1] * (x.ndim - 1)),
+                steps=plan.pgd_steps,
+                restarts=plan.restarts,
+                input_range=plan.input_range,
+                starts=starts[:, part.cpu()],
+            ).succeeded
+
+        attacked[certified] = self._parts[ATTACK].each(succeeded, certified, ATTACK)
+        return attacked

@@ -7,8 +7,8 @@ import logging
 import torch
 from torch import Tensor
 
+from lirpa_fastwarmup.boxes import Epsilon, InputRange
 from lirpa_fastwarmup.engine.bounds import input_box
-from lirpa_fastwarmup.engine.inputs import Epsilon, InputRange
 from lirpa_fastwarmup.engine.module import BoundedModule
 from lirpa_fastwarmup.engine.soundness import corners_of, tolerance
 from lirpa_fastwarmup.verification.intervals import interval_bounds
@@ -42,4 +42,4 @@ def beyond_intervals(
     above = found[0] > reference[0].to(x) + tolerance(found[0], reference[0].to(x))
     below = found[1] < reference[1].to(x) - tolerance(found[1], reference[1].to(x))
     tighter = (above | below).flatten(1).any(1).nonzero().flatten().tolist()
-    return [(place, "has tighter IBP bounds on its outputs than interval arithmetic") for place in tighter]
+    return [(place, "has tighter bounds on its outputs than interval arithmetic, by IBP") for place in tighter]

@@ -13,14 +13,15 @@ from lirpa_fastwarmup.verification.result import Certificate, Share, Verificatio
 
 CERTIFICATES, SUMMARY, RADII, JOURNAL = "certificates.csv", "verification.json", "radii.csv", "verification.partial"
 WRITTEN = (CERTIFICATES, SUMMARY, RADII)
+_DIGITS = len("sha256:") + 16  # Of a digest, in tables.
 
 
-def certificate_rows(verifications: Sequence[Verification]) -> list[dict[str, Any]]:
-    """The lines of ``certificates.csv``: one for each sample and radius."""
-    return [_certificate_row(sample, one.eps) for one in verifications for sample in one.certificates]
+def certificate_rows(verifications: Sequence[Verification], weights: str) -> list[dict[str, Any]]:
+    """The lines of ``certificates.csv``: one for each sample and radius, with the digest of the ``weights``."""
+    return [_certificate_row(sample, one.eps, weights) for one in verifications for sample in one.certificates]
 
 
-def _certificate_row(sample: Certificate, eps: Any) -> dict[str, Any]:
+def _certificate_row(sample: Certificate, eps: Any, weights: str) -> dict[str, Any]:
     row: dict[str, Any] = {
         "index": sample.index,
         "label": sample.label,
@@ -33,15 +34,17 @@ def _certificate_row(sample: Certificate, eps: Any) -> dict[str, Any]:
     }
     if sample.float64 is not None:
         row["float64"] = sample.float64
-    return {**row, "untested": 1} if sample.untested else row
+    if sample.untested:
+        row["untested"] = 1
+    return {**row, "weights": weights[:_DIGITS]}
 
 
 def _flag(value: bool | None) -> str:
     return "" if value is None else str(int(value))
 
 
-def radius_rows(radii: Sequence[Radius]) -> list[dict[str, Any]]:
-    """The lines of ``radii.csv``: one for each sample."""
+def radius_rows(radii: Sequence[Radius], weights: str) -> list[dict[str, Any]]:
+    """The lines of ``radii.csv``: one for each sample, with the digest of the ``weights``."""
     return [
         {
             "index": one.index,
@@ -50,6 +53,7 @@ def radius_rows(radii: Sequence[Radius]) -> list[dict[str, Any]]:
             "certified_radius": repr(one.radius),
             "method": one.method or "",
             **({"untested": 1} if one.untested else {}),
+            "weights": weights[:_DIGITS],
         }
         for one in radii
     ]

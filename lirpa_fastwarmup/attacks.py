@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lirpa_fastwarmup.engine.bounds import box_ends
-from lirpa_fastwarmup.engine.inputs import Epsilon, InputRange, broadcast_to_batch, check_batch, check_eps
+from lirpa_fastwarmup.boxes import Epsilon, InputRange, box_ends, broadcast_to_batch, check_batch, check_eps
 
 
 @dataclass(frozen=True)
@@ -46,6 +45,7 @@ def attack(
     step_size: float = 0.1,
     input_range: InputRange | None = (0.0, 1.0),
     generator: torch.Generator | None = None,
+    starts: Tensor | None = None,
 ) -> Attack:
     """Descend on the margin z_y − max_j z_j within an l∞ box by PGD (Madry et al., 2018).
 
@@ -62,6 +62,7 @@ def attack(
         step_size: length of a step as a share of ``eps``.
         input_range: lowest and highest valid input; ``None`` for unclipped data.
         generator: source of the starting points, on the CPU; by default torch's own.
+        starts: what :func:`random_starts` drew instead, where a batch is attacked in parts.
 
     Raises:
         TypeError: labels are not int64.
@@ -77,16 +78,24 @@ def attack(
     eps = broadcast_to_batch(eps, x, "eps")
     lower, upper = box_ends(x, eps, input_range)
     found = Attack(x.clone(), _margins(logits, y), logits.argmax(1) != y)
-    for _ in range(restarts):
+    for restart in range(restarts):
         left = (~found.succeeded).nonzero().squeeze(1)
         if len(left) == 0:
             break
         box = lower[left], upper[left]
-        noise = torch.rand(box[0].shape, generator=generator, dtype=x.dtype).to(x.device)
-        start = box[0] + noise * (box[1] - box[0])
+        noise = random_starts(x, 1, generator)[0] if starts is None else starts[restart]
+        start = box[0] + noise.to(x)[left] * (box[1] - box[0])
         stride = step_size * (eps.expand_as(x)[left] if isinstance(eps, Tensor) else eps)
         found.replace(left, _descend(model, start, y[left], *box, steps, stride))
     return found
+
+
+def random_starts(x: Tensor, restarts: int, generator: torch.Generator | None) -> Tensor:
+    """Where the attacks of a batch begin within its boxes, from 0 to 1: shape (restarts, batch, *input), on the CPU.
+
+    A sample's starts depend on the generator and its place in the batch alone.
+    """
+    return torch.rand((restarts, *x.shape), generator=generator)
 
 
 def pgd(

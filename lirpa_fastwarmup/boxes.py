@@ -1,4 +1,4 @@
-"""What a radius, an input range, a batch and its labels must be, and the errors when they are not."""
+"""The box around a batch, and what radii, input ranges, batches and labels must be: plain tensors, no engine."""
 
 from __future__ import annotations
 
@@ -13,41 +13,91 @@ Epsilon = float | Tensor
 InputRange = tuple[float | Tensor, float | Tensor]
 
 
-def check_eps(eps: Epsilon) -> None:
-    """Refuse a radius that no box can have.
+def box_ends(x: Tensor, eps: Epsilon, input_range: InputRange | None) -> tuple[Tensor, Tensor]:
+    """The lowest and the highest corner of the box {x' : |x' − x| ≤ eps, elementwise} ∩ input_range."""
+    eps = broadcast_to_batch(eps, x, "eps")
+    lower, upper = x - eps, x + eps
+    if input_range is not None:
+        low, high = (broadcast_to_batch(end, x, "input_range") for end in input_range)
+        lower, upper = lower.clamp(min=low), upper.clamp(max=high)
+    return lower, upper
+
+
+def check_eps(eps: Epsilon, input_range: InputRange | None = None) -> None:
+    """Refuse a radius that no box can have, or that makes every box the whole range.
+
+    Args:
+        eps: radius in units of the input.
+        input_range: lowest and highest valid input; ``None`` to compare ``eps`` with no range.
 
     Raises:
-        TypeError: ``eps`` is neither a number nor a tensor.
-        ValueError: ``eps`` is negative, infinite, NaN or empty.
+        TypeError: ``eps`` is neither a number nor a tensor of numbers.
+        ValueError: ``eps`` is negative, infinite, NaN or empty, or wider than the input range; or that is no range.
     """
-    if not isinstance(eps, numbers.Real | Tensor):
-        raise TypeError(f"eps must be a number or a tensor, in units of the input; found {type(eps).__name__}")
+    is_tensor = isinstance(eps, Tensor)
+    if isinstance(eps, bool) or not isinstance(eps, numbers.Real | Tensor) or (is_tensor and eps.dtype == torch.bool):
+        raise TypeError(f"eps must be a number or a tensor, in units of the input; found {_kind(eps)}")
     values = eps.detach().flatten().tolist() if isinstance(eps, Tensor) else [float(eps)]
     if not values or not all(math.isfinite(value) and value >= 0 for value in values):
         raise ValueError(f"eps must be finite and at least 0, in units of the input; found {eps}")
+    check_range(input_range)
+    if input_range is None:
+        return
+    width = torch.as_tensor(input_range[1]) - torch.as_tensor(input_range[0])
+    if max(values) > float(width.max()):
+        raise ValueError(
+            f"eps is {eps}, and the input range {input_range} is only {float(width.max()):g} wide, so that every box "
+            "would be the whole range. eps is in units of the input: for pixels from 0 to 1, write 8/255, not 8"
+        )
 
 
 def check_radius(eps: Epsilon, input_range: InputRange | None) -> None:
     """Refuse a radius at which there is nothing to certify.
 
     Raises:
-        TypeError: ``eps`` is neither a number nor a tensor.
-        ValueError: ``eps`` is 0, negative or not finite, or wider than the input range.
+        TypeError, ValueError: as :func:`check_eps`, and ValueError where ``eps`` is 0.
     """
-    check_eps(eps)
+    check_eps(eps, input_range)
     if not bool(torch.as_tensor(eps).gt(0).all()):
         raise ValueError(
             f"eps must be above 0, found {eps}: a box of radius 0 is the sample itself, of which the standard error "
             "tells all. Give the radius to be certified, in units of the input (8/255, say)"
         )
+
+
+def check_range(input_range: InputRange | None) -> None:
+    """Refuse what is no lowest and highest input.
+
+    Raises:
+        TypeError: it is no pair of numbers or tensors.
+        ValueError: its lowest input is above its highest, or one of them is NaN.
+    """
+    check_pair(input_range)
     if input_range is None:
         return
-    width = torch.as_tensor(input_range[1]) - torch.as_tensor(input_range[0])
-    if bool((torch.as_tensor(eps).max() > width.max()).item()):
-        raise ValueError(
-            f"eps is {eps}, and the input range {input_range} is only {float(width.max()):g} wide, so that every box "
-            "would be the whole range. eps is in units of the input: for pixels from 0 to 1, write 8/255, not 8"
+    low, high = (torch.as_tensor(end).cpu() for end in input_range)
+    if not bool((low <= high).all()):
+        raise ValueError(f"input_range must not begin above its end; found {input_range}")
+
+
+def check_pair(input_range: InputRange | None) -> None:
+    """Refuse, without reading tensors, what is no pair of a lowest and a highest input.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if input_range is None:
+        return
+    ends = input_range if isinstance(input_range, tuple | list) else ()
+    if len(ends) != 2 or any(isinstance(end, bool) or not isinstance(end, numbers.Real | Tensor) for end in ends):
+        raise TypeError(
+            "input_range must be a pair, the lowest and the highest valid input, each a number or a tensor, or None "
+            f"for data without a range; found {input_range!r}"
         )
+
+
+def _kind(value: object) -> str:
+    return f"a tensor of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def broadcast_to_batch(value: float | Tensor, x: Tensor, what: str) -> float | Tensor:
@@ -143,7 +193,7 @@ def check_shapes(x: Tensor, y: Tensor) -> None:
     """
     if y.dtype != torch.int64:
         raise TypeError(f"labels must be class numbers of dtype int64, found {y.dtype}: pass y.long()")
-    if y.shape != x.shape[:1] or len(x) == 0:
+    if x.ndim == 0 or y.shape != x.shape[:1] or len(x) == 0:
         raise ValueError(
             f"expected inputs (batch, ...) and labels (batch,) of one length ≥ 1; found {tuple(x.shape)} and "
             f"{tuple(y.shape)}"
