@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import multiprocessing
 import tempfile
+import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from datetime import timedelta
@@ -16,6 +17,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import lirpa_fastwarmup as fw
+from lirpa_fastwarmup.distributed import gathered, leader_first, unequal_work
+from lirpa_fastwarmup.engine.normalization import normalize_over_ranks
 from lirpa_fastwarmup.recipe.compiled import CompiledSteps
 from tests.networks import SmallResNet, convolutional
 
@@ -138,3 +141,40 @@ def joined_runs(rank: int, size: int, change: str) -> str:
     except ValueError as error:
         return str(error)
     return ""
+
+
+def half_precision_step(rank: int, size: int, count: int) -> dict[str, Any]:
+    """A step under autocast, with statistics over all processes."""
+    warmup = objective("convolutional", training=True, regularised=False)
+    warmup.bounded.join_ranks()
+    x, y = batch(count)
+    with torch.autocast("cpu", torch.bfloat16):
+        return step_of(nn.parallel.DistributedDataParallel(warmup), x[rank::size], y[rank::size])
+
+
+def half_precision_count(rank: int, size: int) -> list[Tensor]:
+    """Mean and variance of so many values that bfloat16 cannot tell their number."""
+    values = torch.linspace(0, 1, 96_100).view(1, 1, 310, 310).bfloat16()
+    one, zero = torch.ones(1), torch.zeros(1)
+    return list(normalize_over_ranks(values, one, zero, zero.clone(), one.clone(), 0.1, 1e-5)[1:])
+
+
+def after_unequal_work(rank: int, size: int, folder: str) -> list[int]:
+    """What all ranks have, where some of them work for longer than they may wait for one another in a step."""
+    dist.destroy_process_group()
+    limit = timedelta(seconds=1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/again", rank=rank, world_size=size, timeout=limit)
+    with unequal_work() as group:
+        time.sleep(3 * rank)
+        return gathered(rank, group)
+
+
+def found_by_leader(rank: int, size: int, folder: str) -> bool:
+    """Whether the file was there already that rank 0 makes, and takes its time for."""
+    path = Path(folder) / "made"
+    with leader_first():
+        found = path.exists()
+        if not found:
+            time.sleep(1)
+            path.touch()
+    return found

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import re
+import resource
+import sys
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -11,7 +16,7 @@ from torch import nn
 
 import lirpa_fastwarmup as fw
 from lirpa_fastwarmup import memory, verification
-from lirpa_fastwarmup.engine import methods
+from lirpa_fastwarmup.engine import methods, precision
 from lirpa_fastwarmup.engine.bounds import ibp_margins
 from lirpa_fastwarmup.engine.compat import engine
 from lirpa_fastwarmup.verification import METHODS, Journal, UnsoundBoundError, certify
@@ -497,3 +502,135 @@ def test_bounds_do_not_depend_on_what_was_bounded_before(method):
     for other, eps in (("alpha-CROWN", 0.1), ("CROWN", 0.004), ("alpha-CROWN", 0.05)):
         network.lower(fw.input_box(x[4:9], eps), y[4:9], other)
     assert torch.equal(network.lower(fw.input_box(x[:4], 0.02), y[:4], method), fresh)
+
+
+def test_threads_leave_the_process_as_it_was_and_get_the_same_certificates():
+    bounded, x, y = trained_digits()
+    given = {"methods": METHODS, "float64": True, "pgd_steps": 3, "restarts": 1, "batch_size": 6}
+    expected = fw.verify(bounded, (x, y), 0.02, **given).certificates
+
+    def process():
+        coarse = [backend.fp32_precision for backend in precision._COARSE]
+        return (
+            torch.get_default_dtype(),
+            sys.stdout,
+            resource.getrlimit(resource.RLIMIT_AS),
+            coarse,
+            warnings.filters[:],
+        )
+
+    before = process()
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: fw.verify(bounded, (x, y), 0.02, **given).certificates, range(4)))
+    assert process() == before
+    assert all(certificates == expected for certificates in found)
+
+
+def test_attacks_do_not_depend_on_how_a_batch_was_split(monkeypatch):
+    bounded, x, y = trained_digits()
+    begun = {}
+    original = certify.attack
+
+    def noted(model, x, y, eps, **given):
+        for sample, start in zip(x, given["starts"].transpose(0, 1), strict=True):
+            begun.setdefault(sample.numpy().tobytes(), []).append(start)
+        return original(model, x, y, eps, **given)
+
+    monkeypatch.setattr(certify, "attack", noted)
+    whole = fw.verify(bounded, (x, y), 0.05, ("IBP",), pgd_steps=5)
+    monkeypatch.setattr(memory, "free_memory", lambda: 100_000)
+    parts = fw.verify(bounded, (x, y), 0.05, ("IBP",), pgd_steps=5)
+    assert [one.attacked for one in whole.certificates] == [one.attacked for one in parts.certificates]
+    assert len(begun) == 24
+    for starts in begun.values():
+        assert all(torch.equal(start, starts[0]) for start in starts)
+
+
+def test_radii_of_one_sample_each_are_bounded_in_parts_too(monkeypatch):
+    bounded, x, y = trained_digits()
+    eps = torch.linspace(0.001, 0.05, 24).view(24, 1, 1, 1)
+    whole = fw.verify(bounded, (x, y), eps, METHODS, pgd_steps=3, batch_size=24)
+    monkeypatch.setattr(memory, "free_memory", lambda: 200_000)
+    parts = fw.verify(bounded, (x, y), eps, METHODS, pgd_steps=3, batch_size=24)
+    assert [one.verified for one in whole.certificates] == [one.verified for one in parts.certificates]
+    for one, other in zip(whole.certificates, parts.certificates, strict=True):
+        assert one.margin == pytest.approx(other.margin, rel=1e-4, abs=1e-5, nan_ok=True)
+
+
+def scaled(factor):
+    """A network; all of them have one text and one state."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.layer(x) * factor
+
+    return Net().eval()
+
+
+def test_the_journal_tells_networks_apart_by_what_they_compute(tmp_path):
+    torch.manual_seed(0)
+    models = [scaled(2), scaled(3)]
+    models[1].load_state_dict(models[0].state_dict())
+    assert str(models[0]) == str(models[1])
+    x, y = torch.rand(6, 4), torch.arange(6) % 3
+    ranges = [(torch.zeros(4), torch.ones(4)), (torch.zeros(4), torch.tensor([1.0, 1.0, 1.0, 2.0]))]
+    found = []
+    for model in models:
+        for input_range in ranges:
+            given = {"restarts": 0, "input_range": input_range}
+            bounded = fw.BoundedModule(model, x)
+            found.append(fw.verify(bounded, (x, y), 0.3, ("IBP",), journal=Journal(tmp_path / "journal"), **given))
+            alone = fw.verify(bounded, (x, y), 0.3, ("IBP",), **given)
+            assert alone.certificates == found[-1].certificates
+    assert len((tmp_path / "journal").read_text().splitlines()) == 4
+
+
+def test_a_damaged_line_of_the_journal_is_computed_again(tmp_path):
+    bounded, x, y = trained_digits()
+    path = tmp_path / "journal"
+    expected = fw.verify(bounded, (x, y), 0.004, ("IBP",), restarts=0, batch_size=8, journal=Journal(path))
+    lines = path.read_text().splitlines()
+    lines[1] = (
+        lines[1].replace('"verified": true', '"verified": false').replace('"verified": false', '"verified": true')
+    )
+    lines[2] = "[" * 100_000
+    path.write_text("\n".join(lines) + "\n")
+    found = fw.verify(bounded, (x, y), 0.004, ("IBP",), restarts=0, batch_size=8, journal=Journal(path))
+    assert found.certificates == expected.certificates
+
+
+def test_the_search_for_radii_ends_where_float32_ends():
+    bounded, x, y = trained_digits()
+    fine = verification.certified_radii(bounded, (x, y), ("IBP",), tolerance=1e-12, restarts=0)
+    coarse = verification.certified_radii(bounded, (x, y), ("IBP",), tolerance=1e-4, restarts=0)
+    for one, other in zip(fine, coarse, strict=True):
+        assert 0 <= one.radius - other.radius <= 1e-4 + 1e-9
+    network = methods.MarginBounds(bounded, torch.float32)
+    for one in fine:
+        if one.radius:
+            box = fw.input_box(x[one.index :][:1], one.radius * (1 + 1e-5))
+            assert not bool((network.lower(box, y[one.index :][:1], "IBP") > 0).all())
+
+
+@pytest.mark.parametrize("bound", ["crown-ibp", "crown-ibp-fused"])
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.Tanh, nn.Sigmoid, nn.ReLU6], ids=lambda kind: kind.__name__)
+def test_networks_in_double_precision_are_trained_under_a_default_of_single_precision(bound, activation):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), activation(), nn.Linear(8, 3)).double()
+    x, y = torch.rand(6, 1, 4, 4).double(), torch.arange(6) % 3
+    warmup = fw.ShortWarmup(fw.BoundedModule(model, x), fw.LinearEpsilon(0.1, 1, 2, 2), bound=bound, regularizers=())
+    warmup.step()
+    out = warmup(x, y)
+    out.loss.backward()
+    assert out.loss.dtype == model[1].weight.grad.dtype == torch.float64
+    assert torch.get_default_dtype() == torch.float32
+    single = fw.ShortWarmup(
+        fw.BoundedModule(copy.deepcopy(model).float(), x.float()), warmup.schedule, bound=bound, regularizers=()
+    )
+    single.step()
+    assert float(single(x.float(), y).loss.detach()) == pytest.approx(float(out.loss.detach()), rel=1e-5)
+    assert verification.evaluate(warmup.bounded, (x, y), 0.01).standard_error.samples == 6

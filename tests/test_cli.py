@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import pytest
 
 import lirpa_fastwarmup as fw
 from lirpa_fastwarmup import cli
+from lirpa_fastwarmup.cli.options import number
 from lirpa_fastwarmup.engine.compat import ACTIVE_PATCHES, ENGINE_VERSION
 
 TINY = [
@@ -73,6 +75,8 @@ def test_show_prints_the_settings_after_the_overrides(capsys):
         (["train", "mnist5k"], "--out DIR"),
         (["train", "mnist5k", "--out", "x", "--eps", "-0.1"], "eps must be above 0"),
         (["train", "mnist5k", "--out", "x", "--eps", "nan"], "eps must be above 0"),
+        (["train", "mnist5k", "--out", "x", "--eps", "1e999999999"], "eps must be above 0"),
+        (["train", "mnist5k", "--out", "x", "--eps", "1e400"], "eps must be above 0"),
         (["train", "mnist5k", "--out", "x", "--device", "tpu"], "device 'tpu' cannot be used here"),
         (["train", "mnist5k", "--out", "x", "--device", "meta"], "device 'meta' cannot be used here"),
         (["train", "mnist5k", "--out", "{tmp}/x", "--data-limit", "0"], "cannot limit it to 0"),
@@ -107,3 +111,37 @@ def test_arguments_that_cannot_be_read(arguments, capsys):
 def test_runs_as_a_module():
     result = subprocess.run([sys.executable, "-m", "lirpa_fastwarmup", "--version"], capture_output=True, text=True)
     assert (result.returncode, result.stdout.strip()) == (0, fw.__version__)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("8/255", 8 / 255), (" 8 / 255 ", 8 / 255), ("0.1", 0.1), ("1e-3", 1e-3), ("2.5/5", 0.5)]
+)
+def test_numbers_and_fractions(text, value):
+    assert number(text) == value
+
+
+@pytest.mark.parametrize("text", ["8/0", "", "/", "1/2/3", "8:255", "eight"])
+def test_what_is_no_number(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="is no number, nor a fraction"):
+        number(text)
+
+
+def test_an_interruption_of_the_imports_is_told_in_a_line():
+    code = """
+import importlib.abc, sys
+
+class Interrupts(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, *_):
+        if name == "lirpa_fastwarmup.recipe":
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, Interrupts())
+sys.argv = [{program!r}, "info"]
+from lirpa_fastwarmup.cli import main
+"""
+    told, raised = (
+        subprocess.run([sys.executable, "-c", code.format(program=program)], capture_output=True, text=True)
+        for program in ("/usr/bin/lirpa-fastwarmup", "my_program.py")
+    )
+    assert (told.returncode, told.stderr) == (1, "lirpa-fastwarmup: interrupted\n")
+    assert "KeyboardInterrupt" in raised.stderr

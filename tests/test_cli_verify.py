@@ -260,6 +260,9 @@ MISTAKES = [
     (["export", "{run}", "--samples", "1000"], "there is no sample 1000"),
     (["export", "--model", "cnn7"], "--out DIR"),
     (["export", "{run}", "--eps", "0"], "eps must be above 0"),
+    (["export", "{run}", "--samples", "0-99999999999"], "there is no sample 0-99999999999"),
+    (["verify", "{run}", "--eps", "1e400"], "eps must be finite"),
+    (["verify", "{run}", "--eps", "1e999999999"], "eps must be finite"),
 ]
 
 

@@ -13,9 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from lirpa_fastwarmup import cli, data
+import lirpa_fastwarmup as fw
+from lirpa_fastwarmup import cli, data, distributed
 from lirpa_fastwarmup.distributed import differentiable_total, joined, local_device, total
 from lirpa_fastwarmup.inspection.records import read_history
+from lirpa_fastwarmup.storage import read_json, weights_sum
+from lirpa_fastwarmup.training import load_model
+from lirpa_fastwarmup.verification import evaluate
 from tests import ranks
 
 SMALL = (
@@ -212,6 +216,56 @@ def assert_histories_agree(first, second):
         assert one["train_clean_error"] == pytest.approx(other["train_clean_error"], abs=0.02)
         # So short a training leaves logits close together, where the last bit decides of the class.
         assert one["standard_error"] == pytest.approx(other["standard_error"], abs=0.15)
+
+
+def test_the_summary_is_that_of_the_saved_model_where_each_process_has_its_own_statistics(tmp_path):
+    """Evaluated are rank 0's running statistics on all ranks, as they are saved."""
+    out = tmp_path / "run"
+    done = torchrun("train", "mnist5k", "--out", out, *SMALL, "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    model, test = load_model(out / "model.pt"), data.load("mnist5k").test
+    bounded = fw.BoundedModule(model, test.inputs[:2])
+    found = evaluate(bounded, data.Batches(test, 250), 0.01, pgd_steps=1, restarts=1, seed=3)
+    summary, last = read_json(out / "summary.json"), read_history(out / "history.csv")[-1]
+    assert summary["weights"] == weights_sum(model.state_dict())
+    for kept in (summary, last):
+        assert kept["standard_error"] == found.standard_error.value
+        assert kept["verified_error"] == found.verified_error.value
+    assert summary["pgd_error"] == found.pgd_error.value
+
+
+def test_half_precision_leaves_statistics_over_processes_exact():
+    first, second = ranks.results_of(2, ranks.half_precision_step, 16)
+    for found in (first, second):
+        assert all(bool(gradient.isfinite().all()) for gradient in found["gradients"].values())
+    values = torch.linspace(0, 1, 96_100).bfloat16().float()
+    for mean, var in ranks.results_of(2, ranks.half_precision_count):
+        assert float(mean) == pytest.approx(float(values.mean()), rel=1e-5)
+        assert float(var) == pytest.approx(float(values.var(correction=0)), rel=1e-4)
+
+
+def test_ranks_wait_for_one_another_after_work_of_unequal_length(tmp_path):
+    assert ranks.results_of(2, ranks.after_unequal_work, str(tmp_path)) == [[0, 1], [0, 1]]
+
+
+def test_the_first_rank_downloads_and_the_others_find(tmp_path):
+    assert ranks.results_of(2, ranks.found_by_leader, str(tmp_path)) == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("error", "renamed"),
+    [
+        (RuntimeError("Connection pool of my dataset is full"), False),
+        (RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer"), True),
+    ],
+)
+def test_only_a_lost_process_is_called_so(error, renamed, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(distributed, "_meet", lambda backend: None)
+    with pytest.raises(ConnectionError if renamed else RuntimeError) as raised, joined(torch.device("cpu")):
+        raise error
+    assert (raised.value is not error) is renamed
 
 
 def test_a_run_of_two_processes_is_that_of_one(pair):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,8 +16,9 @@ import torch
 
 from lirpa_fastwarmup import cli
 from lirpa_fastwarmup.presets import preset
-from lirpa_fastwarmup.storage import write_tensors
+from lirpa_fastwarmup.storage import FolderInUseError, read_json, write_tensors
 from lirpa_fastwarmup.training import OutputExistsError, TrainingInterrupted, resume, train
+from lirpa_fastwarmup.training.progress import Listeners
 
 # Three batches an epoch, everything random in use, and a state beside the weights' own.
 SETTINGS = preset("mnist5k").replace(
@@ -45,6 +47,21 @@ pytestmark = pytest.mark.usefixtures("digits_for_processes")
 def outcome(out):
     model = torch.load(out / "model.pt", weights_only=True)
     return (out / "history.csv").read_text(), model["epoch"], model["state_dict"]
+
+
+BRIEF = preset("mnist5k").replace(
+    width=2,
+    hidden=8,
+    epochs=2,
+    ramp_start=1,
+    ramp_length=1,
+    data_limit=96,
+    batch_size=48,
+    eps=0.01,
+    pgd_steps=1,
+    pgd_restarts=1,
+    evaluate_test="end",
+)
 
 
 def assert_same_outcome(one, other):
@@ -187,6 +204,112 @@ def test_a_killed_run_goes_on_to_the_same_end(tear, unbroken, tmp_path):
     resume(out)
     assert_same_outcome(unbroken, out)
     assert not list(out.glob(".*"))
+
+
+# Forks a process for each run, which kills itself at one of its file operations, or is killed after a while.
+KILLED_ANYWHERE = """
+import os, random, signal, sys, time
+sys.modules["matplotlib"] = None  # Drawing takes longer than the run.
+from pathlib import Path
+from lirpa_fastwarmup.training import resume, train
+from tests.test_resume import BRIEF
+
+folder = Path({folder!r})
+
+def begun(out):
+    # As a user would go on, who was told of both commands and of no --overwrite.
+    resume(out) if (out / "checkpoint.pt").exists() else train(BRIEF, out)
+
+def killing(at):
+    done = 0
+    def wrap(function):
+        def operation(*arguments, **named):
+            nonlocal done
+            done += 1
+            if done == at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*arguments, **named)
+        return operation
+    Path.replace, Path.unlink, os.fsync = wrap(Path.replace), wrap(Path.unlink), wrap(os.fsync)
+
+def child(out, at):
+    pid = os.fork()
+    if pid == 0:
+        try:
+            if at:
+                killing(at)
+            begun(out)
+            os._exit(0)
+        except BaseException as error:
+            print(error, file=sys.stderr, flush=True)
+            os._exit(1)
+    return pid
+
+def status(pid):
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+started = time.perf_counter()
+assert status(child(folder / "unbroken", 0)) == 0
+whole = time.perf_counter() - started
+draw = random.Random(0)
+kills = 0
+for number, at in enumerate([1, 2, 3, 4, 5, 6, 8, 10, 12, 14, *5 * [0]]):
+    out = folder / str(number)
+    pid = child(out, at)
+    if not at:
+        time.sleep(draw.uniform(0.05, 0.9) * whole)
+        os.kill(pid, signal.SIGKILL)
+    kills += status(pid) == -signal.SIGKILL
+    assert status(child(out, 0)) == 0, number
+print(kills)
+"""
+
+
+def test_runs_killed_at_any_moment_end_as_unbroken_ones(tmp_path):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    root = Path(__file__).parent.parent
+    command = [sys.executable, "-c", KILLED_ANYWHERE.format(folder=str(tmp_path))]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) == 15
+    files = sorted(path.name for path in (tmp_path / "unbroken").iterdir())
+    for number in range(15):
+        assert_same_outcome(tmp_path / "unbroken", tmp_path / str(number))
+        assert sorted(path.name for path in (tmp_path / str(number)).iterdir()) == files
+
+
+def test_a_second_run_into_a_folder_is_refused_while_the_first_one_writes(tmp_path):
+    class Second(Listeners):
+        def epoch_started(self, epoch, batches, done):
+            for begin in (lambda: train(BRIEF, tmp_path, overwrite=True), lambda: train(BRIEF, tmp_path)):
+                with pytest.raises(FolderInUseError, match=f"is being written to by process {os.getpid()}"):
+                    begin()
+
+    summary = train(BRIEF, tmp_path, progress=Second())
+    assert read_json(tmp_path / "summary.json") == summary
+
+
+def test_an_earlier_run_stays_until_there_is_something_in_its_place(unbroken, tmp_path):
+    out = shutil.copytree(unbroken, tmp_path / "run")
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    with pytest.raises(KilledError):
+        train(BRIEF, out, overwrite=True, progress=KilledAt(1))
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+class KilledError(Exception):
+    """Raised in the midst of a run, as if it had been killed."""
+
+
+class KilledAt(Listeners):
+    def __init__(self, step):
+        super().__init__()
+        self._left = step
+
+    def step_done(self, means):
+        self._left -= 1
+        if self._left == 0:
+            raise KilledError
 
 
 def test_a_thread_that_is_not_the_main_one_can_train(tmp_path):

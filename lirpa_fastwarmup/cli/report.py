@@ -90,7 +90,7 @@ def _record(folder: Path, data_dir: Path | None, trust: bool) -> RunRecord:
     if path.is_file():
         record.eps, record.samples = _certified_samples(path, record.settings.get("eps", 0.0))
     if record.verification and record.summary:
-        few, all_of_them = record.verification.get("samples"), record.summary["test_samples"]
+        few, all_of_them = record.verification.get("samples"), record.summary.get("test_samples")
         if few != all_of_them:
             record.missing.append(f"Certificates are of {few} of the {all_of_them} test samples, the first ones.")
     try:

@@ -70,7 +70,7 @@ class _Bytes:
     """What stands for an array of bytes while a pickle is read: its content, and no function of numpy's."""
 
     def __init__(self, *_: Any) -> None:
-        self.shape: tuple[int, ...] = ()
+        self.shape: tuple[int, ...] = (0,)
         self.content = b""
 
     def __setstate__(self, state: Any) -> None:

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from lirpa_fastwarmup.engine.bounds import class_count, crown_lower, ibp_margins, margin_matrix
 from lirpa_fastwarmup.engine.compat import engine
 from lirpa_fastwarmup.engine.module import BoundedModule
-from lirpa_fastwarmup.engine.precision import default_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -126,8 +125,7 @@ class MarginBounds:
         return self.lower(box, labels, method)
 
     def _bounds(self, box: Any, labels: Tensor, method: str) -> Tensor:
-        with default_dtype(self.dtype):  # Both releases make some of their tensors without a dtype.
-            return _METHODS[method](self._networks[method], box, labels, self.classes).detach()
+        return _METHODS[method](self._networks[method], box, labels, self.classes).detach()
 
 
 def _forget_slopes(bounded: Any) -> None:

@@ -117,7 +117,8 @@ class BoundedModule(engine.BoundedModule):
         if device == "auto":  # As the engine has it, and also where there are no parameters.
             device = _like(model).device
         # A trace would take autocast's conversions with it, and fails where operators are watched (see `memory`).
-        with _disable_current_modes(), unchanged(model), exact_arithmetic(_like(model).device):
+        like = _like(model)
+        with _disable_current_modes(), unchanged(model), exact_arithmetic(like.device), default_dtype(like.dtype):
             self._check_structure(model, example)
             self._build_engine(model, global_input, options, device, verbose, operators)
             if self._reviewed.needs_matrices and self.conv_mode == "patches":
@@ -181,8 +182,7 @@ class BoundedModule(engine.BoundedModule):
             options = {**options, "sparse_features_alpha": False, "sparse_spec_alpha": False}
         model = copy_of(self.wrapped).to(dtype).eval().requires_grad_(False)
         example = tuple(x.to(dtype) if x.is_floating_point() else x for x in self.example)
-        with default_dtype(dtype):  # Of the tables of S-shaped functions.
-            return type(self)(model, example, options, device, verbose, operators, allow_untested=allow_untested)
+        return type(self)(model, example, options, device, verbose, operators, allow_untested=allow_untested)
 
     def _holds_vectors_and_images(self) -> bool:
         nodes = (node for node in self._modules.values() if isinstance(node, BoundOptimizable))
@@ -339,7 +339,11 @@ class BoundedModule(engine.BoundedModule):
         self._refuse_dropout()
         self._bounding = True
         try:
-            with sharing.without_bookkeeping(self), named_failures(self, method):
+            with (
+                sharing.without_bookkeeping(self),
+                named_failures(self, method),
+                default_dtype(_like(self.wrapped).dtype),  # Both releases make some of their tensors without a dtype.
+            ):
                 anew = x is not None and not reuse_statistics
                 if anew and (self._uses_batch_statistics() or self._reads_shapes()):
                     super().forward(*x)

@@ -65,7 +65,10 @@ def products_in_tf32(allowed: bool) -> Iterator[None]:
 
 @contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """What a tensor is made in that is not told its dtype."""
+    """Let tensors that are made without a dtype be of ``dtype``, if that is one of floating-point numbers."""
+    if not dtype.is_floating_point:
+        yield
+        return
     with _ONE_AT_A_TIME:
         before = torch.get_default_dtype()
         torch.set_default_dtype(dtype)

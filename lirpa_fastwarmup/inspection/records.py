@@ -122,7 +122,7 @@ def read_summary(folder: Path) -> dict[str, Any]:
         summary = read_json(path)
     except ValueError as error:
         raise ValueError(f"{error}; a run's summary was expected") from error
-    missing = [name for name in (*ERRORS, "dataset", "seed", "settings", "test_samples") if name not in summary]
+    missing = [name for name in (*ERRORS, "dataset", "seed", "settings") if name not in summary]
     if missing:
         raise ValueError(f"{path} is not the summary of a run: it lacks {', '.join(missing)}")
     known = (int, float, type(None))

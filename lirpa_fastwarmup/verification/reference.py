@@ -42,4 +42,4 @@ def beyond_intervals(
     above = found[0] > reference[0].to(x) + tolerance(found[0], reference[0].to(x))
     below = found[1] < reference[1].to(x) - tolerance(found[1], reference[1].to(x))
     tighter = (above | below).flatten(1).any(1).nonzero().flatten().tolist()
-    return [(place, "has tighter bounds on its outputs than interval arithmetic, by IBP") for place in tighter]
+    return [(place, "has tighter IBP bounds on its outputs than interval arithmetic") for place in tighter]
