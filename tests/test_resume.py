@@ -208,11 +208,16 @@ def test_a_killed_run_goes_on_to_the_same_end(tear, unbroken, tmp_path):
 
 # Forks a process for each run, which kills itself at one of its file operations, or is killed after a while.
 KILLED_ANYWHERE = """
-import os, random, signal, sys, time
+import dataclasses, os, random, signal, sys, time
 sys.modules["matplotlib"] = None  # Drawing takes longer than the run.
 from pathlib import Path
+from lirpa_fastwarmup import data
 from lirpa_fastwarmup.training import resume, train
 from tests.test_resume import BRIEF
+
+digits = data.load("mnist5k")
+digits = dataclasses.replace(digits, test=data.spread(digits.test, 100))
+data.LOADERS["mnist5k"] = lambda _: digits
 
 folder = Path({folder!r})
 
@@ -248,6 +253,7 @@ def child(out, at):
 def status(pid):
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
+train(BRIEF, folder / "first")  # What is done once a process is done before it is forked.
 started = time.perf_counter()
 assert status(child(folder / "unbroken", 0)) == 0
 whole = time.perf_counter() - started
