@@ -15,6 +15,7 @@ from lirpa_fastwarmup import cli
 from lirpa_fastwarmup.engine.precision import products_in_tf32
 from lirpa_fastwarmup.presets import preset
 from lirpa_fastwarmup.recipe.compiled import CompiledSteps
+from lirpa_fastwarmup.storage import read_json
 from lirpa_fastwarmup.training import METHODS, load_model, train
 from lirpa_fastwarmup.training.build import build_run
 from lirpa_fastwarmup.training.interrupt import StopRequest
@@ -191,6 +192,23 @@ def test_held_out_samples_are_not_trained_on():
     held_out = {image.numpy().tobytes() for image in run.validation_batches.split.images}
     assert (len(trained), len(held_out)) == (76, 20)
     assert not trained & held_out
+
+
+def test_errors_on_the_test_set_are_taken_at_the_end_alone(tmp_path, capsys):
+    options = ["--width", "2", "--hidden", "8", "--epochs", "2", "--ramp-length", "1", "--data-limit", "96"]
+    brief = ["--pgd-steps", "1", "--pgd-restarts", "1"]
+    for name in ("every-epoch", "end"):
+        given = [*options, *brief, "--evaluate-test", name, "--out", str(tmp_path / name)]
+        assert cli.main(["train", "mnist5k", *given]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch")]
+    assert [("standard error" in line, "nan" in line) for line in lines] == [(True, False)] * 2 + [(False, False)] * 2
+    every, end = (history(tmp_path / name) for name in ("every-epoch", "end"))
+    for one, other in zip(every, end, strict=True):
+        for column, value in one.items():
+            assert other[column] == ("nan" if column in ("standard_error", "verified_error") else value), column
+    errors = [read_json(tmp_path / name / "summary.json") for name in ("every-epoch", "end")]
+    for column in ("standard_error", "pgd_error", "verified_error", "weights"):
+        assert errors[0][column] == errors[1][column]
 
 
 def test_tensorboard_gets_the_history(tmp_path, capsys):

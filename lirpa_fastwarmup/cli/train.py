@@ -71,11 +71,13 @@ class _Console:
     def epoch_done(self, row: Mapping[str, float], seconds: float) -> None:
         self.close()
         dead = "" if math.isnan(row["dead"]) else f"dead {row['dead']:5.1%}  "
-        self._dead = {"dead": f"{row['dead']:.1%}"} if dead else {}  # Told until the next epoch's.
+        self._dead = {"dead": f"{row['dead']:.1%}"} if dead else {}  # Shown until the next epoch's.
+        errors = f"standard error {row['standard_error']:6.2%}  verified error {row['verified_error']:6.2%}  "
+        if math.isnan(row["verified_error"]):  # Taken at the end alone.
+            errors = ""
         print(
             f"epoch {row['epoch']:>{len(str(self._epochs))}}/{self._epochs}  eps {row['eps']:.4f}  "
-            f"loss {row['loss']:7.4f}  standard error {row['standard_error']:6.2%}  "
-            f"verified error {row['verified_error']:6.2%}  {dead}{seconds:.1f} s",
+            f"loss {row['loss']:7.4f}  {errors}{dead}{seconds:.1f} s",
             flush=True,
         )
 
