@@ -11,7 +11,7 @@ from torch import nn
 
 from lirpa_fastwarmup import models
 from lirpa_fastwarmup.recipe.batchnorm import insert_batchnorm
-from lirpa_fastwarmup.storage import weights_sum, write_tensors
+from lirpa_fastwarmup.storage import write_tensors
 from lirpa_fastwarmup.training import files
 from lirpa_fastwarmup.training.settings import Settings
 
@@ -80,6 +80,7 @@ def load_model(path: Path, *, trust: bool = False) -> nn.Module:
             architecture than its factory makes now.
     """
     content = _read_model(path)
+    _settings_in(content, path)  # Those of networks that this version does not build are refused.
     require_trust(str(content["architecture"]["model"]), path, trust=trust)
     try:
         model = build_network(content["architecture"])
@@ -96,15 +97,14 @@ def settings_of_model(path: Path) -> Settings:
         OSError: the file cannot be read.
         ValueError: the file is no such model, or damaged.
     """
+    return _settings_in(_read_model(path), path)
+
+
+def _settings_in(content: Mapping[str, Any], path: Path) -> Settings:
     try:
-        return Settings.from_dict(_read_model(path)["settings"])
+        return Settings.from_dict(content["settings"])
     except (TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} holds no settings of a run: {error}") from error
-
-
-def weights_of_model(path: Path) -> str:
-    """The digest of the weights in ``model.pt``; errors as of :func:`settings_of_model`."""
-    return weights_sum(_read_model(path)["state_dict"])
 
 
 def require_trust(name: str, path: Path, *, trust: bool) -> None:
