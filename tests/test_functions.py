@@ -218,3 +218,10 @@ def test_a_network_without_parameters_is_verified():
     x = torch.tensor([[0.2, 0.8], [0.9, 0.1]])
     found = fw.verify(fw.BoundedModule(nn.Flatten().eval(), x), (x, torch.tensor([1, 0])), 0.1, METHODS)
     assert found.verified_error.count == 0
+
+
+def test_a_parameter_that_is_read_in_python_warns():
+    """Bounds keep the value that it had when the network was wrapped; training changes it."""
+    model = Written(lambda s, x: s.l(x).clamp(max=float(s.a)), l=linear(4, 3), a=nn.Parameter(torch.tensor(2.0)))
+    with pytest.warns(fw.TracedPathWarning, match=r"reads the value of a tensor at .*test_functions\.py"):
+        fw.BoundedModule(model.eval(), torch.rand(2, 4))

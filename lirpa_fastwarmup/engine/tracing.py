@@ -69,7 +69,7 @@ class _Recorder(TorchFunctionMode):
         norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
         self._counters = {id(module.num_batches_tracked) for module in norms}
         self._statistics = {id(module.running_mean) for module in norms}
-        self._constants = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+        self._constants = {id(tensor) for tensor in model.buffers()}  # Training changes parameters.
         self.value_reads: list[str] = []
         self.operations: list[str] = []
         self.norm_modes: list[bool] = []
