@@ -225,3 +225,23 @@ def test_a_parameter_that_is_read_in_python_warns():
     model = Written(lambda s, x: s.l(x).clamp(max=float(s.a)), l=linear(4, 3), a=nn.Parameter(torch.tensor(2.0)))
     with pytest.warns(fw.TracedPathWarning, match=r"reads the value of a tensor at .*test_functions\.py"):
         fw.BoundedModule(model.eval(), torch.rand(2, 4))
+
+
+@pytest.mark.parametrize(
+    ("call", "operator"),
+    [
+        (lambda x: x.unsqueeze(0).squeeze(), "Squeeze"),
+        (lambda x: x[:, [-1, 0, 1, 2]], "Gather"),
+        (lambda x: torch.einsum("bi,ij->bj", x, torch.eye(4)), "bi,ij->bj"),
+    ],
+)
+def test_failed_conversions_name_the_operator(call, operator):
+    """Where a release takes the form, the bounds are those of the model."""
+    model = Written(lambda s, x: s.l(call(x)), l=linear(4, 3)).eval()
+    x = torch.rand(2, 4)
+    try:
+        bounded = fw.BoundedModule(model, x)
+    except NotImplementedError as error:
+        assert operator in str(error)  # noqa: PT017 (releases differ in what they take)
+    else:
+        assert torch.allclose(bounded(x), model(x), atol=1e-6)

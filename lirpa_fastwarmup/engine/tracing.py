@@ -244,11 +244,29 @@ def quiet_conversion() -> Iterator[None]:
             raise
         raise NotImplementedError(
             f"auto_LiRPA {ENGINE_VERSION} failed while converting the network ({type(error).__name__}: {error}); it is "
-            "built from an operator in a form that this release does not expect"
+            f"built from {_failed_operator(error)} in a form that this release does not expect: write it with other "
+            "operators"
         ) from error
     finally:
         log.removeHandler(collector)
         log.propagate = propagated
+
+
+def _failed_operator(error: BaseException) -> str:
+    """The operator that a conversion failed at, with its attributes, from what the engine's functions were at."""
+    found = "an operator"
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        nodes, number, node = (frame.f_locals.get(name) for name in ("nodesOP", "n", "self"))
+        if isinstance(nodes, list) and isinstance(number, int) and number < len(nodes):
+            found = _described(str(nodes[number].op).removeprefix("onnx::"), nodes[number].attr)
+        elif type(node).__module__.startswith("auto_LiRPA.operators") and isinstance(vars(node).get("attr"), dict):
+            found = _described(type(node).__name__.removeprefix("Bound"), vars(node)["attr"])
+    return found
+
+
+def _described(name: str, attributes: Any) -> str:
+    shown = {key: value for key, value in dict(attributes).items() if not isinstance(value, torch.device)}
+    return f"the operator {name}{f' with {shown}' if shown else ''}"
 
 
 def _operator(message: str) -> str:
