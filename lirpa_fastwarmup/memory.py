@@ -135,9 +135,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def free_memory(system: Path = Path("/")) -> int | None:
-    """Bytes that can still be had: what the system has left, or the process's control group; ``None`` if not known.
+    """Bytes that are still available in the system or in the process's control group; ``None`` if not known.
 
-    What a control group uses for the file cache can be had as well: the system drops that when memory is asked for.
+    The file cache of a control group counts as available: the system drops it when memory is asked for.
 
     Args:
         system: the root of the file system.

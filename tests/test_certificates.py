@@ -366,7 +366,7 @@ def test_parts_fit_into_the_memory_that_is_free(monkeypatch):
     assert sizes == [1, 4, 4, 2]
 
 
-def test_the_cache_of_a_control_group_is_memory_to_be_had(tmp_path):
+def test_the_cache_of_a_control_group_is_available_memory(tmp_path):
     group = tmp_path / "sys/fs/cgroup"
     group.mkdir(parents=True)
     (tmp_path / "proc").mkdir()

@@ -233,6 +233,7 @@ MISTAKES = [
     (["verify", "{run}", "--model", "cnn7"], "name either the folder of a training run, or"),
     (["verify", "{tmp}"], "holds no trained network (model.pt)"),
     (["verify", "{run}", "--weights", "w"], "--weights is for a network from elsewhere"),
+    (["verify", "no/such/run"], "there is no folder no/such/run"),
     (["verify", "{run}", "--eps", "0"], "eps must be above 0"),
     (["verify", "{run}", "--eps", "0.01", "-0.1"], "eps must be finite and at least 0"),
     (["verify", "{run}", "--eps", "8"], "write 8/255, not 8"),

@@ -33,7 +33,7 @@ from lirpa_fastwarmup.verification import Journal
 SETTINGS = preset("mnist5k").replace(
     width=2, hidden=8, data_limit=70, epochs=1, ramp_start=1, ramp_length=1, eps=0.01, pgd_steps=1, pgd_restarts=1
 )
-FILES = 2000  # In all.
+FILES = 2000  # Total.
 
 
 @pytest.fixture(scope="module")

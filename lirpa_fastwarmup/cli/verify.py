@@ -112,6 +112,8 @@ def _folder(options: argparse.Namespace) -> Path:
     out = options.out or options.run
     if out is None:
         raise ValueError("name the folder for the results with --out DIR")
+    if options.run is not None and not options.run.is_dir():
+        raise FileNotFoundError(f"there is no folder {options.run}: name the folder of a training run")
     there = [name for name in report.WRITTEN if (out / name).exists()]
     if there and not options.overwrite:
         raise FileExistsError(
