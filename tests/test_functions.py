@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import pytest
 import torch
@@ -232,7 +233,7 @@ def test_a_parameter_that_is_read_in_python_warns():
     [
         (lambda x: x.unsqueeze(0).squeeze(), "Squeeze"),
         (lambda x: x[:, [-1, 0, 1, 2]], "Gather"),
-        (lambda x: torch.einsum("bi,ij->bj", x, torch.eye(4)), "bi,ij->bj"),
+        (lambda x: torch.einsum("bi,ij->bj", x, torch.eye(4)), "(bi,ij->bj|Einsum)"),
     ],
 )
 def test_failed_conversions_name_the_operator(call, operator):
@@ -242,6 +243,6 @@ def test_failed_conversions_name_the_operator(call, operator):
     try:
         bounded = fw.BoundedModule(model, x)
     except NotImplementedError as error:
-        assert operator in str(error)  # noqa: PT017 (releases differ in what they take)
+        assert re.search(operator, str(error))  # noqa: PT017 (releases differ in what they take)
     else:
         assert torch.allclose(bounded(x), model(x), atol=1e-6)
