@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 
 import lirpa_fastwarmup as fw
-from lirpa_fastwarmup import data
+from lirpa_fastwarmup.experiments import data
+from lirpa_fastwarmup.experiments.presets import preset
+from lirpa_fastwarmup.experiments.training import build_run
 from lirpa_fastwarmup.inspection import plots
-from lirpa_fastwarmup.presets import preset
-from lirpa_fastwarmup.training import build_run
 
 SAMPLES = 64
 

@@ -17,12 +17,12 @@ import measure
 import numpy as np
 import torch
 
-from lirpa_fastwarmup.presets import PRESETS
-from lirpa_fastwarmup.training import Settings
-from lirpa_fastwarmup.training.build import Run, build_run
-from lirpa_fastwarmup.training.interrupt import StopRequest
-from lirpa_fastwarmup.training.loop import Position, train_epoch
-from lirpa_fastwarmup.training.progress import EpochMeans, Listeners
+from lirpa_fastwarmup.experiments.presets import PRESETS
+from lirpa_fastwarmup.experiments.training import Settings
+from lirpa_fastwarmup.experiments.training.build import Run, build_run
+from lirpa_fastwarmup.experiments.training.interrupt import StopRequest
+from lirpa_fastwarmup.experiments.training.loop import Position, train_epoch
+from lirpa_fastwarmup.experiments.training.progress import EpochMeans, Listeners
 
 PHASES = {"before the ramp": 0.0, "in the ramp": 0.5, "at full eps": 1.0}
 

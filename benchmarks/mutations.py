@@ -170,7 +170,7 @@ CNN | lirpa_fastwarmup.engine.bounds:_Margins.matmul
     IBP, margins: sign | weight.index_select(0, self.labels).unsqueeze(1) - weight => weight - weight[self.labels, None]
 CNN | lirpa_fastwarmup.engine.normalization:_ScaledInterval.forward
     IBP, BatchNorm: radius by the scale, not by its absolute value | scale.abs() / 2 => scale / 2
-CNN | lirpa_fastwarmup.engine.sharing:SharedBatchNorm.interval_propagate
+CNN | lirpa_fastwarmup.engine.batchnorm:SharedBatchNorm.interval_propagate
     IBP, BatchNorm: statistics from before training | v[3][0], v[4][0] => 0 * v[3][0], 0 * v[4][0] + 1
     IBP, BatchNorm: no eps under the root | (self.current_var + self.eps) => self.current_var
 ResNet | BoundAdd.interval_propagate

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lirpa_fastwarmup as fw
-from lirpa_fastwarmup import data
+from lirpa_fastwarmup.experiments import data
 
 EPS, BATCH = 0.1, 64
 

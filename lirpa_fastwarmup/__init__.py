@@ -8,17 +8,17 @@ from pathlib import Path
 
 try:
     from lirpa_fastwarmup import models
+    from lirpa_fastwarmup.engine.batchnorm import share_batchnorm_state
     from lirpa_fastwarmup.engine.bounds import input_box
     from lirpa_fastwarmup.engine.graph import StructureError
     from lirpa_fastwarmup.engine.layers import LayerBounds, relu_bounds
     from lirpa_fastwarmup.engine.module import BoundedModule
-    from lirpa_fastwarmup.engine.sharing import share_batchnorm_state
     from lirpa_fastwarmup.engine.tracing import TracedPathWarning
-    from lirpa_fastwarmup.inspection.figures import Inspection
-    from lirpa_fastwarmup.inspection.inspect import inspect
+    from lirpa_fastwarmup.inspection.layers import inspect
+    from lirpa_fastwarmup.inspection.statistics import Inspection
     from lirpa_fastwarmup.recipe import regularizers
-    from lirpa_fastwarmup.recipe.batchnorm import insert_batchnorm
     from lirpa_fastwarmup.recipe.compiled import CompilationWarning
+    from lirpa_fastwarmup.recipe.full_batchnorm import insert_batchnorm
     from lirpa_fastwarmup.recipe.initialization import LayerInit, ibp_init_, initialize_
     from lirpa_fastwarmup.recipe.objective import NonFiniteLossError, ShortWarmup, StepLoss
     from lirpa_fastwarmup.recipe.schedule import ConstantEpsilon, LinearEpsilon, Schedule, SmoothedEpsilon

@@ -12,8 +12,8 @@ import torch
 from hypothesis import settings
 from torch import Tensor
 
-from lirpa_fastwarmup import data
 from lirpa_fastwarmup.engine.compat import ENGINE_VERSION, engine
+from lirpa_fastwarmup.experiments import data
 
 settings.register_profile("suite", deadline=None, derandomize=True)
 settings.load_profile("suite")

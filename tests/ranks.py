@@ -127,9 +127,9 @@ def compiled_over_ranks(rank: int, size: int) -> list[str]:
 
 def joined_runs(rank: int, size: int, change: str) -> str:
     """The error of processes whose settings, or data, differ."""
-    from lirpa_fastwarmup.presets import preset
-    from lirpa_fastwarmup.training.build import build_run
-    from lirpa_fastwarmup.training.ranks import join_ranks
+    from lirpa_fastwarmup.experiments.presets import preset
+    from lirpa_fastwarmup.experiments.training.build import build_run
+    from lirpa_fastwarmup.experiments.training.ranks import join_ranks
 
     settings = preset("mnist5k").replace(width=2, hidden=8, data_limit=64, batch_size=16)
     changes: dict[str, Any] = {"settings": {"lr": 0.1}, "data": {"data_limit": 48}, "nothing": {}}[change]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from lirpa_fastwarmup.data import Augmentation, Batches, Split
+from lirpa_fastwarmup.experiments.data import Augmentation, Batches, Split
 
 
 def images(count=64, channels=3, height=7, width=6):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from lirpa_fastwarmup import data
+from lirpa_fastwarmup.experiments import data
 
 
 def split(count):

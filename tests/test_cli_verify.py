@@ -11,10 +11,11 @@ import torch
 from torch import nn
 
 import lirpa_fastwarmup as fw
-from lirpa_fastwarmup import cli, data, exchange, verification
+from lirpa_fastwarmup import cli, verification
 from lirpa_fastwarmup.engine.compat import ENGINE_VERSION, engine
-from lirpa_fastwarmup.presets import preset
-from lirpa_fastwarmup.training import load_model, train
+from lirpa_fastwarmup.experiments import data
+from lirpa_fastwarmup.experiments.presets import preset
+from lirpa_fastwarmup.experiments.training import load_model, train
 
 IN_SHAPE = (1, 28, 28)
 
@@ -191,7 +192,7 @@ def test_a_network_from_elsewhere(run_dir, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "elsewhere_networks.py").write_text(FACTORY)
     weights = weights_of(run_dir, tmp_path / "weights.pt")
-    exchange.write_onnx(load_model(run_dir / "model.pt"), IN_SHAPE, tmp_path / "network.onnx")
+    verification.write_onnx(load_model(run_dir / "model.pt"), IN_SHAPE, tmp_path / "network.onnx")
     common = (*QUICK, "--eps", 0.01, "--limit", 50, "--dataset", "mnist5k")
     assert run(capsys, "verify", run_dir, *common, "--out", "a")[0] == 0
     named = ("--model", "elsewhere_networks:small", "--weights", weights)
@@ -220,7 +221,7 @@ def test_export(run_dir, capsys, tmp_path):
     assert sorted(path.name for path in (folder / "properties").iterdir()) == [
         *("000003.vnnlib", "000004.vnnlib", "000990.vnnlib")
     ]
-    read = exchange.read_onnx(folder / "network.onnx", IN_SHAPE)
+    read = verification.read_onnx(folder / "network.onnx", IN_SHAPE)
     x = data.load("mnist5k").test.images[:5].float() / 255
     assert torch.allclose(read(x), load_model(run_dir / "model.pt")(x), atol=1e-4)
     text = (folder / "properties/000990.vnnlib").read_text()
@@ -279,8 +280,8 @@ class Rounding(nn.Module):
 @pytest.fixture(scope="module")
 def files(trained, tmp_path_factory):
     folder = tmp_path_factory.mktemp("files")
-    exchange.write_onnx(nn.Sequential(nn.Flatten(), nn.Linear(784, 5)).eval(), IN_SHAPE, folder / "five.onnx")
-    exchange.write_onnx(Rounding().eval(), IN_SHAPE, folder / "round.onnx")
+    verification.write_onnx(nn.Sequential(nn.Flatten(), nn.Linear(784, 5)).eval(), IN_SHAPE, folder / "five.onnx")
+    verification.write_onnx(Rounding().eval(), IN_SHAPE, folder / "round.onnx")
     weights_of(trained, folder / "weights.pt")
     return {
         "run": trained,

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from lirpa_fastwarmup import cli
-from lirpa_fastwarmup.inspection.compare import comparison
+from lirpa_fastwarmup.experiments.report.comparison import comparison
 from lirpa_fastwarmup.inspection.table import as_markdown, as_text
 
 

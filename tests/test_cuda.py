@@ -7,9 +7,9 @@ import torch
 
 import lirpa_fastwarmup as fw
 from lirpa_fastwarmup.engine.precision import products_in_tf32
-from lirpa_fastwarmup.presets import preset
+from lirpa_fastwarmup.experiments.presets import preset
+from lirpa_fastwarmup.experiments.training import TrainingInterrupted, resume, train
 from lirpa_fastwarmup.recipe import cuda_graph
-from lirpa_fastwarmup.training import TrainingInterrupted, resume, train
 from tests import networks
 from tests.test_compiled import EPS, FULL, RAMPING, STARTING, assert_same_step, pair
 from tests.test_resume import SignalAt

@@ -6,9 +6,9 @@ import struct
 import pytest
 import torch
 
-from lirpa_fastwarmup import data
-from lirpa_fastwarmup.data import CorruptFileError
-from lirpa_fastwarmup.data.mnist import read_idx
+from lirpa_fastwarmup.experiments import data
+from lirpa_fastwarmup.experiments.data import CorruptFileError
+from lirpa_fastwarmup.experiments.data.mnist import read_idx
 
 FILES = {
     "train-images-idx3-ubyte": (6, 28, 28),

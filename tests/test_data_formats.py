@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 import torch
 
-from lirpa_fastwarmup import data
-from lirpa_fastwarmup.data import CorruptFileError, cifar10, mnist, tiny_imagenet
-from lirpa_fastwarmup.data.download import Source
+from lirpa_fastwarmup.experiments import data
+from lirpa_fastwarmup.experiments.data import CorruptFileError, cifar10, mnist, tiny_imagenet
+from lirpa_fastwarmup.experiments.data.download import Source
 from tests.test_data import FILES, idx
 
 RANDOM = np.random.default_rng(0)

@@ -14,11 +14,12 @@ import pytest
 import torch
 
 import lirpa_fastwarmup as fw
-from lirpa_fastwarmup import cli, data, distributed
+from lirpa_fastwarmup import cli, distributed
 from lirpa_fastwarmup.distributed import differentiable_total, joined, local_device, total
-from lirpa_fastwarmup.inspection.records import read_history
+from lirpa_fastwarmup.experiments import data
+from lirpa_fastwarmup.experiments.report.records import read_history
+from lirpa_fastwarmup.experiments.training import load_model
 from lirpa_fastwarmup.storage import read_json, weights_sum
-from lirpa_fastwarmup.training import load_model
 from lirpa_fastwarmup.verification import evaluate
 from tests import ranks
 

@@ -8,8 +8,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from lirpa_fastwarmup.data.download import CorruptFileError, Source, download
-from lirpa_fastwarmup.data.files import fetched
+from lirpa_fastwarmup.experiments.data.download import CorruptFileError, Source, download
+from lirpa_fastwarmup.experiments.data.files import fetched
 
 CONTENT = bytes(range(256)) * 20_000  # 5 MB, in several chunks.
 CHECKSUM = f"sha256:{hashlib.sha256(CONTENT).hexdigest()}"

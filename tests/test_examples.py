@@ -17,7 +17,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 NOTEBOOKS = sorted(EXAMPLES.glob("*.ipynb"))
 # Run before the first cell: on all digits the notebooks take minutes, and some are enough to run every cell.
 FEWER_DIGITS = """
-from lirpa_fastwarmup import data as _data
+from lirpa_fastwarmup.experiments import data as _data
 _read = _data.LOADERS["mnist5k"]
 def _fewer_digits(folder):
     import dataclasses

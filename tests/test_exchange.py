@@ -13,10 +13,10 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 import lirpa_fastwarmup as fw
-from lirpa_fastwarmup import exchange
+from lirpa_fastwarmup import verification
 from lirpa_fastwarmup.boxes import box_ends
-from lirpa_fastwarmup.exchange import onnx_file
 from lirpa_fastwarmup.verification import METHODS, pgd
+from lirpa_fastwarmup.verification import onnx as onnx_file
 from tests import networks
 
 NETWORKS = {
@@ -40,7 +40,7 @@ def network(request):
 
 def test_onnx_agrees_with_torch_for_every_batch_size(network, tmp_path):
     path = tmp_path / "network.onnx"
-    exchange.write_onnx(network, (1, 8, 8), path)
+    verification.write_onnx(network, (1, 8, 8), path)
     onnx.checker.check_model(str(path), full_check=True)
     session = onnxruntime.InferenceSession(str(path))
     assert [one.name for one in session.get_inputs()] == ["input"]
@@ -53,8 +53,8 @@ def test_onnx_agrees_with_torch_for_every_batch_size(network, tmp_path):
 
 def test_what_is_read_back_has_the_same_bounds(network, x, tmp_path):
     path = tmp_path / "network.onnx"
-    exchange.write_onnx(network, (1, 8, 8), path)
-    read = exchange.read_onnx(path, (1, 8, 8))
+    verification.write_onnx(network, (1, 8, 8), path)
+    read = verification.read_onnx(path, (1, 8, 8))
     assert not read.training
     assert torch.allclose(read(x), network(x), atol=1e-5)
     box = fw.input_box(x, 0.03)
@@ -105,16 +105,16 @@ def test_batchnorm_of_a_foreign_file(mode, x, tmp_path):
     path = onnx_model([node, *LINEAR], constants, tmp_path / "bn.onnx")
     if mode:
         with pytest.raises(ValueError, match="was exported in training mode"):
-            exchange.read_onnx(path, (1, 8, 8))
+            verification.read_onnx(path, (1, 8, 8))
         return
-    read = exchange.read_onnx(path, (1, 8, 8))
+    read = verification.read_onnx(path, (1, 8, 8))
     expected = norm(x).flatten(1) @ constants["w"].T + constants["b"]
     assert torch.allclose(read(x), expected, atol=1e-5)
 
 
 def test_an_operator_that_the_engine_lacks_is_named(tmp_path):
     nodes = [helper.make_node("Round", ["x"], ["h"]), *LINEAR]
-    read = exchange.read_onnx(onnx_model(nodes, weights(), tmp_path / "round.onnx"), (1, 8, 8))
+    read = verification.read_onnx(onnx_model(nodes, weights(), tmp_path / "round.onnx"), (1, 8, 8))
     with pytest.raises(NotImplementedError, match=r"has no bounds for the operator\(s\) .*[Rr]ound"):
         fw.BoundedModule(read, torch.rand(2, 1, 8, 8))
 
@@ -123,31 +123,31 @@ def test_an_operator_that_cannot_be_converted_is_named(tmp_path):
     nodes = [helper.make_node("Frobnicate", ["x"], ["h"], domain="my.own"), *LINEAR]
     path = onnx_model(nodes, weights(), tmp_path / "own.onnx")
     with pytest.raises(NotImplementedError, match="Frobnicate"):
-        exchange.read_onnx(path, (1, 8, 8))
+        verification.read_onnx(path, (1, 8, 8))
 
 
 def test_files_that_are_no_networks(tmp_path):
     garbage = tmp_path / "garbage.onnx"
     garbage.write_bytes(b"this is no protobuf at all")
     with pytest.raises(ValueError, match="is no valid ONNX file"):
-        exchange.read_onnx(garbage, (1, 8, 8))
+        verification.read_onnx(garbage, (1, 8, 8))
     with pytest.raises(FileNotFoundError):
-        exchange.read_onnx(tmp_path / "absent.onnx", (1, 8, 8))
+        verification.read_onnx(tmp_path / "absent.onnx", (1, 8, 8))
     two = [helper.make_node("Add", ["x", "z"], ["h"]), *LINEAR]
     with pytest.raises(ValueError, match=r"has the inputs x, z and 1 output"):
-        exchange.read_onnx(onnx_model(two, weights(), tmp_path / "two.onnx", inputs=("x", "z")), (1, 8, 8))
+        verification.read_onnx(onnx_model(two, weights(), tmp_path / "two.onnx", inputs=("x", "z")), (1, 8, 8))
     image = [helper.make_node("Identity", ["x"], ["y"])]
     with pytest.raises(ValueError, match=r"output of .* for two inputs is \(2, 1, 8, 8\)"):
-        exchange.read_onnx(onnx_model(image, {}, tmp_path / "image.onnx", shape=("batch", 1, 8, 8)), (1, 8, 8))
+        verification.read_onnx(onnx_model(image, {}, tmp_path / "image.onnx", shape=("batch", 1, 8, 8)), (1, 8, 8))
     fine = onnx_model([helper.make_node("Relu", ["x"], ["h"]), *LINEAR], weights(), tmp_path / "fine.onnx")
     with pytest.raises(ValueError, match=r"cannot be run on a batch of two inputs of shape \(3, 32, 32\)"):
-        exchange.read_onnx(fine, (3, 32, 32))
+        verification.read_onnx(fine, (3, 32, 32))
 
 
 def test_a_wrong_conversion_is_noticed(x, tmp_path, monkeypatch):
     path = tmp_path / "network.onnx"
     model = networks.multilayer(batchnorm=False).eval()
-    exchange.write_onnx(model, (1, 8, 8), path)
+    verification.write_onnx(model, (1, 8, 8), path)
     converter = onnx_file._converter()
 
     class Wrong(nn.Module):
@@ -160,7 +160,7 @@ def test_a_wrong_conversion_is_noticed(x, tmp_path, monkeypatch):
 
     monkeypatch.setattr(onnx_file, "_converter", lambda: type("Module", (), {"ConvertModel": Wrong}))
     with pytest.raises(ValueError, match=r"onnxruntime computes other logits than PyTorch, by up to 0\.01"):
-        exchange.read_onnx(path, (1, 8, 8))
+        verification.read_onnx(path, (1, 8, 8))
 
 
 def test_missing_packages_are_named(tmp_path, monkeypatch):
@@ -170,15 +170,15 @@ def test_missing_packages_are_named(tmp_path, monkeypatch):
         ("onnxruntime", r"ONNX files need onnxruntime, .*lirpa_fastwarmup\[onnx\]"),
     ):
         path = tmp_path / f"{package}.onnx"
-        exchange.write_onnx(networks.multilayer(batchnorm=False).eval(), (1, 8, 8), path)
+        verification.write_onnx(networks.multilayer(batchnorm=False).eval(), (1, 8, 8), path)
         with monkeypatch.context() as patch:
             patch.setattr(onnx_file.importlib.util, "find_spec", lambda n, p=package: None if n == p else find(n))
             with pytest.raises(ImportError, match=message):
-                exchange.read_onnx(path, (1, 8, 8))
+                verification.read_onnx(path, (1, 8, 8))
 
 
 def read_property(text):
-    """A reader of its own for what :func:`exchange.robustness_property` writes: bounds, and pairs Y_a >= Y_b."""
+    """A reader of its own for what :func:`verification.robustness_property` writes: bounds, and pairs Y_a >= Y_b."""
     lower, upper, pairs = {}, {}, []
     for sign, name, value in re.findall(r"\(assert \(([<>])= X_(\d+) (-?[\d.]+)\)\)", text):
         (lower if sign == ">" else upper)[int(name)] = float(value)
@@ -198,7 +198,7 @@ def test_a_property_is_about_exactly_the_box_and_the_label(eps):
     x[0, 0, 0, 0] = 1e-9
     y = model(x).argmax(1)
     lower, upper = box_ends(x, eps, (0.0, 1.0))
-    text = exchange.robustness_property(lower[0], upper[0], int(y[0]), 3, comment="two\nlines")
+    text = verification.robustness_property(lower[0], upper[0], int(y[0]), 3, comment="two\nlines")
     assert text.startswith("; two\n; lines\n")
     assert text.count("(declare-const X_") == 64
     assert text.count("(declare-const Y_") == 3
@@ -214,21 +214,21 @@ def test_a_property_is_about_exactly_the_box_and_the_label(eps):
     moved = (adversarial != x).flatten(1).any(1).nonzero().flatten().tolist()
     assert moved
     for index in moved:
-        pairs = read_property(exchange.robustness_property(lower[0], upper[0], int(y[index]), 3))[2]
+        pairs = read_property(verification.robustness_property(lower[0], upper[0], int(y[index]), 3))[2]
         assert violated(model(adversarial)[index])
 
 
 def test_bad_properties():
     with pytest.raises(ValueError, match="label 3 is none of the 3 classes"):
-        exchange.robustness_property(torch.zeros(2), torch.ones(2), 3, 3)
+        verification.robustness_property(torch.zeros(2), torch.ones(2), 3, 3)
     with pytest.raises(ValueError, match="the box is empty"):
-        exchange.robustness_property(torch.ones(2), torch.zeros(2), 0, 3)
+        verification.robustness_property(torch.ones(2), torch.zeros(2), 0, 3)
 
 
 def test_the_folder_for_other_verifiers(x, y, tmp_path):
     model = networks.convolutional().eval()
     out = tmp_path / "a" / "b"
-    exchange.export(model, x[:3], y[:3], 0.1, out, indices=[4, 70, 1234567], timeout=60)
+    verification.export(model, x[:3], y[:3], 0.1, out, indices=[4, 70, 1234567], timeout=60)
     with (out / "instances.csv").open() as file:
         rows = list(csv.reader(file))
     assert [row[0] for row in rows] == ["network.onnx"] * 3
@@ -259,5 +259,5 @@ def test_bad_exports_write_nothing(x, y, tmp_path):
         else:
             model.train()
         with pytest.raises(ValueError, match=message):
-            exchange.export(*arguments, out)
+            verification.export(*arguments, out)
     assert not out.exists()

@@ -14,7 +14,7 @@ from torch import nn
 
 import lirpa_fastwarmup as fw
 from lirpa_fastwarmup.engine.compat import engine
-from lirpa_fastwarmup.inspection.figures import history_columns
+from lirpa_fastwarmup.inspection.statistics import history_columns
 from tests.networks import ON_8X8, CalledTwice, TwoInputs, convolutional, multilayer
 from tests.reference import Box, propagate
 

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import lirpa_fastwarmup as fw
+from lirpa_fastwarmup.engine.batchnorm import BoundBatchNormalization
 from lirpa_fastwarmup.engine.compat import ENGINE_VERSION
-from lirpa_fastwarmup.engine.sharing import BoundBatchNormalization
 from tests import networks
 from tests.reference import output_bounds
 

@@ -34,7 +34,7 @@ def modules():
 def test_wheel_holds_every_module_and_the_marker_of_types(built):
     wheel, _ = built
     names = set(zipfile.ZipFile(wheel).namelist())
-    assert modules() | {"lirpa_fastwarmup/py.typed", "lirpa_fastwarmup/inspection/report.html.jinja"} <= names
+    assert modules() | {"lirpa_fastwarmup/py.typed", "lirpa_fastwarmup/experiments/report/report.html.jinja"} <= names
     assert not any(name.startswith(("tests", "benchmarks", "examples")) for name in names)
 
 

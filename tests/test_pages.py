@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from lirpa_fastwarmup import cli, data, models
-from lirpa_fastwarmup.exchange import write_onnx
-from lirpa_fastwarmup.presets import preset
-from lirpa_fastwarmup.training import train
+from lirpa_fastwarmup import cli, models
+from lirpa_fastwarmup.experiments import data
+from lirpa_fastwarmup.experiments.presets import preset
+from lirpa_fastwarmup.experiments.training import train
+from lirpa_fastwarmup.verification import write_onnx
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted(page for page in (ROOT / "docs").rglob("*.md"))]

@@ -4,9 +4,9 @@ from typing import get_args
 
 import pytest
 
-from lirpa_fastwarmup.presets import PRESETS, preset
-from lirpa_fastwarmup.training import METHODS, Settings
-from lirpa_fastwarmup.training.methods import Method
+from lirpa_fastwarmup.experiments.presets import PRESETS, preset
+from lirpa_fastwarmup.experiments.training import METHODS, Settings
+from lirpa_fastwarmup.experiments.training.methods import Method
 
 COMMON = {
     "method": "fast",

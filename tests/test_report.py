@@ -15,11 +15,12 @@ import pytest
 import torch
 
 import lirpa_fastwarmup as fw
-from lirpa_fastwarmup import cli, data
-from lirpa_fastwarmup.inspection.records import read_history
-from lirpa_fastwarmup.presets import preset
+from lirpa_fastwarmup import cli
+from lirpa_fastwarmup.experiments import data
+from lirpa_fastwarmup.experiments.presets import preset
+from lirpa_fastwarmup.experiments.report.records import read_history
+from lirpa_fastwarmup.experiments.training import load_model, train
 from lirpa_fastwarmup.storage import read_csv, read_json, weights_sum, write_json, write_tensors
-from lirpa_fastwarmup.training import load_model, train
 
 SETTINGS = preset("mnist5k").replace(
     width=2, hidden=8, epochs=3, ramp_start=2, ramp_length=1, eps=0.01, lr=5e-3, pgd_steps=1, pgd_restarts=1

@@ -15,10 +15,10 @@ import pytest
 import torch
 
 from lirpa_fastwarmup import cli
-from lirpa_fastwarmup.presets import preset
+from lirpa_fastwarmup.experiments.presets import preset
+from lirpa_fastwarmup.experiments.training import OutputExistsError, TrainingInterrupted, resume, train
+from lirpa_fastwarmup.experiments.training.progress import Listeners
 from lirpa_fastwarmup.storage import FolderInUseError, read_json, write_tensors
-from lirpa_fastwarmup.training import OutputExistsError, TrainingInterrupted, resume, train
-from lirpa_fastwarmup.training.progress import Listeners
 
 # Three batches an epoch, everything random in use, and a state beside the weights' own.
 SETTINGS = preset("mnist5k").replace(
@@ -134,7 +134,9 @@ def test_a_run_can_be_stopped_again_and_again(unbroken, tmp_path):
 def test_a_resumed_run_never_removes_what_it_goes_on_from(tmp_path, monkeypatch):
     with pytest.raises(TrainingInterrupted):
         train(SETTINGS, tmp_path, progress=SignalAt(1))
-    monkeypatch.setattr("lirpa_fastwarmup.training.files.remove_earlier_run", lambda _: pytest.fail("removed"))
+    monkeypatch.setattr(
+        "lirpa_fastwarmup.experiments.training.files.remove_earlier_run", lambda _: pytest.fail("removed")
+    )
     with pytest.raises(TrainingInterrupted):
         resume(tmp_path, progress=SignalAt(1))
 
@@ -145,7 +147,7 @@ def test_a_stop_in_the_last_evaluation_loses_nothing(unbroken, tmp_path, monkeyp
         raise AssertionError("the signal was not raised at once")
 
     with monkeypatch.context() as patch:
-        patch.setattr("lirpa_fastwarmup.training.summary.evaluate", interrupted)
+        patch.setattr("lirpa_fastwarmup.experiments.training.summary.evaluate", interrupted)
         with pytest.raises(TrainingInterrupted, match="SIGTERM"):
             train(SETTINGS, tmp_path)
     resume(tmp_path)
@@ -156,7 +158,7 @@ def test_a_stop_in_the_last_evaluation_loses_nothing(unbroken, tmp_path, monkeyp
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from lirpa_fastwarmup.training import files, train
+from lirpa_fastwarmup.experiments.training import files, train
 from tests.test_resume import SETTINGS, SignalAt
 
 def kill():
@@ -211,8 +213,8 @@ KILLED_ANYWHERE = """
 import dataclasses, os, random, signal, sys, time
 sys.modules["matplotlib"] = None  # Drawing takes longer than the run.
 from pathlib import Path
-from lirpa_fastwarmup import data
-from lirpa_fastwarmup.training import resume, train
+from lirpa_fastwarmup.experiments import data
+from lirpa_fastwarmup.experiments.training import resume, train
 from tests.test_resume import BRIEF
 
 digits = data.load("mnist5k")

@@ -13,14 +13,15 @@ from torch import nn
 import lirpa_fastwarmup as fw
 from lirpa_fastwarmup import cli
 from lirpa_fastwarmup.engine.precision import products_in_tf32
-from lirpa_fastwarmup.presets import preset
+from lirpa_fastwarmup.experiments import data
+from lirpa_fastwarmup.experiments.presets import preset
+from lirpa_fastwarmup.experiments.training import METHODS, load_model, train
+from lirpa_fastwarmup.experiments.training.build import build_run
+from lirpa_fastwarmup.experiments.training.interrupt import StopRequest
+from lirpa_fastwarmup.experiments.training.loop import Position, train_epoch
+from lirpa_fastwarmup.experiments.training.progress import EpochMeans, Listeners
 from lirpa_fastwarmup.recipe.compiled import CompiledSteps
 from lirpa_fastwarmup.storage import read_json
-from lirpa_fastwarmup.training import METHODS, load_model, train
-from lirpa_fastwarmup.training.build import build_run
-from lirpa_fastwarmup.training.interrupt import StopRequest
-from lirpa_fastwarmup.training.loop import Position, train_epoch
-from lirpa_fastwarmup.training.progress import EpochMeans, Listeners
 
 CPU = torch.device("cpu")
 SMALL = preset("mnist5k").replace(
@@ -150,7 +151,7 @@ def test_the_average_of_weights_is_what_is_evaluated_and_kept(tmp_path):
     summary = train(settings, tmp_path / "run")
     kept = load_model(tmp_path / "run" / "model.pt")
     assert torch.equal(kept[0].weight, average)
-    test = fw.data.load("mnist5k").test
+    test = data.load("mnist5k").test
     wrong = (kept(test.images.float() / 255).argmax(1) != test.labels).double().mean()
     assert float(wrong) == pytest.approx(summary["standard_error"])
 
@@ -275,7 +276,7 @@ def test_a_network_of_ones_own_is_trained_with_all_remedies(own_networks):
     assert type(model).__name__ == "Net"
     # BatchNorm was inserted, and its statistics are kept.
     assert int(model.conv.batchnorm.num_batches_tracked) == 2
-    test = fw.data.load("mnist5k").test
+    test = data.load("mnist5k").test
     wrong = (model(test.images.float() / 255).argmax(1) != test.labels).double().mean()
     assert float(wrong) == pytest.approx(summary["standard_error"])
     train(settings.replace(batchnorm=False), own_networks / "without")

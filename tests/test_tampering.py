@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 import torch
 
-from lirpa_fastwarmup import cli, data, storage
+from lirpa_fastwarmup import cli, storage
 from lirpa_fastwarmup.cli.report import _certified_samples
-from lirpa_fastwarmup.data import cifar10, mnist, npz
-from lirpa_fastwarmup.inspection.records import read_record, read_summary
-from lirpa_fastwarmup.presets import preset
-from lirpa_fastwarmup.training import (
+from lirpa_fastwarmup.experiments import data
+from lirpa_fastwarmup.experiments.data import cifar10, mnist, npz
+from lirpa_fastwarmup.experiments.presets import preset
+from lirpa_fastwarmup.experiments.report.records import read_record, read_summary
+from lirpa_fastwarmup.experiments.training import (
     UntrustedError,
     checkpoint,
     load_model,

@@ -10,10 +10,11 @@ import pytest
 import torch
 
 import lirpa_fastwarmup as fw
-from lirpa_fastwarmup.presets import preset
+from lirpa_fastwarmup.experiments import data
+from lirpa_fastwarmup.experiments.presets import preset
+from lirpa_fastwarmup.experiments.training import OutputExistsError, load_model, train
+from lirpa_fastwarmup.experiments.training.progress import EpochMeans
 from lirpa_fastwarmup.storage import read_json
-from lirpa_fastwarmup.training import OutputExistsError, load_model, train
-from lirpa_fastwarmup.training.progress import EpochMeans
 
 SMALL = preset("mnist5k").replace(
     width=2,
@@ -70,7 +71,7 @@ def test_model_can_be_rebuilt_without_the_run(finished):
     out, summary = finished
     model = load_model(out / "model.pt")
     assert not model.training
-    test = fw.data.load("mnist5k").test
+    test = data.load("mnist5k").test
     wrong = (model(test.images.float() / 255).argmax(1) != test.labels).double().mean()
     assert float(wrong) == pytest.approx(summary["standard_error"])
 
@@ -197,7 +198,7 @@ def test_runs_without_matplotlib(tmp_path):
     code = (
         "import sys; sys.modules['matplotlib'] = None\n"
         "from pathlib import Path\n"
-        "from lirpa_fastwarmup.training import train\n"
+        "from lirpa_fastwarmup.experiments.training import train\n"
         "from tests.test_training import SMALL\n"
         f"train(SMALL.replace(epochs=1, data_limit=70), Path({str(tmp_path / 'run')!r}))\n"
     )

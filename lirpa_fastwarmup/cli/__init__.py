@@ -13,8 +13,8 @@ from typing import Any
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from lirpa_fastwarmup.cli import compare, export, info, inspect, report, train, verify
+from lirpa_fastwarmup.experiments.training import TrainingInterrupted
 from lirpa_fastwarmup.recipe.objective import NonFiniteLossError
-from lirpa_fastwarmup.training import TrainingInterrupted
 from lirpa_fastwarmup.verification import OutOfMemoryError, UnsoundBoundError
 from lirpa_fastwarmup.version import __version__
 

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from lirpa_fastwarmup.inspection.compare import comparison
+from lirpa_fastwarmup.experiments.report.comparison import comparison
 from lirpa_fastwarmup.inspection.table import as_markdown, as_text
 
 

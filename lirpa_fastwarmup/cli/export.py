@@ -10,7 +10,7 @@ import torch
 
 from lirpa_fastwarmup.cli.options import number
 from lirpa_fastwarmup.cli.subject import add_arguments, subject_of
-from lirpa_fastwarmup.exchange import export
+from lirpa_fastwarmup.verification import export
 
 _FOLDER = "export"
 

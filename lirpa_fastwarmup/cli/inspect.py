@@ -9,13 +9,13 @@ from typing import Any
 from torch import Tensor
 
 import lirpa_fastwarmup as fw
-from lirpa_fastwarmup import data
 from lirpa_fastwarmup.cli.options import add_trust, device_named, find_factories_here
 from lirpa_fastwarmup.cli.settings import add_settings, given_settings, settings_of
 from lirpa_fastwarmup.cli.subject import subject_of_run
 from lirpa_fastwarmup.engine.module import BoundedModule
-from lirpa_fastwarmup.presets import PRESETS
-from lirpa_fastwarmup.training import build_run
+from lirpa_fastwarmup.experiments import data
+from lirpa_fastwarmup.experiments.presets import PRESETS
+from lirpa_fastwarmup.experiments.training import build_run
 
 _SAMPLES = 250
 # What of a run may be named anew.

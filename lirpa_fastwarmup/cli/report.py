@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 
 import lirpa_fastwarmup as fw
-from lirpa_fastwarmup import data
 from lirpa_fastwarmup.cli.options import add_trust, find_factories_here
 from lirpa_fastwarmup.cli.subject import Subject, subject_of_run
 from lirpa_fastwarmup.engine.bounds import ibp_margins, input_box
-from lirpa_fastwarmup.inspection.compare import comparison
-from lirpa_fastwarmup.inspection.records import Image, RunRecord, Sample, check_origin, read_record
-from lirpa_fastwarmup.inspection.report import render
+from lirpa_fastwarmup.experiments import data
+from lirpa_fastwarmup.experiments.report.comparison import comparison
+from lirpa_fastwarmup.experiments.report.page import render
+from lirpa_fastwarmup.experiments.report.records import Image, RunRecord, Sample, check_origin, read_record
+from lirpa_fastwarmup.experiments.training import settings_of_model, settings_of_run
+from lirpa_fastwarmup.experiments.training.files import CHECKPOINT, MODEL
 from lirpa_fastwarmup.storage import make_folder, read_csv, read_json, write_atomically
-from lirpa_fastwarmup.training import settings_of_model, settings_of_run
-from lirpa_fastwarmup.training.files import CHECKPOINT, MODEL
 from lirpa_fastwarmup.verification import report as certificates
 from lirpa_fastwarmup.version import __version__
 

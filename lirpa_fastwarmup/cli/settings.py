@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any, get_args
 
 from lirpa_fastwarmup.cli.options import number
-from lirpa_fastwarmup.data import LOADERS
+from lirpa_fastwarmup.experiments.data import LOADERS
+from lirpa_fastwarmup.experiments.presets import PRESETS, preset
+from lirpa_fastwarmup.experiments.training import METHODS, Settings
+from lirpa_fastwarmup.experiments.training.settings import EvaluateTest, Optimizer, Precision, Select
 from lirpa_fastwarmup.models import MODELS
-from lirpa_fastwarmup.presets import PRESETS, preset
 from lirpa_fastwarmup.recipe.initialization import INITIALIZATIONS
-from lirpa_fastwarmup.recipe.robust import LOSSES
+from lirpa_fastwarmup.recipe.losses import LOSSES
 from lirpa_fastwarmup.recipe.schedule import SCHEDULES
-from lirpa_fastwarmup.training import METHODS, Settings
-from lirpa_fastwarmup.training.settings import EvaluateTest, Optimizer, Precision, Select
 
 _SWITCH = argparse.BooleanOptionalAction
 

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lirpa_fastwarmup import data, models
+from lirpa_fastwarmup import models
 from lirpa_fastwarmup.cli.options import add_trust, find_factories_here
-from lirpa_fastwarmup.exchange import read_onnx
+from lirpa_fastwarmup.experiments import data
+from lirpa_fastwarmup.experiments.training import load_model, load_weights, settings_of_model
+from lirpa_fastwarmup.experiments.training.files import MODEL
 from lirpa_fastwarmup.storage import read_tensors
-from lirpa_fastwarmup.training import load_model, load_weights, settings_of_model
-from lirpa_fastwarmup.training.files import MODEL
+from lirpa_fastwarmup.verification import read_onnx
 
 _SAVE = "save the state dict alone, torch.save(model.state_dict(), FILE)"
 _TAKEN_FROM_RUN = ("model", "weights", "mean", "std")

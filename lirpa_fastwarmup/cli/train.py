@@ -17,12 +17,12 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from lirpa_fastwarmup.cli.options import add_trust, device_named, find_factories_here
 from lirpa_fastwarmup.cli.settings import add_settings, given_settings, settings_of
 from lirpa_fastwarmup.distributed import Ranks, joined, local_device
-from lirpa_fastwarmup.presets import PRESETS
+from lirpa_fastwarmup.experiments.presets import PRESETS
+from lirpa_fastwarmup.experiments.training import Settings, resume, settings_of_run, train
+from lirpa_fastwarmup.experiments.training.files import CHECKPOINT, TENSORBOARD
+from lirpa_fastwarmup.experiments.training.progress import Listeners
+from lirpa_fastwarmup.experiments.training.tensorboard import TensorBoard
 from lirpa_fastwarmup.recipe import compiled
-from lirpa_fastwarmup.training import Settings, resume, settings_of_run, train
-from lirpa_fastwarmup.training.files import CHECKPOINT, TENSORBOARD
-from lirpa_fastwarmup.training.progress import Listeners
-from lirpa_fastwarmup.training.tensorboard import TensorBoard
 
 
 def add_to(commands: Any) -> None:

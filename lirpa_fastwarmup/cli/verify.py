@@ -16,9 +16,9 @@ import lirpa_fastwarmup as fw
 from lirpa_fastwarmup.boxes import check_radius
 from lirpa_fastwarmup.cli.options import device_named, number
 from lirpa_fastwarmup.cli.subject import Subject, add_arguments, check_named, subject_of
-from lirpa_fastwarmup.data import Batches
 from lirpa_fastwarmup.distributed import Ranks, gathered, joined, leader_first, local_device
 from lirpa_fastwarmup.engine.compat import ENGINE_VERSION
+from lirpa_fastwarmup.experiments.data import Batches
 from lirpa_fastwarmup.storage import file_sum, locked, make_folder, weights_sum, write_csv, write_json
 from lirpa_fastwarmup.verification import (
     METHODS,

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lirpa_fastwarmup.boxes import Epsilon, InputRange, box_ends
-from lirpa_fastwarmup.engine import sharing
+from lirpa_fastwarmup.engine import batchnorm
 from lirpa_fastwarmup.engine.compat import engine
 
 _READS = ("__bool__", "__int__", "__index__", "__float__", "item", "tolist")
@@ -154,5 +154,5 @@ def record(
 @torch.no_grad()
 def forget_last_pass(bounded: Any) -> None:
     """Let go of the tensors that the nodes of ``bounded`` hold, as a pass over the smallest batch does."""
-    with sharing.without_bookkeeping(bounded):
+    with batchnorm.without_bookkeeping(bounded):
         bounded.forward(*bounded.example)

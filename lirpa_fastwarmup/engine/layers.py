@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lirpa_fastwarmup.engine.batchnorm import BoundBatchNormalization, without_bookkeeping
 from lirpa_fastwarmup.engine.graph import AffineLayer, NetworkGraph, StructureError, read_graph
-from lirpa_fastwarmup.engine.sharing import BoundBatchNormalization, without_bookkeeping
 
 
 @dataclass(frozen=True)

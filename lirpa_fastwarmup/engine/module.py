@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from lirpa_fastwarmup.boxes import check_input_shapes
-from lirpa_fastwarmup.engine import sharing
+from lirpa_fastwarmup.engine import batchnorm
 from lirpa_fastwarmup.engine.arithmetic import simplify_arithmetic
 from lirpa_fastwarmup.engine.compat import ENGINE_VERSION, engine
 from lirpa_fastwarmup.engine.equality import check_same_function
@@ -126,8 +126,8 @@ class BoundedModule(engine.BoundedModule):
         if self._reviewed.untested and not allow_untested:
             raise untested_error(self._reviewed.untested)
         object.__setattr__(self, "wrapped", model)
-        sharing.adopt_batchnorm(self, model, sharing.ViewedBatchNorm)
-        self._links = sharing.state_links(self, model)
+        batchnorm.adopt_batchnorm(self, model, batchnorm.ViewedBatchNorm)
+        self._links = batchnorm.state_links(self, model)
         self._built = True
         self._follow_wrapped()
         self._check_function()
@@ -148,7 +148,7 @@ class BoundedModule(engine.BoundedModule):
                 verbose=verbose,
                 custom_ops={**CUSTOM_OPERATORS, **ops},
             )
-        sharing.adopt_parameters(self)
+        batchnorm.adopt_parameters(self)
         adopt_operators(self)
         simplify_arithmetic(self)
         self.__dict__["_reviewed"] = review(self, len(self.example[0]))
@@ -230,7 +230,7 @@ class BoundedModule(engine.BoundedModule):
         it; and so are the figures that the paper's regularisers are made of, which are not linear in the batch. Every
         process must make every pass, and compute every regulariser.
         """
-        sharing.batchnorm_over_ranks(self)
+        batchnorm.batchnorm_over_ranks(self)
         self._over_ranks = True
         return self
 
@@ -254,7 +254,7 @@ class BoundedModule(engine.BoundedModule):
             super().train(mode)
             return self
         self.wrapped.train(mode)
-        sharing.follow_modules(self, mode)
+        batchnorm.follow_modules(self, mode)
         return self
 
     def eval(self) -> Self:
@@ -291,7 +291,7 @@ class BoundedModule(engine.BoundedModule):
         """Take over what happened to the wrapped model since: its mode, and tensors that were replaced."""
         for link in self._links:
             link.refresh()
-        sharing.follow_modules(self, self.wrapped.training)
+        batchnorm.follow_modules(self, self.wrapped.training)
 
     # Passes.
 
@@ -340,7 +340,7 @@ class BoundedModule(engine.BoundedModule):
         self._bounding = True
         try:
             with (
-                sharing.without_bookkeeping(self),
+                batchnorm.without_bookkeeping(self),
                 named_failures(self, method),
                 default_dtype(_like(self.wrapped).dtype),  # Both releases make some of their tensors without a dtype.
             ):
@@ -373,5 +373,5 @@ class BoundedModule(engine.BoundedModule):
         return any(
             node.training and node.bn_mode == "forward"
             for node in self._modules.values()
-            if isinstance(node, sharing.BoundBatchNormalization)
+            if isinstance(node, batchnorm.BoundBatchNormalization)
         )

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lirpa_fastwarmup.engine.arithmetic import BoundConstantArithmetic, reached_from_inputs
+from lirpa_fastwarmup.engine.batchnorm import SharedBatchNorm, ViewedBatchNorm
 from lirpa_fastwarmup.engine.compat import ENGINE_VERSION, engine, node_classes
 from lirpa_fastwarmup.engine.graph import NetworkGraph
 from lirpa_fastwarmup.engine.nodes import (
@@ -26,7 +27,6 @@ from lirpa_fastwarmup.engine.nodes import (
     MarginMatMul,
     StridedSlice,
 )
-from lirpa_fastwarmup.engine.sharing import SharedBatchNorm, ViewedBatchNorm
 
 _INPUT: Any = engine.bound_general.BoundInput
 

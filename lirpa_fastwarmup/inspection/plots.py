@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lirpa_fastwarmup.inspection.figures import Inspection
+from lirpa_fastwarmup.inspection.statistics import Inspection
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -61,8 +61,8 @@ def draw_bound_growth(axes: Axes, networks: Mapping[str, Inspection], *, formula
     Args:
         axes: to draw into.
         networks: their inspections, by the names to call them.
-        formula: also what the layers' :attr:`~lirpa_fastwarmup.inspection.figures.AffineFigures.expected_gain` multiply
-            to, as thin lines with crosses. It supposes layers one after the other, without BatchNorm.
+        formula: also draw the product of the layers' expected gains, as thin lines with crosses. The formula assumes a
+            sequential network without BatchNorm.
 
     Raises:
         ValueError: none of the networks has a ReLU.

@@ -29,8 +29,8 @@ from lirpa_fastwarmup.engine.graph import StructureError, read_graph
 from lirpa_fastwarmup.engine.module import BoundedModule
 from lirpa_fastwarmup.recipe.checks import ValueChecks
 from lirpa_fastwarmup.recipe.compiled import CompiledSteps, scalar_like
+from lirpa_fastwarmup.recipe.losses import LOSSES
 from lirpa_fastwarmup.recipe.regularizers import BUILT_IN, Regularizer, relu_balance, tightness
-from lirpa_fastwarmup.recipe.robust import LOSSES
 from lirpa_fastwarmup.recipe.schedule import Schedule
 from lirpa_fastwarmup.recipe.step import Phase, StepValues, Terms, compute_step
 

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lirpa_fastwarmup.engine.module import BoundedModule
+from lirpa_fastwarmup.recipe.losses import Robust, RobustLoss, ibp
 from lirpa_fastwarmup.recipe.regularizers import Regularizer
-from lirpa_fastwarmup.recipe.robust import Robust, RobustLoss, ibp
 
 
 class Phase(Enum):

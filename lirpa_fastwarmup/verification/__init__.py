@@ -5,9 +5,12 @@ from lirpa_fastwarmup.engine.methods import METHODS
 from lirpa_fastwarmup.engine.soundness import UnsoundBoundError
 from lirpa_fastwarmup.memory import OutOfMemoryError
 from lirpa_fastwarmup.verification.evaluate import evaluate, verify
+from lirpa_fastwarmup.verification.handover import export
 from lirpa_fastwarmup.verification.journal import Journal
+from lirpa_fastwarmup.verification.onnx import read_onnx, write_onnx
 from lirpa_fastwarmup.verification.radius import Radius, certified_radii
 from lirpa_fastwarmup.verification.result import Certificate, Share, Stage, Verification
+from lirpa_fastwarmup.verification.vnnlib import robustness_property
 
 __all__ = [
     "METHODS",
@@ -23,6 +26,10 @@ __all__ = [
     "attack",
     "certified_radii",
     "evaluate",
+    "export",
     "pgd",
+    "read_onnx",
+    "robustness_property",
     "verify",
+    "write_onnx",
 ]

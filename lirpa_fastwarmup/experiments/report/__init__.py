@@ -1,0 +1,1 @@
+"""Reports on finished runs: a comparison table and a self-contained page."""
