@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import lirpa_fastwarmup as fw
-from lirpa_fastwarmup.distributed import joined, local_device, total
+from lirpa_fastwarmup.distributed import all_reduce, local_device, process_group
 
 LINKS = {
     "NVLink 4 (450 GB/s)": 450e9,
@@ -53,7 +53,7 @@ def main() -> None:
         print_bytes()
         return
     device = local_device(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    with joined(device) as ranks:
+    with process_group(device) as ranks:
         torch.manual_seed(0)
         bounded = fw.BoundedModule(
             fw.models.cnn7((1, 28, 28), 10, width=options.width).to(device), torch.zeros(2, 1, 28, 28, device=device)
@@ -68,13 +68,13 @@ def main() -> None:
         y = torch.randint(10, (len(x),), device=device)
         seconds = []
         for _ in range(options.rounds + 3):
-            total(torch.zeros(1, device=device)).item()  # Begin together.
+            all_reduce(torch.zeros(1, device=device)).item()  # Begin together.
             begun = time.perf_counter()
             trained(x, y).loss.backward()
-            total(torch.zeros(1, device=device)).item()
+            all_reduce(torch.zeros(1, device=device)).item()
             seconds.append(time.perf_counter() - begun)
             warmup.zero_grad()
-        if ranks.leads:
+        if ranks.is_rank_zero:
             step = statistics.median(seconds[3:])
             print(
                 f"{ranks.size} process(es) on {device.type}, width {options.width}, global batch {options.batch_size}: "

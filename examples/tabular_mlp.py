@@ -60,7 +60,7 @@ def main(seed: int = 0) -> None:
     print(f"standard error  {found.standard_error}")
     print(f"PGD error       {found.pgd_error}")
     print(f"verified error  {found.verified_error}")
-    for verdict in fw.inspect(bounded, x_test, eps, input_range=None).verdicts:
+    for verdict in fw.inspect(bounded, x_test, eps, input_range=None).findings:
         print(verdict)
 
 

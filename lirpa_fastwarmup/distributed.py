@@ -23,7 +23,7 @@ _T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
-class Ranks:
+class World:
     """A process among those that compute one run.
 
     Attributes:
@@ -35,19 +35,19 @@ class Ranks:
     size: int = 1
 
     @property
-    def leads(self) -> bool:
+    def is_rank_zero(self) -> bool:
         """Whether it is the one that writes."""
         return self.rank == 0
 
 
-ALONE = Ranks()
+SINGLE = World()
 
 
-def present() -> Ranks:
+def world() -> World:
     """This process among those of the default process group."""
     if dist.is_available() and dist.is_initialized():
-        return Ranks(dist.get_rank(), dist.get_world_size())
-    return ALONE
+        return World(dist.get_rank(), dist.get_world_size())
+    return SINGLE
 
 
 def local_device(named: torch.device) -> torch.device:
@@ -68,7 +68,7 @@ def local_device(named: torch.device) -> torch.device:
 
 
 @contextmanager
-def joined(device: torch.device) -> Iterator[Ranks]:
+def process_group(device: torch.device) -> Iterator[World]:
     """Be one of the processes that torchrun started, for as long as the block lasts; alone where it did not.
 
     Args:
@@ -78,8 +78,8 @@ def joined(device: torch.device) -> Iterator[Ranks]:
         NotImplementedError: this PyTorch has no NCCL, which connects GPUs.
         ConnectionError: the processes do not find one another, or one of them is lost.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or present() != ALONE:
-        yield present()
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or world() != SINGLE:
+        yield world()
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
     if not dist.is_backend_available(backend):
@@ -92,7 +92,7 @@ def joined(device: torch.device) -> Iterator[Ranks]:
     rank = os.environ.get("RANK")
     try:
         _meet(backend)
-        yield present()
+        yield world()
     except RuntimeError as error:
         # gloo's own errors are plain RuntimeErrors that begin with a place in its sources.
         if not (isinstance(error, dist.DistError) or "/gloo/" in str(error)):
@@ -114,55 +114,55 @@ def _meet(backend: str) -> None:
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_TIMEOUT)
 
 
-def total(values: Tensor) -> Tensor:
+def all_reduce(values: Tensor) -> Tensor:
     """The sum over all processes, without a gradient; shape and dtype as ``values``."""
-    if present().size == 1:
+    if world().size == 1:
         return values
     result = values.detach().clone()
     dist.all_reduce(result)
     return result
 
 
-def differentiable_total(values: Tensor) -> Tensor:
+def differentiable_all_reduce(values: Tensor) -> Tensor:
     """The sum over all processes. Its gradient is the sum of the gradients that all of them have for it."""
-    return values if present().size == 1 else _Total.apply(values)
+    return values if world().size == 1 else _AllReduce.apply(values)
 
 
-class _Total(torch.autograd.Function):
+class _AllReduce(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor) -> Tensor:
-        return total(values)
+        return all_reduce(values)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return total(grad)
+        return all_reduce(grad)
 
 
-def from_leader(value: _T) -> _T:
+def broadcast(value: _T) -> _T:
     """What rank 0 has, on every rank; any object that can be pickled."""
-    if present().size == 1:
+    if world().size == 1:
         return value
-    holder = [value if present().leads else None]
+    holder = [value if world().is_rank_zero else None]
     dist.broadcast_object_list(holder, src=0)
     return holder[0]  # type: ignore[return-value]
 
 
-def gathered(value: _T, group: Any = None) -> list[_T]:
-    """What every rank has, by rank, on all of them; in a group of :func:`unequal_work`, however late they come."""
-    if present().size == 1:
+def all_gather(value: _T, group: Any = None) -> list[_T]:
+    """What every rank has, by rank, on all of them; in a group of :func:`patient_group`, however late they come."""
+    if world().size == 1:
         return [value]
-    values: list[Any] = [None] * present().size
+    values: list[Any] = [None] * world().size
     dist.all_gather_object(values, value, group=group)
     return values
 
 
 @contextmanager
-def unequal_work() -> Iterator[Any]:
-    """A group for :func:`gathered` at the end of a block that takes some ranks much longer than others.
+def patient_group() -> Iterator[Any]:
+    """A group for :func:`all_gather` at the end of a block that takes some ranks much longer than others.
 
     Every rank must enter the block. Objects are sent over gloo, on whatever device the ranks compute.
     """
-    if present().size == 1:
+    if world().size == 1:
         yield None
         return
     group = dist.new_group(backend="gloo", timeout=_PATIENCE)
@@ -173,24 +173,24 @@ def unequal_work() -> Iterator[Any]:
 
 
 @contextmanager
-def leader_first() -> Iterator[None]:
+def rank_zero_first() -> Iterator[None]:
     """Let rank 0 run the block alone, and the others when it has: they find what it downloaded or wrote.
 
     Where it fails on rank 0, the others run the block as well, and fail by themselves.
     """
-    with unequal_work() as group:
-        if not present().leads:
-            gathered(None, group)
+    with patient_group() as group:
+        if not world().is_rank_zero:
+            all_gather(None, group)
         try:
             yield
         finally:
-            if present().leads:
-                gathered(None, group)
+            if world().is_rank_zero:
+                all_gather(None, group)
 
 
 @torch.no_grad()
-def share_buffers(module: torch.nn.Module) -> None:
+def broadcast_buffers(module: torch.nn.Module) -> None:
     """Give every rank the buffers of rank 0, such as BatchNorm's running statistics, in place."""
-    if present().size > 1:
+    if world().size > 1:
         for buffer in module.buffers():
             dist.broadcast(buffer, src=0)

@@ -27,7 +27,7 @@ class OutOfMemoryError(RuntimeError):
     """A single sample does not fit into memory."""
 
 
-class Parts:
+class MicroBatches:
     """Splits batches into parts that fit into memory.
 
     A GPU says when something does not fit, and a part is halved then. The CPU's system ends the process instead; there

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import lirpa_fastwarmup as fw
-from lirpa_fastwarmup.distributed import gathered, leader_first, unequal_work
+from lirpa_fastwarmup.distributed import all_gather, patient_group, rank_zero_first
 from lirpa_fastwarmup.engine.normalization import normalize_over_ranks
 from lirpa_fastwarmup.recipe.compiled import CompiledSteps
 from tests.networks import SmallResNet, convolutional
@@ -164,15 +164,15 @@ def after_unequal_work(rank: int, size: int, folder: str) -> list[int]:
     dist.destroy_process_group()
     limit = timedelta(seconds=1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/again", rank=rank, world_size=size, timeout=limit)
-    with unequal_work() as group:
+    with patient_group() as group:
         time.sleep(3 * rank)
-        return gathered(rank, group)
+        return all_gather(rank, group)
 
 
 def found_by_leader(rank: int, size: int, folder: str) -> bool:
     """Whether the file was there already that rank 0 makes, and takes its time for."""
     path = Path(folder) / "made"
-    with leader_first():
+    with rank_zero_first():
         found = path.exists()
         if not found:
             time.sleep(1)

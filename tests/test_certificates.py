@@ -117,12 +117,12 @@ def test_alpha_crown_is_tighter_than_crown():
 def test_wilson_intervals():
     # Their ends are the shares p at which the count is z = 1.96 deviations of a binomial with p away.
     for count, samples in ((1, 10), (63, 1000), (999, 1000)):
-        share = verification.Share(count, samples)
+        share = verification.ErrorRate(count, samples)
         for end in share.interval:
             assert abs(share.value - end) / math.sqrt(end * (1 - end) / samples) == pytest.approx(1.959964, abs=1e-5)
         assert share.interval[0] < share.value < share.interval[1]
-    assert verification.Share(0, 10).interval[0] == 0.0
-    assert verification.Share(10, 10).interval[1] == 1.0
+    assert verification.ErrorRate(0, 10).interval[0] == 0.0
+    assert verification.ErrorRate(10, 10).interval[1] == 1.0
 
 
 def absorbing_classifier():
@@ -348,7 +348,7 @@ def test_other_failures_are_no_lack_of_memory():
         raise RuntimeError("shapes do not match")
 
     with pytest.raises(RuntimeError, match="shapes do not match"):
-        memory.Parts(4).each(fails, torch.arange(8), "IBP")
+        memory.MicroBatches(4).each(fails, torch.arange(8), "IBP")
 
 
 def test_parts_fit_into_the_memory_that_is_free(monkeypatch):
@@ -362,7 +362,7 @@ def test_parts_fit_into_the_memory_that_is_free(monkeypatch):
         del first
         return (second + 1)[:, 0].long() - 3 + part
 
-    assert torch.equal(memory.Parts(16).each(compute, torch.arange(10), "CROWN"), torch.arange(10))
+    assert torch.equal(memory.MicroBatches(16).each(compute, torch.arange(10), "CROWN"), torch.arange(10))
     assert sizes == [1, 4, 4, 2]
 
 

@@ -15,7 +15,7 @@ import torch
 
 import lirpa_fastwarmup as fw
 from lirpa_fastwarmup import cli, distributed
-from lirpa_fastwarmup.distributed import differentiable_total, joined, local_device, total
+from lirpa_fastwarmup.distributed import all_reduce, differentiable_all_reduce, local_device, process_group
 from lirpa_fastwarmup.experiments import data
 from lirpa_fastwarmup.experiments.report.records import read_history
 from lirpa_fastwarmup.experiments.training import load_model
@@ -146,7 +146,7 @@ def test_batches_that_are_too_small_for_the_processes_are_refused():
 def test_a_pytorch_without_nccl_is_told(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(torch.distributed, "is_backend_available", lambda name: name != "nccl")
-    with pytest.raises(NotImplementedError, match="connected by nccl"), joined(torch.device("cuda")):
+    with pytest.raises(NotImplementedError, match="connected by nccl"), process_group(torch.device("cuda")):
         pass
 
 
@@ -159,11 +159,11 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
 
 
 def test_alone_sums_are_what_there_is():
-    with joined(torch.device("cpu")) as found:
-        assert (found.rank, found.size, found.leads) == (0, 1, True)
+    with process_group(torch.device("cpu")) as found:
+        assert (found.rank, found.size, found.is_rank_zero) == (0, 1, True)
     values = torch.ones(2, requires_grad=True)
-    assert total(values) is values
-    assert differentiable_total(values) is values
+    assert all_reduce(values) is values
+    assert differentiable_all_reduce(values) is values
 
 
 def torchrun(*arguments):
@@ -264,7 +264,7 @@ def test_only_a_lost_process_is_called_so(error, renamed, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setattr(distributed, "_meet", lambda backend: None)
-    with pytest.raises(ConnectionError if renamed else RuntimeError) as raised, joined(torch.device("cpu")):
+    with pytest.raises(ConnectionError if renamed else RuntimeError) as raised, process_group(torch.device("cpu")):
         raise error
     assert (raised.value is not error) is renamed
 

@@ -35,12 +35,12 @@ def relu_inputs(model, x, eps):
 
 def verdict(found, kind):
     """The one verdict of this kind; other kinds may be there too."""
-    (one,) = [one for one in found.verdicts if one.kind == kind]
+    (one,) = [one for one in found.findings if one.kind == kind]
     return one
 
 
 def kinds(found):
-    return [one.kind for one in found.verdicts]
+    return [one.kind for one in found.findings]
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -228,7 +228,7 @@ def broken(healthy, change):
 def test_nothing_is_wrong_with_a_network_that_the_recipe_trained(healthy):
     bounded, x = healthy
     found = fw.inspect(bounded, x, EPS)
-    assert found.verdicts == ()
+    assert found.findings == ()
     assert "Nothing looks wrong." in str(found)
     assert found.output.certified > 0.9
 
@@ -337,8 +337,8 @@ def test_numbers_that_are_not_finite_are_told_alone(healthy, value):
 
     found = broken(healthy, change)
     assert kinds(found) == ["not finite"]
-    assert found.verdicts[0].layers == ("3",)
-    assert "checkpoint" in found.verdicts[0].text
+    assert found.findings[0].layers == ("3",)
+    assert "checkpoint" in found.findings[0].text
     str(found)
 
 
@@ -349,7 +349,7 @@ def test_bounds_beyond_floating_point_are_told(x):
             parameter.mul_(1e15)
     found = fw.inspect(fw.BoundedModule(model, x), x, EPS)
     assert kinds(found) == ["not finite"]
-    assert "ibp_init_" in found.verdicts[0].text
+    assert "ibp_init_" in found.findings[0].text
 
 
 # Bad input.
@@ -365,7 +365,7 @@ def test_networks_without_relu_or_of_one_layer_are_described_as_far_as_can_be(x)
     assert math.isnan(found.dead)
     alone = fw.inspect(fw.BoundedModule(nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), x), x, EPS)
     assert [layer.classification for layer in alone.affine] == [True]
-    assert alone.verdicts == ()
+    assert alone.findings == ()
     assert "not judged" in str(alone)
     assert alone.output.certified <= 1
     assert len(list(csv.DictReader(io.StringIO(alone.to_csv())))) == 1

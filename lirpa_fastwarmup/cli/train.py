@@ -16,7 +16,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from lirpa_fastwarmup.cli.options import add_trust, device_named, find_factories_here
 from lirpa_fastwarmup.cli.settings import add_settings, given_settings, settings_of
-from lirpa_fastwarmup.distributed import Ranks, joined, local_device
+from lirpa_fastwarmup.distributed import World, local_device, process_group
 from lirpa_fastwarmup.experiments.presets import PRESETS
 from lirpa_fastwarmup.experiments.training import Settings, resume, settings_of_run, train
 from lirpa_fastwarmup.experiments.training.files import CHECKPOINT, TENSORBOARD
@@ -88,11 +88,11 @@ def _train(options: argparse.Namespace) -> int:
         print(_resumed_settings(options) if options.resume else settings_of(options))
         return 0
     device = local_device(device_named(options.device))
-    with joined(device) as ranks:
+    with process_group(device) as ranks:
         _go_on_after_restart(options)
         settings = _resumed_settings(options) if options.resume else settings_of(options)
         summary = _with_progress(options, settings, device, ranks)
-        if ranks.leads:
+        if ranks.is_rank_zero:
             print(_table(summary))
             print(f"written to {_folder(options)}")
     return 0
@@ -106,10 +106,10 @@ def _go_on_after_restart(options: argparse.Namespace) -> None:
 
 
 def _with_progress(
-    options: argparse.Namespace, settings: Settings, device: torch.device, ranks: Ranks
+    options: argparse.Namespace, settings: Settings, device: torch.device, ranks: World
 ) -> dict[str, Any]:
     out = _folder(options)
-    if not ranks.leads:
+    if not ranks.is_rank_zero:
         return _run(options, settings, out, {"device": device})
     console = _Console(settings.epochs)
     board = TensorBoard(out / TENSORBOARD) if options.tensorboard else None

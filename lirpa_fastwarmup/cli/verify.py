@@ -16,7 +16,7 @@ import lirpa_fastwarmup as fw
 from lirpa_fastwarmup.boxes import check_radius
 from lirpa_fastwarmup.cli.options import device_named, number
 from lirpa_fastwarmup.cli.subject import Subject, add_arguments, check_named, subject_of
-from lirpa_fastwarmup.distributed import Ranks, gathered, joined, leader_first, local_device
+from lirpa_fastwarmup.distributed import World, all_gather, local_device, process_group, rank_zero_first
 from lirpa_fastwarmup.engine.compat import ENGINE_VERSION
 from lirpa_fastwarmup.experiments.data import Batches
 from lirpa_fastwarmup.storage import file_sum, locked, make_folder, weights_sum, write_csv, write_json
@@ -69,10 +69,10 @@ def add_to(commands: Any) -> None:
 def _verify(options: argparse.Namespace) -> int:
     check_named(options)
     device = local_device(device_named(options.device))
-    with joined(device) as ranks:
-        out = _folder(options) if ranks.leads else options.out or options.run
-        with locked(out) if ranks.leads else nullcontext():
-            with leader_first():  # Which downloads and unpacks, if need be.
+    with process_group(device) as ranks:
+        out = _folder(options) if ranks.is_rank_zero else options.out or options.run
+        with locked(out) if ranks.is_rank_zero else nullcontext():
+            with rank_zero_first():  # Which downloads and unpacks, if need be.
                 subject = subject_of(options)
             radii = options.eps or ([] if options.radius else [subject.eps])
             if None in radii:
@@ -83,11 +83,11 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _carry_out(
-    options: argparse.Namespace, subject: Subject, radii: Sequence[float], out: Path, device: torch.device, ranks: Ranks
+    options: argparse.Namespace, subject: Subject, radii: Sequence[float], out: Path, device: torch.device, ranks: World
 ) -> int:
     example = torch.zeros(2, *subject.samples.images.shape[1:], device=device)
     bounded = fw.BoundedModule(subject.network.to(device), example, allow_untested=subject.allow_untested)
-    journal = Journal(out / (report.JOURNAL if ranks.leads else f"{report.JOURNAL}.{ranks.rank}"))
+    journal = Journal(out / (report.JOURNAL if ranks.is_rank_zero else f"{report.JOURNAL}.{ranks.rank}"))
     started = time.perf_counter()
     task = _Task(options, subject, bounded, journal, ranks)
     try:
@@ -97,8 +97,8 @@ def _carry_out(
         raise KeyboardInterrupt(f"finished batches are kept in {journal.path}; the same command resumes") from None
     finally:
         task.close()
-    used = set().union(*gathered(journal.used))
-    if ranks.leads:
+    used = set().union(*all_gather(journal.used))
+    if ranks.is_rank_zero:
         _write(out, options, subject, verifications, certified, bounded, time.perf_counter() - started, ranks)
         for path in journals_beside(journal.path):
             Journal(path).forget(used)
@@ -132,7 +132,7 @@ class _Task:
     """
 
     def __init__(
-        self, options: argparse.Namespace, subject: Subject, bounded: fw.BoundedModule, journal: Journal, ranks: Ranks
+        self, options: argparse.Namespace, subject: Subject, bounded: fw.BoundedModule, journal: Journal, ranks: World
     ) -> None:
         self._options = options
         self._samples = Batches(subject.samples, options.batch_size)
@@ -143,7 +143,7 @@ class _Task:
         self.contradictions: list[str] = []
 
     def _given(self, title: str) -> dict[str, Any]:
-        shown = None if self._ranks.leads else True
+        shown = None if self._ranks.is_rank_zero else True
         samples = -(-len(self._samples.split) // self._ranks.size)
         self._bar = tqdm(total=samples, desc=title, unit="sample", leave=False, disable=shown)
         return {
@@ -167,7 +167,7 @@ class _Task:
 
     def _print(self, text: str) -> None:
         self.close()
-        if self._ranks.leads:
+        if self._ranks.is_rank_zero:
             print(text, flush=True)
 
     def verify(self, eps: float) -> Verification:
@@ -201,7 +201,7 @@ def _write(
     radii: Sequence[Radius] | None,
     bounded: fw.BoundedModule,
     seconds: float,
-    ranks: Ranks,
+    ranks: World,
 ) -> None:
     device, weights = bounded.example[0].device, weights_sum(bounded.wrapped.state_dict())
     for name in report.WRITTEN:

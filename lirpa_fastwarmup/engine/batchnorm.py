@@ -39,12 +39,12 @@ class SharedBatchNorm(BoundBatchNormalization):
 
     Attributes:
         owner: that module, in a tuple, so that it is not registered as a child of the node.
-        keeps_books: whether a pass in training mode moves the running statistics.
+        updates_running_stats: whether a pass in training mode moves the running statistics.
         over_ranks: whether a batch's statistics are those of all processes together.
     """
 
     owner: tuple[_BatchNorm]
-    keeps_books: bool
+    updates_running_stats: bool
     over_ranks: bool
     eps: float
     momentum: float
@@ -52,7 +52,7 @@ class SharedBatchNorm(BoundBatchNormalization):
     def forward(self, x: Tensor, w: Tensor, b: Tensor, m: Tensor, v: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x, w, b, m, v)
-        if self.keeps_books:
+        if self.updates_running_stats:
             self.momentum = self._count_batch()
         else:
             m, v = m.clone(), v.clone()
@@ -157,7 +157,7 @@ def adopt_batchnorm(bounded: Any, model: nn.Module, kind: type[SharedBatchNorm])
         if owner is not None and isinstance(owner[0], _BatchNorm):
             node.__class__ = kind
             object.__setattr__(node, "owner", (owner[0],))
-            node.keeps_books = True
+            node.updates_running_stats = True
             node.over_ranks = False
             for source in node.inputs[1:3]:
                 if type(source) is BoundConstant:
@@ -222,13 +222,13 @@ def follow_modules(bounded: Any, training: bool) -> None:
 
 
 @contextmanager
-def without_bookkeeping(bounded: Any) -> Iterator[None]:
+def frozen_running_stats(bounded: Any) -> Iterator[None]:
     """Let passes in training mode take batch statistics without moving the running ones."""
     nodes = [node for node in bounded._modules.values() if isinstance(node, SharedBatchNorm)]
     for node in nodes:
-        node.keeps_books = False
+        node.updates_running_stats = False
     try:
         yield
     finally:
         for node in nodes:
-            node.keeps_books = True
+            node.updates_running_stats = True

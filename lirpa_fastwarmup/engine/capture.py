@@ -154,5 +154,5 @@ def record(
 @torch.no_grad()
 def forget_last_pass(bounded: Any) -> None:
     """Let go of the tensors that the nodes of ``bounded`` hold, as a pass over the smallest batch does."""
-    with batchnorm.without_bookkeeping(bounded):
+    with batchnorm.frozen_running_stats(bounded):
         bounded.forward(*bounded.example)

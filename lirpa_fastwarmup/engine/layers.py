@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lirpa_fastwarmup.engine.batchnorm import BoundBatchNormalization, without_bookkeeping
+from lirpa_fastwarmup.engine.batchnorm import BoundBatchNormalization, frozen_running_stats
 from lirpa_fastwarmup.engine.graph import AffineLayer, NetworkGraph, StructureError, read_graph
 
 
@@ -60,7 +60,7 @@ def relus_read(bounded: Any) -> list[list[int]]:
 
 def outputs_of_batch(bounded: Any, x: tuple[Tensor, ...]) -> Tensor:
     """The outputs of a clean pass that moves no running statistics; in training mode, with those of the batch."""
-    with without_bookkeeping(bounded):
+    with frozen_running_stats(bounded):
         return bounded(*x)
 
 

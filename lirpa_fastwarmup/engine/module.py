@@ -340,7 +340,7 @@ class BoundedModule(engine.BoundedModule):
         self._bounding = True
         try:
             with (
-                batchnorm.without_bookkeeping(self),
+                batchnorm.frozen_running_stats(self),
                 named_failures(self, method),
                 default_dtype(_like(self.wrapped).dtype),  # Both releases make some of their tensors without a dtype.
             ):

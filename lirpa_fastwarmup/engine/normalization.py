@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lirpa_fastwarmup.distributed import differentiable_total
+from lirpa_fastwarmup.distributed import differentiable_all_reduce
 
 
 def normalize_by_batch(
@@ -66,11 +66,11 @@ def normalize_over_ranks(
     shape, over = (1, -1, *[1] * (x.ndim - 2)), [dim for dim in range(x.ndim) if dim != 1]
     given, x = x.dtype, x.to(weight.dtype)  # Half of the digits would round the count of a batch.
     own = x.new_tensor([x.numel() // x.shape[1]])
-    sums = differentiable_total(torch.cat([x.sum(over), own]))
+    sums = differentiable_all_reduce(torch.cat([x.sum(over), own]))
     count = sums[-1].detach()
     mean = sums[:-1] / count
     deviation = x - mean.view(shape)
-    var = differentiable_total(deviation.square().sum(over)) / count
+    var = differentiable_all_reduce(deviation.square().sum(over)) / count
     running_mean.lerp_(mean.detach(), momentum)
     running_var.lerp_(var.detach() * (count / (count - 1)), momentum)
     scale = weight / (var + eps).sqrt()

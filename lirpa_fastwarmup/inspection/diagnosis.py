@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from lirpa_fastwarmup.inspection.statistics import Inspection, ReluFigures, Verdict
+from lirpa_fastwarmup.inspection.statistics import Finding, Inspection, ReluStatistics
 
 _GROWTH = 2.0  # Times per layer.
 _TOTAL_GROWTH = 10.0  # A single layer may widen, after normalisation by a small deviation.
@@ -22,21 +22,21 @@ _SPREAD = 1e-4
 _SPREAD_TO_GAP = 1e-3
 
 
-def verdicts(found: Inspection) -> tuple[Verdict, ...]:
+def findings(found: Inspection) -> tuple[Finding, ...]:
     """What is wrong, the gravest first; where numbers are not finite, that alone."""
     broken = _not_finite(found)
     if broken:
         return (broken,)
-    checks: Sequence[Callable[[Inspection], Verdict | None]] = (
+    checks: Sequence[Callable[[Inspection], Finding | None]] = (
         *(_exploded, _inactive, _active, _constant, _imbalanced, _unstable, _without_batchnorm),
     )
     return tuple(verdict for verdict in (check(found) for check in checks) if verdict)
 
 
-def _not_finite(found: Inspection) -> Verdict | None:
+def _not_finite(found: Inspection) -> Finding | None:
     weights = [layer.name for layer in found.affine if not math.isfinite(layer.weight_std or 0.0)]
     if weights:
-        return Verdict(
+        return Finding(
             "not finite",
             tuple(weights),
             f"weights of {_names(weights)} are NaN or infinite: go back to an earlier checkpoint, and lower the "
@@ -45,7 +45,7 @@ def _not_finite(found: Inspection) -> Verdict | None:
     layers = [layer for layer in found.relus if not math.isfinite(layer.half_width)]
     if not layers:
         return None
-    return Verdict(
+    return Finding(
         "not finite",
         tuple(layer.name for layer in layers),
         f"bounds at layer {layers[0].name} have half-width {layers[0].half_width}, beyond what floating-point numbers "
@@ -53,11 +53,11 @@ def _not_finite(found: Inspection) -> Verdict | None:
     )
 
 
-def _constant(found: Inspection) -> Verdict | None:
+def _constant(found: Inspection) -> Finding | None:
     output = found.output
     if output is None or found.samples < 2 or output.spread > max(_SPREAD, _SPREAD_TO_GAP * output.gap):
         return None
-    return Verdict(
+    return Finding(
         "constant outputs",
         (),
         f"outputs differ by {output.spread:.2g} between the samples, where the predicted class leads by "
@@ -67,7 +67,7 @@ def _constant(found: Inspection) -> Verdict | None:
     )
 
 
-def _exploded(found: Inspection) -> Verdict | None:
+def _exploded(found: Inspection) -> Finding | None:
     growth = found.growth_per_layer
     if not (growth > _GROWTH and found.relus[-1].growth > _TOTAL_GROWTH):
         return None
@@ -93,10 +93,10 @@ def _exploded(found: Inspection) -> Verdict | None:
         )
     else:
         text += ": train with the tightness regulariser (ShortWarmup), with a larger reg_weight if that was so already"
-    return Verdict(kind, tuple(layer.name for layer in found.relus if layer.gain > _GROWTH), text)
+    return Finding(kind, tuple(layer.name for layer in found.relus if layer.gain > _GROWTH), text)
 
 
-def _inactive(found: Inspection) -> Verdict | None:
+def _inactive(found: Inspection) -> Finding | None:
     layers = [layer for layer in found.relus if layer.always_inactive >= _ONE_STATE or layer.dead >= _DEAD]
     if not layers:
         return None
@@ -104,7 +104,7 @@ def _inactive(found: Inspection) -> Verdict | None:
     remedy = "raise reg_weight, or let ε grow over more epochs (ramp_length)"
     if _lacks_batchnorm(found, layers):
         remedy = "insert_batchnorm, or raise reg_weight"
-    return Verdict(
+    return Finding(
         "inactive ReLUs",
         tuple(layer.name for layer in layers),
         f"{worst.always_inactive:.0%} of layer {worst.name} is always inactive, and {worst.dead:.0%} of its units in "
@@ -112,12 +112,12 @@ def _inactive(found: Inspection) -> Verdict | None:
     )
 
 
-def _active(found: Inspection) -> Verdict | None:
+def _active(found: Inspection) -> Finding | None:
     layers = [layer for layer in found.relus if layer.always_active >= _ONE_STATE]
     if not layers:
         return None
     worst = max(layers, key=lambda layer: layer.always_active)
-    return Verdict(
+    return Finding(
         "active ReLUs",
         tuple(layer.name for layer in layers),
         f"{worst.always_active:.0%} of layer {worst.name} is always active{_and_others(layers)}, so that it is linear "
@@ -126,7 +126,7 @@ def _active(found: Inspection) -> Verdict | None:
     )
 
 
-def _imbalanced(found: Inspection) -> Verdict | None:
+def _imbalanced(found: Inspection) -> Finding | None:
     layers = [
         layer
         for layer in found.relus
@@ -138,7 +138,7 @@ def _imbalanced(found: Inspection) -> Verdict | None:
         return None
     worst = min(layers, key=lambda layer: layer.balance)
     remedy = "insert_batchnorm, or raise" if _lacks_batchnorm(found, layers) else "raise"
-    return Verdict(
+    return Finding(
         "imbalanced ReLUs",
         tuple(layer.name for layer in layers),
         f"active and inactive neurons of layer {worst.name} are out of balance{_and_others(layers)}: ρ = "
@@ -147,7 +147,7 @@ def _imbalanced(found: Inspection) -> Verdict | None:
     )
 
 
-def _unstable(found: Inspection) -> Verdict | None:
+def _unstable(found: Inspection) -> Finding | None:
     layers = [layer for layer in found.relus if layer.unstable >= _UNSTABLE]
     if not layers or _exploded(found):  # Which says why.
         return None
@@ -155,7 +155,7 @@ def _unstable(found: Inspection) -> Verdict | None:
     remedy = "Before training that is to be expected; after it, train with this eps, or take a smaller one"
     if _lacks_batchnorm(found, layers):
         remedy = "Without BatchNorm the signal shrinks from layer to layer: insert_batchnorm before training"
-    return Verdict(
+    return Finding(
         "unstable ReLUs",
         tuple(layer.name for layer in layers),
         f"{worst.unstable:.0%} of layer {worst.name} is unstable{_and_others(layers)}: bounds have half-width "
@@ -163,12 +163,12 @@ def _unstable(found: Inspection) -> Verdict | None:
     )
 
 
-def _without_batchnorm(found: Inspection) -> Verdict | None:
+def _without_batchnorm(found: Inspection) -> Finding | None:
     hidden = [layer for layer in found.affine if not layer.classification]
     lacking = [layer.name for layer in hidden if not layer.batchnorm]
     if not lacking:
         return None
-    return Verdict(
+    return Finding(
         "no BatchNorm",
         tuple(lacking),
         f"{len(lacking)} of {len(hidden)} hidden layers have no BatchNorm ({_names(lacking)}), which keeps ReLUs "
@@ -176,12 +176,12 @@ def _without_batchnorm(found: Inspection) -> Verdict | None:
     )
 
 
-def _lacks_batchnorm(found: Inspection, layers: Sequence[ReluFigures]) -> bool:
+def _lacks_batchnorm(found: Inspection, layers: Sequence[ReluStatistics]) -> bool:
     names = {layer.name for layer in layers}
     return any(layer.name in names and not layer.batchnorm for layer in found.affine)
 
 
-def _and_others(layers: Sequence[ReluFigures]) -> str:
+def _and_others(layers: Sequence[ReluStatistics]) -> str:
     others = len(layers) - 1
     return f" (and {others} more layer{'s' * (others > 1)} like it)" if others else ""
 

@@ -24,8 +24,8 @@ from lirpa_fastwarmup.engine.graph import AffineLayer, NetworkGraph, read_graph,
 from lirpa_fastwarmup.engine.layers import LayerBounds, input_half_width, outputs_of_batch, relu_bounds, relus_read
 from lirpa_fastwarmup.engine.module import BoundedModule
 from lirpa_fastwarmup.engine.precision import exact_arithmetic
-from lirpa_fastwarmup.inspection.diagnosis import verdicts
-from lirpa_fastwarmup.inspection.statistics import AffineFigures, Inspection, OutputFigures, ReluFigures
+from lirpa_fastwarmup.inspection.diagnosis import findings
+from lirpa_fastwarmup.inspection.statistics import AffineStatistics, Inspection, OutputStatistics, ReluStatistics
 from lirpa_fastwarmup.recipe.initialization import ibp_std
 from lirpa_fastwarmup.recipe.moments import state_moments
 
@@ -81,7 +81,7 @@ def inspect(
         affine=tuple(_affine_figures(graph, layer) for layer in graph.affine),
         output=output,
     )
-    return dataclasses.replace(found, verdicts=verdicts(found))
+    return dataclasses.replace(found, findings=findings(found))
 
 
 def _check_inputs(bounded: BoundedModule, tensors: tuple[Tensor, ...]) -> None:
@@ -101,14 +101,14 @@ def _box(x: Tensor, eps: Epsilon, input_range: InputRange | None) -> Any:
     return input_box(x, eps, input_range)
 
 
-def _bound(bounded: BoundedModule, boxes: tuple[Any, ...], outputs: Tensor) -> OutputFigures | None:
+def _bound(bounded: BoundedModule, boxes: tuple[Any, ...], outputs: Tensor) -> OutputStatistics | None:
     """Bound every layer, in one pass, and tell of the outputs if they are those of a classifier with one input."""
     if len(boxes) > 1 or outputs.ndim != 2 or outputs.shape[1] < 2:
         bounded.compute_bounds(x=boxes, method="IBP", reuse_statistics=True)
         return None
     top = outputs.topk(2, dim=1)
     margins = ibp_margins(bounded, boxes[0], top.indices[:, 0], outputs.shape[1], reuse_statistics=True)
-    return OutputFigures(
+    return OutputStatistics(
         gap=float((top.values[:, 0] - top.values[:, 1]).double().mean()),
         lower_bound=float(margins.amin(1).double().mean()),
         certified=float(proved(margins).double().mean()),
@@ -118,14 +118,14 @@ def _bound(bounded: BoundedModule, boxes: tuple[Any, ...], outputs: Tensor) -> O
 
 def _relu_figures(
     layers: Sequence[LayerBounds], read: Sequence[Sequence[int]], at_input: float
-) -> tuple[ReluFigures, ...]:
-    figures: list[ReluFigures] = []
+) -> tuple[ReluStatistics, ...]:
+    figures: list[ReluStatistics] = []
     # One transfer from the device for all layers.
     for layer, above, values in zip(layers, read, torch.stack([_sums(one) for one in layers]).tolist(), strict=True):
         half_width, active, inactive, dead, distance, *sums = values
         before = math.fsum(figures[place].half_width for place in above) / len(above) if above else at_input
         figures.append(
-            ReluFigures(
+            ReluStatistics(
                 name=layer.name,
                 neurons=math.prod(layer.lower.shape[1:]),
                 half_width=half_width,
@@ -165,11 +165,11 @@ def _ratio(above: float, below: float) -> float:
     return above / below
 
 
-def _affine_figures(graph: NetworkGraph, layer: AffineLayer) -> AffineFigures:
+def _affine_figures(graph: NetworkGraph, layer: AffineLayer) -> AffineStatistics:
     weight = weight_of(layer).double()
     # What an affine layer reads from ReLUs is half as wide as their inputs are: half of them are off.
     passed = 0.5 if graph.read_by(layer) else 1.0
-    return AffineFigures(
+    return AffineStatistics(
         name=layer.name,
         fan_in=layer.fan_in,
         weight_std=float(weight.std(correction=0)) if layer.plain else None,

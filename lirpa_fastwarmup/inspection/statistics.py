@@ -16,7 +16,7 @@ _COLUMNS = 110
 
 
 @dataclass(frozen=True)
-class ReluFigures:
+class ReluStatistics:
     """The bounds on a ReLU layer's input, over a batch; l, u bound a neuron, c = (l + u)/2.
 
     Attributes:
@@ -56,7 +56,7 @@ class ReluFigures:
 
 
 @dataclass(frozen=True)
-class AffineFigures:
+class AffineStatistics:
     """A convolution or linear layer.
 
     Attributes:
@@ -87,7 +87,7 @@ class AffineFigures:
 
 
 @dataclass(frozen=True)
-class OutputFigures:
+class OutputStatistics:
     """A classifier's outputs, z, with k the class that it predicts.
 
     Attributes:
@@ -104,7 +104,7 @@ class OutputFigures:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Finding:
     """Something that is wrong, and what to do.
 
     Attributes:
@@ -134,17 +134,17 @@ class Inspection:
         relus: ReLU layers, in order of execution.
         affine: affine layers, in order of execution.
         output: of a classifier with one input; otherwise ``None``.
-        verdicts: what is wrong, the gravest first; empty if nothing is.
+        findings: what is wrong, the gravest first; empty if nothing is.
     """
 
     eps: float
     samples: int
     training: bool
     input_half_width: float
-    relus: tuple[ReluFigures, ...]
-    affine: tuple[AffineFigures, ...]
-    output: OutputFigures | None
-    verdicts: tuple[Verdict, ...] = ()
+    relus: tuple[ReluStatistics, ...]
+    affine: tuple[AffineStatistics, ...]
+    output: OutputStatistics | None
+    findings: tuple[Finding, ...] = ()
 
     @property
     def growth_per_layer(self) -> float:
@@ -167,19 +167,19 @@ class Inspection:
         return text
 
     def to_markdown(self) -> str:
-        """The tables and verdicts in GitHub's Markdown."""
+        """The tables and findings in GitHub's Markdown."""
         parts = [self.heading(), *(as_markdown(table) for table in self.tables()), self.output_text()]
         return "\n\n".join(
-            [part for part in parts if part] + [f"- **{one.kind}**: {one.text}" for one in self.verdicts]
+            [part for part in parts if part] + [f"- **{one.kind}**: {one.text}" for one in self.findings]
         )
 
     _repr_markdown_ = to_markdown  # How notebooks show it.
 
     def __str__(self) -> str:
         parts = [self.heading(), *(as_text(table) for table in self.tables()), self.output_text()]
-        wrapped = [textwrap.fill(f"! {one}", _COLUMNS, subsequent_indent="  ") for one in self.verdicts]
-        verdicts = "\n".join(wrapped) or self.praise()
-        return "\n\n".join([part for part in (*parts, verdicts) if part])
+        wrapped = [textwrap.fill(f"! {one}", _COLUMNS, subsequent_indent="  ") for one in self.findings]
+        findings = "\n".join(wrapped) or self.praise()
+        return "\n\n".join([part for part in (*parts, findings) if part])
 
     def heading(self) -> str:
         """What was looked at, in a line."""
@@ -219,7 +219,7 @@ _RELU_HEAD = (
 _AFFINE_HEAD = ("affine layer", "fan-in", "weight std", "IBP std", "ratio", "expected gain", "BatchNorm")
 
 
-def _relu_row(layer: ReluFigures) -> tuple[str, ...]:
+def _relu_row(layer: ReluStatistics) -> tuple[str, ...]:
     shares = (layer.always_active, layer.always_inactive, layer.unstable, layer.dead)
     return (
         layer.name,
@@ -230,7 +230,7 @@ def _relu_row(layer: ReluFigures) -> tuple[str, ...]:
     )
 
 
-def _affine_row(layer: AffineFigures) -> tuple[str, ...]:
+def _affine_row(layer: AffineStatistics) -> tuple[str, ...]:
     return (
         layer.name or "(the network)",
         f"{layer.fan_in:g}",
@@ -243,13 +243,13 @@ def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.3g}"
 
 
-def history_columns(layers: Sequence[ReluFigures]) -> dict[str, float]:
+def history_columns(layers: Sequence[ReluStatistics]) -> dict[str, float]:
     """The figures of ReLU layers as a history's columns, ``figure/layer``; a second layer of a name is ``name#2``."""
     names: list[str] = []
     for layer in layers:
         earlier = sum(name.partition("#")[0] == layer.name for name in names)
         names.append(f"{layer.name}#{earlier + 1}" if earlier else layer.name)
-    figures = [field.name for field in dataclasses.fields(ReluFigures) if field.name not in ("name", "neurons")]
+    figures = [field.name for field in dataclasses.fields(ReluStatistics) if field.name not in ("name", "neurons")]
     return {
         f"{figure}/{name}": getattr(layer, figure)
         for figure in figures

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lirpa_fastwarmup.distributed import differentiable_total
+from lirpa_fastwarmup.distributed import differentiable_all_reduce
 
 
 class Moments(NamedTuple):
@@ -45,7 +45,7 @@ def over_ranks(bounded: Any) -> bool:
 
 def means_over_ranks(means: Tensor, samples: int) -> Tensor:
     """Means over this process's ``samples`` as means over the samples of all processes; shape (means,)."""
-    sums = differentiable_total(torch.cat([means * samples, means.new_tensor([samples])]))
+    sums = differentiable_all_reduce(torch.cat([means * samples, means.new_tensor([samples])]))
     return sums[:-1] / sums[-1].detach()
 
 
@@ -62,7 +62,7 @@ def moments_over_ranks(layers: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         for condition in (lower.detach(), -upper.detach()):
             spread = _where_positive(centre - mean, condition).square().sum()
             rows += [_where_positive(centre, condition).sum(), spread]
-    return differentiable_total(torch.stack(rows)).view(len(layers), 4)
+    return differentiable_all_reduce(torch.stack(rows)).view(len(layers), 4)
 
 
 def _where_positive(values: Tensor, condition: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lirpa_fastwarmup.distributed import total
+from lirpa_fastwarmup.distributed import all_reduce
 from lirpa_fastwarmup.engine.graph import affine_weights
 from lirpa_fastwarmup.engine.layers import LayerBounds, input_half_width, relu_bounds
 from lirpa_fastwarmup.recipe.moments import Moments, means_over_ranks, moments_over_ranks, over_ranks, state_moments
@@ -74,7 +74,7 @@ def _imbalance(layers: Sequence[LayerBounds], tol: float, *, across_ranks: bool 
     has_inactive = torch.stack([layer.upper.detach().amin() for layer in layers]) < 0
     if across_ranks:
         moments = moments_over_ranks([(layer.lower, layer.upper) for layer in layers])
-        has_inactive = total(has_inactive.int()) > 0
+        has_inactive = all_reduce(has_inactive.int()) > 0
     else:
         # One row a layer, so that what follows costs the same for any depth.
         moments = torch.stack([_row(*state_moments(layer.lower, layer.upper)) for layer in layers])

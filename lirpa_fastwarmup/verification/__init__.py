@@ -9,17 +9,17 @@ from lirpa_fastwarmup.verification.handover import export
 from lirpa_fastwarmup.verification.journal import Journal
 from lirpa_fastwarmup.verification.onnx import read_onnx, write_onnx
 from lirpa_fastwarmup.verification.radius import Radius, certified_radii
-from lirpa_fastwarmup.verification.result import Certificate, Share, Stage, Verification
+from lirpa_fastwarmup.verification.result import Certificate, ErrorRate, Stage, Verification
 from lirpa_fastwarmup.verification.vnnlib import robustness_property
 
 __all__ = [
     "METHODS",
     "Attack",
     "Certificate",
+    "ErrorRate",
     "Journal",
     "OutOfMemoryError",
     "Radius",
-    "Share",
     "Stage",
     "UnsoundBoundError",
     "Verification",

@@ -16,7 +16,7 @@ from lirpa_fastwarmup.engine.bounds import input_box, proved
 from lirpa_fastwarmup.engine.methods import METHODS, MarginBounds
 from lirpa_fastwarmup.engine.precision import exact_arithmetic
 from lirpa_fastwarmup.engine.soundness import PROBED, class_margins, contradicted, find_contradictions, per_sample
-from lirpa_fastwarmup.memory import Parts
+from lirpa_fastwarmup.memory import MicroBatches
 from lirpa_fastwarmup.verification.reference import beyond_intervals
 from lirpa_fastwarmup.verification.result import Certificate, Stage
 
@@ -120,7 +120,7 @@ class Certifier:
         self._bounds = tuple(bounds)
         self._untested = untested
         self._unchecked = {(method, one.dtype) for method in plan.methods for one in bounds} if check else set()
-        self._parts = {name: Parts(plan.batch_size) for name in (ATTACK, *plan.methods)}
+        self._parts = {name: MicroBatches(plan.batch_size) for name in (ATTACK, *plan.methods)}
 
     @torch.no_grad()
     def certify(self, x: Tensor, y: Tensor, eps: Epsilon) -> BatchResult:

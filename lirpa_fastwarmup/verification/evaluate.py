@@ -22,7 +22,7 @@ from lirpa_fastwarmup.boxes import (
     check_radius,
     check_shapes,
 )
-from lirpa_fastwarmup.distributed import ALONE, gathered, present, unequal_work
+from lirpa_fastwarmup.distributed import SINGLE, all_gather, patient_group, world
 from lirpa_fastwarmup.engine.bounds import class_count
 from lirpa_fastwarmup.engine.compat import ENGINE_VERSION
 from lirpa_fastwarmup.engine.graph import fingerprint
@@ -83,12 +83,12 @@ def over_batches(
     Raises:
         TypeError, ValueError: the samples are none of the network's; there are none.
     """
-    ranks = present() if over_ranks else ALONE
+    ranks = world() if over_ranks else SINGLE
     device, classes = bounded.example[0].device, class_count(bounded)
     conditions = {**_network_and_software(bounded), **task.conditions} if journal else {}
     own: list[_R] = []
     count = first = 0
-    with unequal_work() if ranks.size > 1 else _alone() as group:
+    with patient_group() if ranks.size > 1 else _alone() as group:
         for x, y in batches_of(samples, batch_size):
             if count % ranks.size == ranks.rank:
                 check_input_shapes([x], bounded.example)
@@ -104,7 +104,7 @@ def over_batches(
             count, first = count + 1, first + len(y)
         if count == 0:
             raise ValueError("there are no samples")
-        parts = gathered(own, group) if ranks.size > 1 else [own]
+        parts = all_gather(own, group) if ranks.size > 1 else [own]
     return [one for turn in itertools.zip_longest(*parts, fillvalue=None) for one in turn if one is not None]
 
 

@@ -15,7 +15,7 @@ from lirpa_fastwarmup.engine.methods import MarginBounds
 from lirpa_fastwarmup.engine.module import BoundedModule
 from lirpa_fastwarmup.engine.precision import exact_arithmetic
 from lirpa_fastwarmup.engine.soundness import UnsoundBoundError, find_contradictions
-from lirpa_fastwarmup.memory import Parts
+from lirpa_fastwarmup.memory import MicroBatches
 from lirpa_fastwarmup.verification.certify import ATTACK, ordered
 from lirpa_fastwarmup.verification.evaluate import Samples, Task, check_network, over_batches
 from lirpa_fastwarmup.verification.journal import Journal
@@ -139,7 +139,7 @@ class _Search:
         self._network = network
         self._plan = plan
         self._untested = untested
-        self._parts = {name: Parts(plan.batch_size) for name in (ATTACK, *plan.methods)}
+        self._parts = {name: MicroBatches(plan.batch_size) for name in (ATTACK, *plan.methods)}
         self._checked = False
 
     @torch.no_grad()

@@ -9,7 +9,7 @@ from typing import Any
 
 from lirpa_fastwarmup.verification.certify import ATTACK
 from lirpa_fastwarmup.verification.radius import Radius
-from lirpa_fastwarmup.verification.result import Certificate, Share, Verification
+from lirpa_fastwarmup.verification.result import Certificate, ErrorRate, Verification
 
 CERTIFICATES, SUMMARY, RADII, JOURNAL = "certificates.csv", "verification.json", "radii.csv", "verification.partial"
 WRITTEN = (CERTIFICATES, SUMMARY, RADII)
@@ -83,7 +83,7 @@ def verification_entry(one: Verification) -> dict[str, Any]:
     return entry
 
 
-def _share(share: Share | None) -> dict[str, Any] | None:
+def _share(share: ErrorRate | None) -> dict[str, Any] | None:
     if share is None:
         return None
     return {"value": share.value, "count": share.count, "interval_95": list(share.interval)}

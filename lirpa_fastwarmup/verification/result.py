@@ -42,7 +42,7 @@ class Certificate:
 
 
 @dataclass(frozen=True)
-class Share:
+class ErrorRate:
     """A share of samples, with Wilson's 95 % confidence interval (Wilson 1927).
 
     Attributes:
@@ -113,18 +113,18 @@ class Verification:
     untested: tuple[str, ...] = ()
 
     @property
-    def standard_error(self) -> Share:
+    def standard_error(self) -> ErrorRate:
         """Samples that are misclassified."""
         return self._share([not sample.correct for sample in self.certificates])
 
     @property
-    def pgd_error(self) -> Share | None:
+    def pgd_error(self) -> ErrorRate | None:
         """Samples for which a misclassified point was found; ``None`` if none was looked for."""
         found = [sample.attacked for sample in self.certificates if sample.attacked is not None]
         return self._share(found) if found else None
 
     @property
-    def verified_error(self) -> Share:
+    def verified_error(self) -> ErrorRate:
         """Samples that no method proved."""
         return self._share([not sample.verified for sample in self.certificates])
 
@@ -138,5 +138,5 @@ class Verification:
         return sum(sample.method == method for sample in self.certificates)
 
     @staticmethod
-    def _share(flags: Sequence[bool]) -> Share:
-        return Share(sum(flags), len(flags))
+    def _share(flags: Sequence[bool]) -> ErrorRate:
+        return ErrorRate(sum(flags), len(flags))

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import SGD, Adam, Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from lirpa_fastwarmup.distributed import Ranks, leader_first, present
+from lirpa_fastwarmup.distributed import World, rank_zero_first, world
 from lirpa_fastwarmup.engine.module import BoundedModule
 from lirpa_fastwarmup.experiments import data
 from lirpa_fastwarmup.experiments.training.network import architecture_of, build_network
@@ -40,7 +40,7 @@ class Run:
         objective: the loss on the trained network.
         trained: what computes the loss: the objective, or DistributedDataParallel around it, by which gradients are
             averaged over all processes.
-        ranks: the processes that train.
+        world: the processes that train.
         optimizer: of its weights.
         average: the average of its weights, where one is kept.
         evaluated: the network whose errors are taken and whose weights are kept: the average, or the trained one.
@@ -56,7 +56,7 @@ class Run:
     inspected: torch.Tensor
     objective: ShortWarmup
     trained: nn.Module
-    ranks: Ranks
+    world: World
     optimizer: Optimizer
     average: AveragedModel | None
     evaluated: BoundedModule
@@ -74,11 +74,11 @@ def build_run(settings: Settings, device: torch.device) -> Run:
         ValueError, TypeError, ImportError, NotImplementedError: what the settings name does not fit together; the
             text says what.
     """
-    with leader_first():  # Which downloads and unpacks, if need be.
+    with rank_zero_first():  # Which downloads and unpacks, if need be.
         dataset = data.load(settings.dataset, settings.data_dir)
-    ranks = present()
+    processes = world()
     train, held_out = _training_samples(settings, dataset)
-    train_batches = _training_batches(settings, data.place(train, device), device, ranks)
+    train_batches = _training_batches(settings, data.place(train, device), device, processes)
     architecture = architecture_of(settings, dataset)
     # Everything random depends on the seed, and the caller's random state stays as it is.
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -87,7 +87,7 @@ def build_run(settings: Settings, device: torch.device) -> Run:
         initialize_(bounded, settings.init, calibrate=_calibration_images(settings, train, device), eps=settings.eps)
     if settings.sync_batchnorm:
         bounded.join_ranks()
-    objective = _objective(settings, bounded, len(train_batches), ranks)
+    objective = _objective(settings, bounded, len(train_batches), processes)
     average = None
     if settings.average_decay is not None:
         average = AveragedModel(
@@ -104,7 +104,7 @@ def build_run(settings: Settings, device: torch.device) -> Run:
         inspected=data.spread(dataset.test, _INSPECTED).inputs.to(device),
         objective=objective,
         trained=objective,
-        ranks=ranks,
+        world=processes,
         optimizer=_optimizer(settings, objective),
         average=average,
         evaluated=bounded if average is None else _bounded(settings, average.module.eval(), dataset.in_shape),
@@ -118,7 +118,7 @@ def _training_samples(settings: Settings, dataset: data.Dataset) -> tuple[data.S
     return data.held_out(samples, settings.validation, seed=settings.seed) if settings.validation else (samples, None)
 
 
-def _training_batches(settings: Settings, samples: data.Split, device: torch.device, ranks: Ranks) -> data.Batches:
+def _training_batches(settings: Settings, samples: data.Split, device: torch.device, processes: World) -> data.Batches:
     augmentation = None
     if settings.flip or settings.crop_padding:
         augmentation = data.Augmentation(
@@ -133,7 +133,7 @@ def _training_batches(settings: Settings, samples: data.Split, device: torch.dev
         drop_single=settings.batchnorm,
         augment=augmentation,
         device=device,
-        shard=(ranks.rank, ranks.size),
+        shard=(processes.rank, processes.size),
     )
 
 
@@ -153,7 +153,7 @@ def _bounded(settings: Settings, model: nn.Module, in_shape: tuple[int, int, int
     return BoundedModule(model, example, allow_untested=settings.allow_untested)
 
 
-def _objective(settings: Settings, bounded: BoundedModule, steps_per_epoch: int, ranks: Ranks) -> ShortWarmup:
+def _objective(settings: Settings, bounded: BoundedModule, steps_per_epoch: int, processes: World) -> ShortWarmup:
     weights = {
         "relu_stability": settings.stability_weight,
         "weight_l1": settings.l1_weight,
@@ -170,7 +170,7 @@ def _objective(settings: Settings, bounded: BoundedModule, steps_per_epoch: int,
         penalties={name: weight for name, weight in weights.items() if weight},
         compile=settings.compile,
         # The last batch of an epoch is taken eagerly: few steps would not repay another compilation.
-        compile_batch_size=math.ceil(math.ceil(settings.batch_size / ranks.size) / settings.accumulate),
+        compile_batch_size=math.ceil(math.ceil(settings.batch_size / processes.size) / settings.accumulate),
     )
 
 

@@ -31,7 +31,7 @@ def save(path: Path, run: Run, position: Position) -> None:
         "average": None if run.average is None else run.average.state_dict(),
         "position": {**vars(position), "means": position.means.state_dict()},
     }
-    if run.ranks.leads:
+    if run.world.is_rank_zero:
         write_tensors(path, content)
 
 

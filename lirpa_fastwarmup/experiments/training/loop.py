@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lirpa_fastwarmup.distributed import total
+from lirpa_fastwarmup.distributed import all_reduce
 from lirpa_fastwarmup.engine.precision import products_in_tf32
 from lirpa_fastwarmup.experiments.training.build import Run
 from lirpa_fastwarmup.experiments.training.interrupt import StopRequest
@@ -77,9 +77,9 @@ def train_epoch(run: Run, position: Position, progress: Progress, stop: StopRequ
             position.seconds = time.perf_counter() - started
             told: dict[str, float] = {}
             stopping = bool(stop)
-            if run.ranks.size > 1:  # All of them, or none; asked where they wait for one another anyway.
+            if run.world.size > 1:  # All of them, or none; asked where they wait for one another anyway.
                 due = position.batches_done % interval == 0
-                stopping = due and bool(total(torch.tensor(float(bool(stop)), device=run.device)) > 0)
+                stopping = due and bool(all_reduce(torch.tensor(float(bool(stop)), device=run.device)) > 0)
             if position.batches_done % interval == 0 or position.batches_done == batches or stopping:
                 run.objective.raise_pending_errors()
                 position.eps = float(step.eps)
@@ -96,7 +96,7 @@ def _take_step(run: Run, position: Position, x: Tensor, y: Tensor) -> StepLoss:
     """One optimiser's step; its batch is computed in parts, whose gradients add up to that of the mean loss."""
     parts = _parts(run.settings, x, y)
     # Gradients are averaged over the processes, whose shares of the last batch may differ by a sample.
-    share = run.train_batches.samples_in(position.batches_done) / run.ranks.size
+    share = run.train_batches.samples_in(position.batches_done) / run.world.size
     for part_x, part_y in parts:
         last = part_y is parts[-1][1]
         with _without_averaging(run) if not last else nullcontext():

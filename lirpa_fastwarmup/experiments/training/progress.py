@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lirpa_fastwarmup.distributed import present, total
+from lirpa_fastwarmup.distributed import all_reduce, world
 from lirpa_fastwarmup.recipe.objective import StepLoss
 
 
@@ -74,17 +74,17 @@ class EpochMeans:
 
     def read(self) -> dict[str, float]:
         """The means so far, over all processes; this waits for the device, and for the other processes."""
-        sums, counts = total(torch.stack([self._sums, self._counts]))
+        sums, counts = all_reduce(torch.stack([self._sums, self._counts]))
         means: Tensor = sums / counts
         return dict(zip((*_FIELDS, *self._terms), means.tolist(), strict=True))
 
     def state_dict(self) -> dict[str, Tensor]:
         """The sums so far, over all processes."""
-        sums, counts = total(torch.stack([self._sums, self._counts]))
+        sums, counts = all_reduce(torch.stack([self._sums, self._counts]))
         return {"sums": sums, "counts": counts}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on from what :meth:`state_dict` gave, which the first of the processes takes over."""
-        share = 1.0 if present().leads else 0.0
+        share = 1.0 if world().is_rank_zero else 0.0
         self._sums.copy_(state["sums"] * share)
         self._counts.copy_(state["counts"] * share)

@@ -7,7 +7,7 @@ import json
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from lirpa_fastwarmup.distributed import gathered
+from lirpa_fastwarmup.distributed import all_gather
 from lirpa_fastwarmup.engine.compat import ENGINE_VERSION
 from lirpa_fastwarmup.experiments.training.build import Run
 from lirpa_fastwarmup.version import __version__
@@ -20,7 +20,7 @@ def join_ranks(run: Run) -> None:
         ValueError: they have not the same code, settings, data or network; the text says which process differs from the
             first one, and in what. It is raised on every process.
     """
-    if run.ranks.size > 1:
+    if run.world.size > 1:
         _require_same(run)
         devices = None if run.device.type == "cpu" else [run.device]
         run.trained = DistributedDataParallel(run.objective, device_ids=devices)
@@ -33,7 +33,7 @@ def _require_same(run: Run) -> None:
         "data": f"{run.dataset_name}, {len(run.train)} training samples, labels {int(run.train.labels.long().sum())}",
         "network": str({name: tuple(value.shape) for name, value in run.objective.model.state_dict().items()}),
     }
-    first, *others = gathered(own)
+    first, *others = all_gather(own)
     for rank, other in enumerate(others, 1):
         for name, value in other.items():
             if value != first[name]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from lirpa_fastwarmup.distributed import from_leader, present, share_buffers
+from lirpa_fastwarmup.distributed import broadcast, broadcast_buffers, world
 from lirpa_fastwarmup.experiments.training import checkpoint, files
 from lirpa_fastwarmup.experiments.training.build import Run, build_run
 from lirpa_fastwarmup.experiments.training.files import HISTORY, SUMMARY
@@ -111,7 +111,7 @@ def resume(
     started = time.perf_counter()
     checkpoint.require(path)
     with _claimed(out, overwrite=True):
-        left: Any = from_leader(_left_in(out) if present().leads else None)
+        left: Any = broadcast(_left_in(out) if world().is_rank_zero else None)
         content, summary = left
         if summary is not None:
             return dict(summary)
@@ -121,13 +121,13 @@ def resume(
         join_ranks(run)
         position = Position(_no_means(run))
         checkpoint.restore(content, run, position, path)
-        if run.ranks.leads:
+        if run.world.is_rank_zero:
             _write_results(run, position, out)  # Which may have been killed right after its checkpoint.
         return _to_the_end(run, position, out, progress or Listeners(), started, fresh=False)
 
 
 def _claimed(out: Path, *, overwrite: bool) -> AbstractContextManager[None]:
-    return files.claimed(out, overwrite=overwrite) if present().leads else nullcontext()
+    return files.claimed(out, overwrite=overwrite) if world().is_rank_zero else nullcontext()
 
 
 def _left_in(out: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
@@ -158,15 +158,15 @@ def _to_the_end(
             except NonFiniteLossError as error:
                 raise _diverged(error, position, out) from error
             whole = position.batches_done == len(run.train_batches)
-            if fresh and run.ranks.leads:
+            if fresh and run.world.is_rank_zero:
                 files.remove_events(out)  # Before this run's first ones.
             if whole:
                 _close_epoch(run, position, progress)
             position.elapsed = time.perf_counter() - started
-            if fresh and run.ranks.leads:
+            if fresh and run.world.is_rank_zero:
                 (out / SUMMARY).unlink(missing_ok=True)  # With the summary of an earlier run, this one would seem done.
             checkpoint.save(path, run, position)
-            if run.ranks.leads:
+            if run.world.is_rank_zero:
                 if fresh:
                     files.remove_earlier_run(out)  # Not before there is something to put in its place.
                 if whole:
@@ -175,7 +175,7 @@ def _to_the_end(
             stop.raise_if_asked()
     with raising_signals(out):
         summary = summarise(run, position, out, started)
-        if run.ranks.leads:
+        if run.world.is_rank_zero:
             draw_curves(position.history, run.settings, out / files.CURVES)
             summary["files"] = {HISTORY: file_sum(out / HISTORY)}
             write_json(out / SUMMARY, summary)  # Last: what a run with a summary has, it has whole.
@@ -229,7 +229,7 @@ def _history_row(run: Run, position: Position) -> dict[str, float]:
 
 def _errors(run: Run, position: Position) -> dict[str, float]:
     """Errors on the test set and on samples held out; bounds are checked in the first epoch, and before the summary."""
-    share_buffers(run.evaluated.wrapped)
+    broadcast_buffers(run.evaluated.wrapped)
     nothing = math.nan
     row = {"standard_error": nothing, "verified_error": nothing}
     check, eps = position.epoch == 1, run.settings.eps

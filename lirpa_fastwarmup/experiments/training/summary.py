@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.optim.swa_utils import update_bn
 
-from lirpa_fastwarmup.distributed import from_leader, share_buffers
+from lirpa_fastwarmup.distributed import broadcast, broadcast_buffers
 from lirpa_fastwarmup.engine.compat import ENGINE_VERSION
 from lirpa_fastwarmup.experiments import data
 from lirpa_fastwarmup.experiments.training import files
@@ -39,12 +39,12 @@ def _finish_network(run: Run, position: Position, out: Path) -> int:
     epoch = len(position.history) if position.best is None else position.best[1]
     network = run.evaluated.wrapped
     if run.settings.select != "last":
-        if run.ranks.leads:
+        if run.world.is_rank_zero:
             load_kept_weights(network, out / files.MODEL)
-        network.load_state_dict(from_leader(network.state_dict()))
+        network.load_state_dict(broadcast(network.state_dict()))
     if run.settings.precise_bn:
         update_bn(data.Batches(run.train, _PRECISE_BATCH, drop_single=True, device=run.device), network)
-        if run.ranks.leads:
+        if run.world.is_rank_zero:
             save_model(out / files.MODEL, network, run.architecture, run.settings, epoch)
     return epoch
 
@@ -54,7 +54,7 @@ def summarise(run: Run, position: Position, out: Path, started: float) -> dict[s
     settings = run.settings
     epoch = _finish_network(run, position, out)
     network = run.evaluated.wrapped
-    share_buffers(network)
+    broadcast_buffers(network)
     errors = evaluate(
         run.evaluated,
         run.test_batches,
@@ -73,7 +73,7 @@ def summarise(run: Run, position: Position, out: Path, started: float) -> dict[s
         "train_samples": len(run.train),
         "validation_samples": settings.validation,
         "test_samples": len(run.test_batches.split),
-        "processes": run.ranks.size,
+        "processes": run.world.size,
         "seed": settings.seed,
         "eps": settings.eps,
         "epochs": settings.epochs,
