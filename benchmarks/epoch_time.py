@@ -22,7 +22,7 @@ from lirpa_fastwarmup.experiments.training import Settings
 from lirpa_fastwarmup.experiments.training.build import Run, build_run
 from lirpa_fastwarmup.experiments.training.interrupt import StopRequest
 from lirpa_fastwarmup.experiments.training.loop import Position, train_epoch
-from lirpa_fastwarmup.experiments.training.progress import EpochMeans, Listeners
+from lirpa_fastwarmup.experiments.training.progress import EpochMeans, Progress
 
 PHASES = {"before the ramp": 0.0, "in the ramp": 0.5, "at full eps": 1.0}
 
@@ -41,7 +41,7 @@ def seconds_of_epoch(run: Run, progress: float) -> float:
     length = run.settings.ramp_length * len(run.train_batches)
     run.objective.steps_done = 0 if progress == 0 else begin + int(progress * length)
     position = Position(EpochMeans(run.device))
-    train_epoch(run, position, Listeners(), StopRequest(Path()))
+    train_epoch(run, position, Progress(), StopRequest(Path()))
     return position.seconds
 
 

@@ -34,7 +34,7 @@ if part epochs; then
 fi
 if part train && [[ -n "$data" ]]; then
     # Ten epochs of the preset, for a look at its losses: mistakes of the recipe show on CIFAR-10 and not on MNIST.
-    python3 -m lirpa_fastwarmup train cifar10 --epochs 10 --ramp-length 8 --compile --device cuda --data-dir "$data" \
-        --out "$out/ten_epochs" --overwrite 2>&1 | tee "$out/ten_epochs.txt"
+    python3 -m lirpa_fastwarmup train cifar10 --epochs 10 --ramp-length 8 --lr-milestones 120 140 --compile --device cuda \
+        --data-dir "$data" --out "$out/ten_epochs" --overwrite 2>&1 | tee "$out/ten_epochs.txt"
     rm -f "$out"/ten_epochs/*.pt
 fi

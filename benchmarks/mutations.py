@@ -168,7 +168,7 @@ CNN | BoundLinear.interval_propagate
     IBP, margins: last bias not multiplied | C.matmul(lb) if not => lb if not
 CNN | lirpa_fastwarmup.engine.bounds:_Margins.matmul
     IBP, margins: sign | weight.index_select(0, self.labels).unsqueeze(1) - weight => weight - weight[self.labels, None]
-CNN | lirpa_fastwarmup.engine.normalization:_ScaledInterval.forward
+CNN | lirpa_fastwarmup.engine.batchnorm:_ScaledInterval.forward
     IBP, BatchNorm: radius by the scale, not by its absolute value | scale.abs() / 2 => scale / 2
 CNN | lirpa_fastwarmup.engine.batchnorm:SharedBatchNorm.interval_propagate
     IBP, BatchNorm: statistics from before training | v[3][0], v[4][0] => 0 * v[3][0], 0 * v[4][0] + 1
@@ -177,7 +177,7 @@ ResNet | BoundAdd.interval_propagate
     IBP, sum: upper end of a branch in the lower end | x[0] + y[0] => x[0] + y[1]
 smooth | BoundSub.interval_propagate
     IBP, difference: ends not exchanged | x[0] - y[1], x[1] - y[0] => x[0] - y[0], x[1] - y[1]
-smooth | lirpa_fastwarmup.engine.arithmetic:BoundConstantArithmetic.interval_propagate
+smooth | lirpa_fastwarmup.engine.nodes:BoundConstantArithmetic.interval_propagate
     IBP, scaling by factors < 0: ends not exchanged | torch.minimum(one, other), torch.maximum => one, torch.maximum
 CNN | BoundRelu._backward_relaxation
     CROWN, ReLU: upper line through 0 | upper_b = upper_b.unsqueeze(0) => upper_b = 0 * upper_b.unsqueeze(0)
@@ -190,7 +190,7 @@ smooth | BoundTanh.bound_relax_impl
     CROWN, Tanh and Sigmoid: tangent with the slope of another point | = dfunc(m) => = dfunc(lower)
     CROWN, Tanh and Sigmoid: tangent with the slope of the chord | k=k, x0=d_lower => k=k_direct, x0=d_lower
 MobileNet | lirpa_fastwarmup.engine.nodes:BoundClamp.bound_backward
-    CROWN, ReLU6: lines exchanged | last_lA, below, above => last_lA, above, below
+    CROWN, ReLU6: lines exchanged | (below, above) if is_lower => (above, below) if is_lower
 MobileNet | lirpa_fastwarmup.engine.nodes:BoundClamp._lines
     CROWN, ReLU6: upper kink forgotten | end.clamp(self.low, self.high) => end.clamp(self.low)
 ResNet | lirpa_fastwarmup.engine.nodes:BoundMaximumPool.bound_backward
@@ -223,8 +223,8 @@ ResNet | BoundAdd.bound_backward
 smooth | BoundSub.bound_backward
     CROWN, difference: sign of the second operand | last_lA, y, sign=-1 => last_lA, y, sign=1
 ResNet | lirpa_fastwarmup.engine.nodes:AdjointBounds.bound_backward
-    CROWN, average pooling: four values divided by three | adjoint(rows)[0] => adjoint(rows)[0] * 4 / 3
-smooth | lirpa_fastwarmup.engine.arithmetic:BoundConstantArithmetic.bound_backward
+    CROWN, average pooling: four values divided by three | adjoint(rows)[0] => 4 / 3 * adjoint(rows)[0]
+smooth | lirpa_fastwarmup.engine.nodes:BoundConstantArithmetic.bound_backward
     CROWN, arithmetic: constant not added | (last_A * shift) => (0 * last_A * shift)
 MobileNet | BoundConcat.bound_backward
     CROWN, concatenation: split one channel off | torch.split(last_A, => torch.split(last_A.roll(1, self.axis + 1),

@@ -19,7 +19,7 @@ from pathlib import Path
 
 KEPT = ("summary.json", "history.csv", "curves.png", "verification.json", "layers.csv")
 LOOKED_AT = 1000  # Test samples.
-VERIFICATION = ("--methods", "IBP", "CROWN-IBP", "--restarts", "5")
+VERIFICATION = ("--methods", "IBP", "CROWN-IBP", "--pgd-restarts", "5")
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,10 @@
-"""Certified training inside Lightning: the objective as the loss of a LightningModule.
+"""Certified training with Lightning: the objective as the loss of a LightningModule.
 
     python examples/lightning_module.py
     python examples/lightning_module.py --devices 2 --strategy ddp
 
-Nothing is special but two calls: ``step()`` after each batch, which advances ε, and the objective in evaluation mode
-for validation, where it takes the target ε.
+Call ``step()`` after each batch to advance ε. In validation, where Lightning puts all modules in evaluation mode, the
+objective uses the target ε.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ EPS, BATCH = 0.1, 64
 
 
 class Certified(lightning.LightningModule):
-    """Any network, trained by the short warmup.
+    """Train any network with the short warmup.
 
     Args:
-        net: a plain network.
-        example: inputs that it takes, two or more.
+        net: the network, a plain nn.Module.
+        example: a batch of two or more inputs.
         eps: target radius.
-        ramp: epochs that ε grows for.
-        steps_per_epoch: batches in an epoch.
+        ramp: epochs over which ε grows.
+        steps_per_epoch: number of batches in an epoch.
     """
 
     def __init__(self, net: nn.Module, example: Tensor, eps: float, ramp: int, steps_per_epoch: int) -> None:
@@ -42,28 +42,28 @@ class Certified(lightning.LightningModule):
         self.objective = fw.ShortWarmup(bounded, schedule)
 
     def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> Tensor:
-        """The objective on a batch, at the schedule's ε."""
+        """Return the loss at the schedule's current ε."""
         out = self.objective(*batch)
         self.log_dict({"eps": out.eps, "loss": out.loss.detach()}, prog_bar=True)
         return out.loss
 
     def on_train_batch_end(self, *_: object) -> None:
-        """Advance ε, after the optimiser has stepped."""
+        """Advance ε after the optimiser step."""
         self.objective.step()
 
     def validation_step(self, batch: tuple[Tensor, Tensor], _: int) -> None:
-        """Errors at the target ε: Lightning has put all modules in evaluation mode."""
+        """Log the errors at the target ε."""
         out = self.objective(*batch)
         errors = {"standard_error": out.clean_error, "verified_error": out.verified_error}
-        self.log_dict(errors, prog_bar=True, sync_dist=True)  # Over all processes, where there are several.
+        self.log_dict(errors, prog_bar=True, sync_dist=True)  # Averaged over all processes.
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Adam, as in the paper."""
+        """Use Adam, as in the paper."""
         return torch.optim.Adam(self.parameters(), lr=2e-3)
 
 
 def main(epochs: int = 6, ramp: int = 4, devices: str = "1", strategy: str = "auto") -> lightning.Trainer:
-    """Train on 4,000 digits; the batch is that of all devices together."""
+    """Train on 4,000 digits, with a global batch of ``BATCH``."""
     lightning.seed_everything(0)
     count = int(devices)
     digits = data.load("mnist5k")
@@ -74,10 +74,9 @@ def main(epochs: int = 6, ramp: int = 4, devices: str = "1", strategy: str = "au
         *(nn.Flatten(), nn.Linear(16 * 7 * 7, 64), nn.ReLU(), nn.Linear(64, 10)),
     )
     module = Certified(net, digits.train.inputs[:2], EPS, ramp, steps_per_epoch=len(loader) // count)
-    # Gradients are clipped, as in the paper.
     trainer = lightning.Trainer(
         max_epochs=epochs,
-        gradient_clip_val=10.0,
+        gradient_clip_val=10.0,  # As in the paper.
         devices=count,
         strategy=strategy,
         logger=False,

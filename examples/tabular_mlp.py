@@ -1,9 +1,9 @@
-"""A certified classifier on a table: scikit-learn's breast-cancer data, with a radius for each feature.
+"""A certified classifier on tabular data: scikit-learn's breast-cancer dataset, with one radius per feature.
 
     python examples/tabular_mlp.py
 
-Every feature is measured with an error of its own, here a tenth of its standard deviation. The certificate says that no
-errors of that size, in all 30 features at once, can change the diagnosis that the network gives.
+Each feature has its own measurement error, here a tenth of its standard deviation. A certificate guarantees that errors
+of that size, in all 30 features at once, cannot change the network's diagnosis.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ EPOCHS, RAMP, BATCH = 40, 25, 32
 
 
 def load(seed: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Training and test samples, in the features' own units (mm, mm² and ratios)."""
+    """Return training and test samples in the features' own units (mm, mm² and ratios)."""
     table = load_breast_cancer()
     x, y = torch.tensor(table.data, dtype=torch.float32), torch.tensor(table.target)
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
@@ -33,7 +33,7 @@ def main(seed: int = 0) -> None:
     mean, std = x.mean(0), x.std(0)
     eps = 0.1 * std  # One radius per feature, in its units.
 
-    # Normalisation is a part of the network, so that eps needs no translation.
+    # Normalisation is part of the network, so eps stays in the features' units.
     normalize = fw.models.Normalize(mean.tolist(), std.tolist())
     net = nn.Sequential(normalize, nn.Linear(30, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2))
     fw.insert_batchnorm(net, x[:2])
@@ -42,7 +42,7 @@ def main(seed: int = 0) -> None:
 
     steps = len(x) // BATCH
     schedule = fw.SmoothedEpsilon(eps, start=1, length=RAMP, steps_per_epoch=steps)
-    warmup = fw.ShortWarmup(bounded, schedule, input_range=None)  # Measurements have no range to clip to.
+    warmup = fw.ShortWarmup(bounded, schedule, input_range=None)  # Measurements have no valid range.
     optimizer = torch.optim.Adam(warmup.parameters(), lr=1e-3)
     for epoch in range(1, EPOCHS + 1):
         warmup.train()
@@ -60,8 +60,8 @@ def main(seed: int = 0) -> None:
     print(f"standard error  {found.standard_error}")
     print(f"PGD error       {found.pgd_error}")
     print(f"verified error  {found.verified_error}")
-    for verdict in fw.inspect(bounded, x_test, eps, input_range=None).findings:
-        print(verdict)
+    for finding in fw.inspect(bounded, x_test, eps, input_range=None).findings:
+        print(finding)
 
 
 if __name__ == "__main__":

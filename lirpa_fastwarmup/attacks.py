@@ -1,8 +1,9 @@
-"""Projected gradient descent: a search for the lowest margin in a box, and so for misclassified points."""
+"""Projected gradient descent (PGD): searches a box for the lowest margin, and so for misclassified points."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +13,12 @@ from lirpa_fastwarmup.boxes import Epsilon, InputRange, box_ends, broadcast_to_b
 
 @dataclass(frozen=True)
 class Attack:
-    """What an attack came to.
+    """The result of an attack.
 
     Attributes:
-        points: of each sample a misclassified point of its box where one was found, elsewhere the point met with the
+        points: for each sample a misclassified point of its box if one was found, otherwise the visited point with the
             lowest margin; shape ``(batch, *input)``.
-        margins: z_y − max_j z_j there, shape (batch,).
+        margins: z_y − max_j z_j at these points, shape (batch,).
         succeeded: whether the point is misclassified, shape (batch,).
     """
 
@@ -26,7 +27,7 @@ class Attack:
     succeeded: Tensor
 
     def replace(self, samples: Tensor, other: Attack) -> None:
-        """Take over, for ``samples``, what ``other`` found of them and is worse for the network."""
+        """Overwrite the results of ``samples`` where ``other`` succeeded or has the lower margin."""
         worse = other.succeeded | (other.margins < self.margins[samples])
         where = samples[worse]
         self.points[where] = other.points[worse]
@@ -47,10 +48,10 @@ def attack(
     generator: torch.Generator | None = None,
     starts: Tensor | None = None,
 ) -> Attack:
-    """Descend on the margin z_y − max_j z_j within an l∞ box by PGD (Madry et al., 2018).
+    """Minimise the margin z_y − max_j z_j over an l∞ box by PGD (Madry et al., 2018).
 
-    Every restart begins at a random point of the box; samples that have been misclassified once, the
-    clean point included, are left out from then on.
+    Every restart begins at a random point of the box. Samples that are misclassified, at the clean point or later, are
+    left out of further restarts.
 
     Args:
         model: the network, in evaluation mode.
@@ -58,19 +59,27 @@ def attack(
         y: labels (batch,), int64.
         eps: radius of the box, in units of the input; may have one value per sample, shape (batch, 1, …).
         steps: gradient steps of each restart.
-        restarts: random starting points; with none, only the clean points are looked at.
-        step_size: length of a step as a share of ``eps``.
+        restarts: random starting points; 0 to evaluate only the clean points.
+        step_size: length of a step as a fraction of ``eps``.
         input_range: lowest and highest valid input; ``None`` for unclipped data.
         generator: source of the starting points, on the CPU; by default torch's own.
-        starts: what :func:`random_starts` drew instead, where a batch is attacked in parts.
+        starts: starting points from :func:`random_starts` instead, for a batch attacked in micro-batches.
+
+    Returns:
+        The worst point found for each sample.
 
     Raises:
         TypeError: labels are not int64.
-        ValueError: ``model`` is in training mode, ``eps`` is negative or not finite, labels are no classes,
-            or ``x`` lies outside its range.
+        ValueError: ``model`` is in training mode, ``eps`` is negative or not finite, labels are not classes, or ``x``
+            lies outside its range.
+
+    Example:
+        >>> found = fw.attacks.attack(model.eval(), x, y, eps=8 / 255, restarts=3)
+        >>> error = found.succeeded.float().mean()
+        >>> adversarial = found.points[found.succeeded]
     """
     if model.training:
-        raise ValueError("the network is in training mode, in which BatchNorm follows the attack: call model.eval()")
+        raise ValueError("the network is in training mode, where BatchNorm adapts to the attack: call model.eval()")
     check_eps(eps)
     with torch.no_grad():
         logits = model(x)
@@ -91,9 +100,9 @@ def attack(
 
 
 def random_starts(x: Tensor, restarts: int, generator: torch.Generator | None) -> Tensor:
-    """Where the attacks of a batch begin within its boxes, from 0 to 1: shape (restarts, batch, *input), on the CPU.
+    """Starting points relative to the box, from 0 to 1: shape (restarts, batch, *input), on the CPU.
 
-    A sample's starts depend on the generator and its place in the batch alone.
+    A sample's starts depend only on the generator and its place in the batch.
     """
     return torch.rand((restarts, *x.shape), generator=generator)
 
@@ -110,28 +119,23 @@ def pgd(
     input_range: InputRange | None = (0.0, 1.0),
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """For each sample a misclassified point of the box where :func:`attack` found one, and ``x`` elsewhere.
+    """A misclassified point of each box where :func:`attack` finds one, and ``x`` elsewhere.
 
-    Arguments and errors as of :func:`attack`.
+    Arguments and errors are as in :func:`attack`.
+
+    Example:
+        >>> adversarial = fw.attacks.pgd(model.eval(), x, y, eps=8 / 255, steps=50, restarts=3)
+        >>> error = (model(adversarial).argmax(1) != y).float().mean()
     """
-    found = attack(
-        model,
-        x,
-        y,
-        eps,
-        steps=steps,
-        restarts=restarts,
-        step_size=step_size,
-        input_range=input_range,
-        generator=generator,
-    )
+    options: dict[str, Any] = {"steps": steps, "restarts": restarts, "step_size": step_size, "generator": generator}
+    found = attack(model, x, y, eps, input_range=input_range, **options)
     return torch.where(found.succeeded.view(-1, *[1] * (x.ndim - 1)), found.points, x)
 
 
 def _descend(
     model: nn.Module, point: Tensor, y: Tensor, lower: Tensor, upper: Tensor, steps: int, stride: Epsilon
 ) -> Attack:
-    """The first misclassified point met on the way down from ``point``, or else the lowest."""
+    """The first misclassified point visited on the descent from ``point``, or else the one with the lowest margin."""
     found = Attack(point.clone(), torch.full_like(point.flatten(1)[:, 0], torch.inf), torch.zeros_like(y).bool())
     everything = torch.arange(len(y), device=y.device)
     for step in range(steps + 1):
@@ -140,8 +144,8 @@ def _descend(
             logits = model(point)
             margins = _margins(logits, y)
         left = everything[~found.succeeded]
-        met = Attack(point.detach(), margins.detach(), logits.detach().argmax(1) != y)
-        found.replace(left, Attack(met.points[left], met.margins[left], met.succeeded[left]))
+        succeeded = logits.detach().argmax(1) != y
+        found.replace(left, Attack(point.detach()[left], margins.detach()[left], succeeded[left]))
         if step == steps or bool(found.succeeded.all()):
             break
         with torch.enable_grad():

@@ -1,4 +1,4 @@
-"""The box around a batch, and what radii, input ranges, batches and labels must be: plain tensors, no engine."""
+"""The box around a batch, and checks of radii, input ranges, batches and labels: plain tensors, no engine."""
 
 from __future__ import annotations
 
@@ -24,68 +24,51 @@ def box_ends(x: Tensor, eps: Epsilon, input_range: InputRange | None) -> tuple[T
 
 
 def check_eps(eps: Epsilon, input_range: InputRange | None = None) -> None:
-    """Refuse a radius that no box can have, or that makes every box the whole range.
-
-    Args:
-        eps: radius in units of the input.
-        input_range: lowest and highest valid input; ``None`` to compare ``eps`` with no range.
+    """Refuse a radius that is not one, or that exceeds the width of ``input_range`` (``None`` for any width).
 
     Raises:
         TypeError: ``eps`` is neither a number nor a tensor of numbers.
-        ValueError: ``eps`` is negative, infinite, NaN or empty, or wider than the input range; or that is no range.
+        ValueError: ``eps`` is negative, infinite, NaN or empty, or wider than the input range; or the range is invalid.
     """
     is_tensor = isinstance(eps, Tensor)
     if isinstance(eps, bool) or not isinstance(eps, numbers.Real | Tensor) or (is_tensor and eps.dtype == torch.bool):
-        raise TypeError(f"eps must be a number or a tensor, in units of the input; found {_kind(eps)}")
+        found = f"a tensor of {eps.dtype}" if isinstance(eps, Tensor) else type(eps).__name__
+        raise TypeError(f"eps must be a number or a tensor, in units of the input; found {found}")
     values = eps.detach().flatten().tolist() if isinstance(eps, Tensor) else [float(eps)]
     if not values or not all(math.isfinite(value) and value >= 0 for value in values):
         raise ValueError(f"eps must be finite and at least 0, in units of the input; found {eps}")
     check_range(input_range)
     if input_range is None:
         return
-    width = torch.as_tensor(input_range[1]) - torch.as_tensor(input_range[0])
-    if max(values) > float(width.max()):
+    width = float((torch.as_tensor(input_range[1]) - torch.as_tensor(input_range[0])).max())
+    if max(values) > width:
         raise ValueError(
-            f"eps is {eps}, and the input range {input_range} is only {float(width.max()):g} wide, so that every box "
-            "would be the whole range. eps is in units of the input: for pixels from 0 to 1, write 8/255, not 8"
+            f"eps is {eps}, and the input range {input_range} is only {width:g} wide, so every box would be the whole "
+            "range. eps is in units of the input: for pixels from 0 to 1, write 8/255, not 8"
         )
 
 
 def check_radius(eps: Epsilon, input_range: InputRange | None) -> None:
-    """Refuse a radius at which there is nothing to certify.
-
-    Raises:
-        TypeError, ValueError: as :func:`check_eps`, and ValueError where ``eps`` is 0.
-    """
+    """Refuse a radius that cannot be certified; as :func:`check_eps`, and ValueError if ``eps`` is 0."""
     check_eps(eps, input_range)
     if not bool(torch.as_tensor(eps).gt(0).all()):
         raise ValueError(
-            f"eps must be above 0, found {eps}: a box of radius 0 is the sample itself, of which the standard error "
-            "tells all. Give the radius to be certified, in units of the input (8/255, say)"
+            f"eps must be above 0, found {eps}: a box of radius 0 is the sample itself, which the standard error "
+            "covers. Pass the radius to certify, in units of the input, such as 8/255"
         )
 
 
 def check_range(input_range: InputRange | None) -> None:
-    """Refuse what is no lowest and highest input.
-
-    Raises:
-        TypeError: it is no pair of numbers or tensors.
-        ValueError: its lowest input is above its highest, or one of them is NaN.
-    """
+    """As :func:`check_pair`, and ValueError if a lower end exceeds the upper end, or is NaN."""
     check_pair(input_range)
-    if input_range is None:
-        return
-    low, high = (torch.as_tensor(end).cpu() for end in input_range)
-    if not bool((low <= high).all()):
-        raise ValueError(f"input_range must not begin above its end; found {input_range}")
+    if input_range is not None:
+        low, high = (torch.as_tensor(end).cpu() for end in input_range)
+        if not bool((low <= high).all()):
+            raise ValueError(f"input_range must not begin above its end; found {input_range}")
 
 
 def check_pair(input_range: InputRange | None) -> None:
-    """Refuse, without reading tensors, what is no pair of a lowest and a highest input.
-
-    Raises:
-        TypeError: it is none.
-    """
+    """Raise TypeError if ``input_range`` is not a pair of numbers or tensors, without reading tensors."""
     if input_range is None:
         return
     ends = input_range if isinstance(input_range, tuple | list) else ()
@@ -96,17 +79,10 @@ def check_pair(input_range: InputRange | None) -> None:
         )
 
 
-def _kind(value: object) -> str:
-    return f"a tensor of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
-
-
 def broadcast_to_batch(value: float | Tensor, x: Tensor, what: str) -> float | Tensor:
     """``value`` in a shape that broadcasts over the batch ``x`` of shape ``(batch, *input)``.
 
-    A vector is one value per channel (per feature, where inputs are vectors).
-
-    Raises:
-        ValueError: a tensor of a shape that does not fit.
+    A vector is one value per channel (per feature, if inputs are vectors). Raises ValueError if the shape does not fit.
     """
     if not isinstance(value, Tensor) or value.ndim == 0:
         return value
@@ -117,7 +93,7 @@ def broadcast_to_batch(value: float | Tensor, x: Tensor, what: str) -> float | T
         fits = False
     if not fits:
         raise ValueError(
-            f"{what} has shape {tuple(value.shape)}, which does not fit inputs of shape {tuple(x.shape[1:])}: give a "
+            f"{what} has shape {tuple(value.shape)}, which does not fit inputs of shape {tuple(x.shape[1:])}: pass a "
             "number, one value per channel, or a tensor of the input's shape"
         )
     return value.to(x).view(shape)
@@ -129,7 +105,7 @@ def labels_fit(y: Tensor, classes: int) -> Tensor:
 
 
 def labels_error(y: Tensor, classes: int) -> ValueError:
-    """What to say where :func:`labels_fit` does not hold."""
+    """The error to raise if :func:`labels_fit` is false."""
     return ValueError(
         f"labels must be between 0 and {classes - 1}, for a network of {classes} outputs; found {int(y.min())} to "
         f"{int(y.max())}"
@@ -145,23 +121,23 @@ def inputs_fit(x: Tensor, input_range: InputRange | None) -> Tensor:
 
 
 def inputs_error(x: Tensor, input_range: InputRange | None) -> ValueError:
-    """What to say where :func:`inputs_fit` does not hold."""
+    """The error to raise if :func:`inputs_fit` is false."""
     found = f"found values from {float(x.min()):.6g} to {float(x.max()):.6g}"
     if input_range is None:
         return ValueError(f"inputs must be finite; {found}")
     return ValueError(
-        f"inputs must lie in input_range {input_range}, to which the box is clipped; {found}. Keep the data in its "
-        "own units and make normalisation the network's first layer (lirpa_fastwarmup.models.Normalize), pass the "
-        "data's range as input_range, or None for data without one"
+        f"inputs must lie in input_range {input_range}, to which the box is clipped; {found}. Keep the data in its own "
+        "units and make normalisation the network's first layer (lirpa_fastwarmup.models.Normalize), pass the data's "
+        "range as input_range, or None for data without one"
     )
 
 
 def check_batch(x: Tensor, y: Tensor, classes: int, input_range: InputRange | None) -> None:
-    """Refuse a batch of which no error could be taken; this waits for the device.
+    """Refuse an invalid batch; this synchronises with the device.
 
     Raises:
         TypeError: labels are not int64.
-        ValueError: lengths differ, labels are no classes, or inputs lie outside their range.
+        ValueError: lengths differ, labels are not classes, or inputs lie outside their range.
     """
     check_shapes(x, y)
     if not bool(labels_fit(y, classes)):
@@ -171,11 +147,7 @@ def check_batch(x: Tensor, y: Tensor, classes: int, input_range: InputRange | No
 
 
 def check_input_shapes(inputs: Sequence[Tensor], example: Sequence[Tensor]) -> None:
-    """Refuse inputs of other shapes than a network was wrapped for: its bounds hold for those of the example alone.
-
-    Raises:
-        ValueError: their number, or a shape, batch aside, is another one.
-    """
+    """Raise ValueError if the number or shapes of inputs differ from the example's: bounds hold for these only."""
     expected, found = ([tuple(one.shape[1:]) for one in tensors] for tensors in (example, inputs))
     if found != expected:
         raise ValueError(
@@ -185,7 +157,7 @@ def check_input_shapes(inputs: Sequence[Tensor], example: Sequence[Tensor]) -> N
 
 
 def check_shapes(x: Tensor, y: Tensor) -> None:
-    """Refuse a batch by what is known without its values.
+    """Refuse an invalid batch, without reading its values.
 
     Raises:
         TypeError: labels are not int64.
@@ -194,7 +166,5 @@ def check_shapes(x: Tensor, y: Tensor) -> None:
     if y.dtype != torch.int64:
         raise TypeError(f"labels must be class numbers of dtype int64, found {y.dtype}: pass y.long()")
     if x.ndim == 0 or y.shape != x.shape[:1] or len(x) == 0:
-        raise ValueError(
-            f"expected inputs (batch, ...) and labels (batch,) of one length ≥ 1; found {tuple(x.shape)} and "
-            f"{tuple(y.shape)}"
-        )
+        shapes = f"{tuple(x.shape)} and {tuple(y.shape)}"
+        raise ValueError(f"expected inputs (batch, ...) and labels (batch,) of one length ≥ 1; found {shapes}")

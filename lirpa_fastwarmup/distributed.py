@@ -1,7 +1,4 @@
-"""Several processes that compute one run, as torchrun starts them: who they are, and sums over them.
-
-The processes are PyTorch's default process group. Without one, a process is alone, and sums are what it has.
-"""
+"""Collectives over the processes of PyTorch's default process group, which torchrun starts; without one, over one."""
 
 from __future__ import annotations
 
@@ -17,26 +14,20 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
-_TIMEOUT = timedelta(minutes=10)  # How long one rank may wait for the others in the midst of a step.
-_PATIENCE = timedelta(days=7)  # … and where their work is of unequal length.
+_TIMEOUT = timedelta(minutes=10)  # For a rank that waits for the others within a step,
+_PATIENCE = timedelta(days=7)  # and where the work of ranks differs in length.
 _T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
 class World:
-    """A process among those that compute one run.
-
-    Attributes:
-        rank: its number, from 0.
-        size: how many there are.
-    """
+    """The rank of this process, from 0, and the number of processes. Rank 0 writes and prints."""
 
     rank: int = 0
     size: int = 1
 
     @property
     def is_rank_zero(self) -> bool:
-        """Whether it is the one that writes."""
         return self.rank == 0
 
 
@@ -44,39 +35,38 @@ SINGLE = World()
 
 
 def world() -> World:
-    """This process among those of the default process group."""
+    """Rank and size in the default process group."""
     if dist.is_available() and dist.is_initialized():
         return World(dist.get_rank(), dist.get_world_size())
     return SINGLE
 
 
 def local_device(named: torch.device) -> torch.device:
-    """The device of this process: of several GPUs, each process that torchrun started on a machine has its own.
+    """The device of this process: each process that torchrun starts on a machine uses a GPU of its own.
 
-    Raises:
-        ValueError: the machine has fewer GPUs than processes.
+    Raises ValueError if the machine has fewer GPUs than processes.
     """
     place = os.environ.get("LOCAL_RANK")
     if named.type != "cuda" or named.index is not None or place is None:
         return named
     if int(place) >= torch.cuda.device_count():
         raise ValueError(
-            f"process {place} of this machine has no GPU, as there are {torch.cuda.device_count()}: start as many "
-            "processes as there are GPUs (--nproc-per-node)"
+            f"process {place} of this machine has no GPU, as there are {torch.cuda.device_count()}: start one process "
+            "per GPU (--nproc-per-node)"
         )
     return torch.device("cuda", int(place))
 
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[World]:
-    """Be one of the processes that torchrun started, for as long as the block lasts; alone where it did not.
+    """Join the processes that torchrun started, during the block. Without torchrun, there is one process.
 
     Args:
-        device: where this process computes; NCCL connects GPUs, gloo everything else.
+        device: the device of this process; NCCL connects GPUs, gloo all other devices.
 
     Raises:
-        NotImplementedError: this PyTorch has no NCCL, which connects GPUs.
-        ConnectionError: the processes do not find one another, or one of them is lost.
+        NotImplementedError: this PyTorch has no NCCL.
+        ConnectionError: the processes cannot connect, or one of them ended.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or world() != SINGLE:
         yield world()
@@ -84,8 +74,8 @@ def process_group(device: torch.device) -> Iterator[World]:
     backend = "nccl" if device.type == "cuda" else "gloo"
     if not dist.is_backend_available(backend):
         raise NotImplementedError(
-            f"several processes on {device.type} are connected by {backend}, which this PyTorch was built without: "
-            "install one with it, or train on one device"
+            f"several processes on {device.type} are connected by {backend}, which this PyTorch lacks: install a build "
+            "with it, or train on one device"
         )
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -94,12 +84,12 @@ def process_group(device: torch.device) -> Iterator[World]:
         _meet(backend)
         yield world()
     except RuntimeError as error:
-        # gloo's own errors are plain RuntimeErrors that begin with a place in its sources.
+        # gloo raises plain RuntimeErrors whose message begins with a place in its sources.
         if not (isinstance(error, dist.DistError) or "/gloo/" in str(error)):
             raise
         raise ConnectionError(
-            f"rank {rank} lost the connection to the others, or waited for {_TIMEOUT} in vain: one of them ended, and "
-            f"its own error is the one to look for ({str(error).splitlines()[0]})"
+            f"rank {rank} lost the connection to the others, or waited longer than {_TIMEOUT}: another process ended; "
+            f"look for its error ({str(error).splitlines()[0]})"
         ) from error
     finally:
         if dist.is_initialized():
@@ -108,7 +98,7 @@ def process_group(device: torch.device) -> Iterator[World]:
 
 def _meet(backend: str) -> None:
     store, rank, size = next(rendezvous("env://", timeout=_TIMEOUT))
-    # torchrun may give the same store again after a restart, with the addresses of processes that are gone.
+    # After a restart torchrun may pass the same store, with the addresses of processes that have ended.
     start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = dist.PrefixStore(f"start {start}", store)  # type: ignore[attr-defined]
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_TIMEOUT)
@@ -124,7 +114,7 @@ def all_reduce(values: Tensor) -> Tensor:
 
 
 def differentiable_all_reduce(values: Tensor) -> Tensor:
-    """The sum over all processes. Its gradient is the sum of the gradients that all of them have for it."""
+    """The sum over all processes; its gradient is the sum of their gradients."""
     return values if world().size == 1 else _AllReduce.apply(values)
 
 
@@ -139,7 +129,7 @@ class _AllReduce(torch.autograd.Function):
 
 
 def broadcast(value: _T) -> _T:
-    """What rank 0 has, on every rank; any object that can be pickled."""
+    """Rank 0's ``value``, any object that can be pickled, on every rank."""
     if world().size == 1:
         return value
     holder = [value if world().is_rank_zero else None]
@@ -148,7 +138,7 @@ def broadcast(value: _T) -> _T:
 
 
 def all_gather(value: _T, group: Any = None) -> list[_T]:
-    """What every rank has, by rank, on all of them; in a group of :func:`patient_group`, however late they come."""
+    """The values of all ranks, by rank, on every rank; ``group`` from :func:`patient_group` for ranks that are late."""
     if world().size == 1:
         return [value]
     values: list[Any] = [None] * world().size
@@ -160,7 +150,7 @@ def all_gather(value: _T, group: Any = None) -> list[_T]:
 def patient_group() -> Iterator[Any]:
     """A group for :func:`all_gather` at the end of a block that takes some ranks much longer than others.
 
-    Every rank must enter the block. Objects are sent over gloo, on whatever device the ranks compute.
+    Every rank must enter the block. Objects are sent over gloo, for every device.
     """
     if world().size == 1:
         yield None
@@ -174,9 +164,9 @@ def patient_group() -> Iterator[Any]:
 
 @contextmanager
 def rank_zero_first() -> Iterator[None]:
-    """Let rank 0 run the block alone, and the others when it has: they find what it downloaded or wrote.
+    """Run the block on rank 0 first, and then on the other ranks, which find the files that it wrote.
 
-    Where it fails on rank 0, the others run the block as well, and fail by themselves.
+    If it fails on rank 0, the other ranks run it too, and fail by themselves.
     """
     with patient_group() as group:
         if not world().is_rank_zero:

@@ -1,4 +1,4 @@
-"""Computing in parts that fit into memory."""
+"""Computation in micro-batches that fit into memory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 _OUT_OF_MEMORY = re.compile(
     r"out of memory|can't allocate|not enough memory|bad_alloc|could not create a primitive", re.I
 )
-_SHARE = 0.8  # Of the memory that is free; the rest is for what operators use inside.
+_USABLE = 0.8  # Of the free memory; operators use the rest internally.
 
 
 class OutOfMemoryError(RuntimeError):
@@ -28,27 +28,27 @@ class OutOfMemoryError(RuntimeError):
 
 
 class MicroBatches:
-    """Splits batches into parts that fit into memory.
+    """Splits batches into micro-batches that fit into memory.
 
-    A GPU says when something does not fit, and a part is halved then. The CPU's system ends the process instead; there
-    the tensors that one sample takes are counted first, and parts are made as large as the free memory allows.
+    A GPU raises an error if something does not fit, and the micro-batch is halved. A CPU's operating system kills the
+    process instead, so the memory of one sample is measured first, and the free memory determines the size.
 
     Attributes:
-        size: samples of a part, as far as is known by now; it only shrinks.
+        size: samples per micro-batch; it only shrinks.
     """
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self._counted = False
+        self._measured = False
 
     def each(self, compute: Callable[[Tensor], Tensor], samples: Tensor, what: str) -> Tensor:
-        """``compute(part)`` of each part of ``samples``, joined.
+        """``compute`` of each micro-batch of ``samples``, concatenated.
 
         Args:
-            compute: takes indices (part,) and returns one row for each; on the CPU it is also called with one sample
-                beforehand, whose row is thrown away.
+            compute: maps indices (n,) to one row for each; on the CPU it is first called with one sample, and that
+                row is discarded.
             samples: indices (n,), n ≥ 1.
-            what: what is computed, for the log.
+            what: name of the computation, for messages.
 
         Raises:
             OutOfMemoryError: one sample alone does not fit.
@@ -56,51 +56,45 @@ class MicroBatches:
         results: list[Tensor] = []
         done = 0
         while done < len(samples):
-            part = samples[done : done + self.size]
+            micro_batch = samples[done : done + self.size]
             try:
-                if len(part) > 1 and not self._counted and part.device.type == "cpu":
-                    self._fit(compute, part[:1], what)
+                if len(micro_batch) > 1 and not self._measured and micro_batch.device.type == "cpu":
+                    self._fit(compute, micro_batch[:1], what)
                     continue
-                results.append(compute(part))
+                results.append(compute(micro_batch))
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
-                self._shrink(len(part), what, error)
+                self._shrink(len(micro_batch), what, error)
             else:
-                done += len(part)
+                done += len(micro_batch)
         return torch.cat(results)
 
-    def _fit(self, compute: Callable[[Tensor], Tensor], one: Tensor, what: str) -> None:
-        """Make parts as large as the free memory allows, by what one sample takes."""
-        self._counted = True
+    def _fit(self, compute: Callable[[Tensor], Tensor], sample: Tensor, what: str) -> None:
+        """Choose the size that the free memory allows, from the memory of one sample."""
+        self._measured = True
         free = free_memory()
-        with _PeakBytes() as counted:
-            compute(one)
-        if free is not None and counted.peak * self.size > _SHARE * free:
-            self.size = max(1, int(_SHARE * free / counted.peak))
-            logger.info(
-                "%s takes about %.1f MB a sample, and %.1f GB are free: %d samples at once",
-                *(what, counted.peak / 1e6, free / 1e9, self.size),
-            )
+        with _PeakBytes() as measured:
+            compute(sample)
+        if free is not None and measured.peak * self.size > _USABLE * free:
+            self.size = max(1, int(_USABLE * free / measured.peak))
+            text = "%s needs about %.1f MB a sample, and %.1f GB are free: %d samples at once"
+            logger.info(text, what, measured.peak / 1e6, free / 1e9, self.size)
 
     def _shrink(self, tried: int, what: str, error: Exception) -> None:
         if tried == 1:
             raise OutOfMemoryError(
-                f"{what} needs more memory than there is, for a single sample: leave the method out, use a machine "
-                f"with more memory, or a smaller network ({str(error).splitlines()[0]})"
+                f"{what} needs more memory than there is, for a single sample: leave the method out, or use a machine "
+                f"with more memory or a smaller network ({str(error).splitlines()[0]})"
             ) from error
         self.size = (tried + 1) // 2
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
-        logger.info("%s of %d samples at once does not fit into memory: going on with %d", what, tried, self.size)
+        logger.info("%s of %d samples at once does not fit into memory: using %d", what, tried, self.size)
 
 
 class _PeakBytes(TorchDispatchMode):
-    """Counts the bytes of tensors that are alive at once, of those that operators make in the block.
-
-    Attributes:
-        peak: the most there were.
-    """
+    """Measures ``peak``, the most bytes alive at once in tensors that operators create in the block."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -117,37 +111,35 @@ class _PeakBytes(TorchDispatchMode):
         return result
 
     def _count(self, storage: Any) -> None:
-        if storage in self._seen:
-            return
-        self._seen.add(storage)
-        size = storage.nbytes()
-        self._alive += size
-        self.peak = max(self.peak, self._alive)
-        weakref.finalize(storage, self._gone, size)
+        if storage not in self._seen:
+            self._seen.add(storage)
+            self._alive += storage.nbytes()
+            self.peak = max(self.peak, self._alive)
+            weakref.finalize(storage, self._free, storage.nbytes())
 
-    def _gone(self, size: int) -> None:
+    def _free(self, size: int) -> None:
         self._alive -= size
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether ``error`` says that memory did not suffice, on whatever device."""
+    """Whether ``error`` reports a lack of memory, on any device."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or _OUT_OF_MEMORY.search(str(error)) is not None
 
 
 def free_memory(system: Path = Path("/")) -> int | None:
-    """Bytes that are still available in the system or in the process's control group; ``None`` if not known.
+    """Bytes available to the process, in the system and its control group; ``None`` if unknown.
 
-    The file cache of a control group counts as available: the system drops it when memory is asked for.
+    The file cache of a control group counts as available, because the system drops it on demand.
 
     Args:
-        system: the root of the file system.
+        system: root of the file system.
     """
     free = []
     with suppress(OSError):
         found = re.search(r"MemAvailable:\s+(\d+) kB", (system / "proc/meminfo").read_text())
         free += [int(found[1]) * 1024] if found else []
     group = system / "sys/fs/cgroup"
-    with suppress(OSError, ValueError):  # No control group, or one without a limit ("max").
+    with suppress(OSError, ValueError):  # Without a control group, or without a limit ("max").
         limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
         cached = re.search(r"^inactive_file (\d+)$", (group / "memory.stat").read_text(), re.M)
         free.append(limit - used + (int(cached[1]) if cached else 0))

@@ -1,4 +1,4 @@
-"""Files that are, at every moment, either the old ones or the new ones, whole, and checked when they are read."""
+"""Atomic writes, checksums, and locks on folders."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 LOCK = ".lirpa_fastwarmup.lock"
 _PARTIAL = ".partial"
 _CHECKSUM = "checksum"
-# What ends a file of tensors, and is left out of the sum. torch.load and zip programs skip it.
+# The end of a file of tensors, not part of the checksum. torch.load and zip programs skip it.
 _TRAILER = re.compile(rb"\nsha256:([0-9a-f]{64})\n\Z")
 _TRAILER_LENGTH = 73
 
@@ -39,11 +39,7 @@ class FolderInUseError(OSError):
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file that is, at every moment, either the old one or the new one, whole.
-
-    Raises:
-        OSError: it cannot be written; the text names it.
-    """
+    """Replace a file by a complete new one, or raise an OSError that names it."""
     temporary = path.with_name(f".{path.name}{_PARTIAL}")
     try:
         with temporary.open("wb") as file:
@@ -59,12 +55,12 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def is_leftover(path: Path) -> bool:
-    """Whether ``path`` is what a killed process left behind, and no result: a lock, or a file that is not whole."""
+    """Whether a killed process left ``path`` behind: a lock, or an incomplete file."""
     return path.name == LOCK or (path.name.startswith(".") and path.name.endswith(_PARTIAL))
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Write ``values`` as indented JSON, with a checksum that :func:`read_json` looks at."""
+    """Write ``values`` as indented JSON, with a checksum for :func:`read_json`."""
     content = {**values, _CHECKSUM: _json_sum(values)}
     write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
 
@@ -74,26 +70,24 @@ def read_json(path: Path) -> dict[str, Any]:
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it holds no object, or one that was changed after :func:`write_json` wrote it.
+        ValueError: it holds no JSON object, or was changed after :func:`write_json` wrote it.
     """
     try:
         content = parse_json(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # Text of another encoding is one, too.
+    except ValueError as error:  # Also for text in another encoding.
         raise ValueError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no object, but a {type(content).__name__}")
+        raise ValueError(f"{path} holds no object; found {type(content).__name__}")
     expected = content.pop(_CHECKSUM, None)  # Files of earlier versions have none.
     if expected is not None and expected != _json_sum(content):
-        raise ValueError(f"{path} was changed after it was written: its checksum is another. {_RESTORE}")
+        raise ValueError(
+            f"{path} was changed after it was written: its checksum differs. Restore it from a copy, or write it again"
+        )
     return content
 
 
 def parse_json(text: str) -> Any:
-    """What a JSON text says.
-
-    Raises:
-        ValueError: it is none, or its brackets are nested so deep that Python's parser might end the process.
-    """
+    """Parse JSON; raise ValueError if brackets are nested so deep that Python's parser might crash the process."""
     depth = deepest = 0
     for bracket in re.findall(r"[\[\]{}]", _STRING.sub("", text)):
         depth += 1 if bracket in "[{" else -1
@@ -105,19 +99,18 @@ def parse_json(text: str) -> Any:
 
 _STRING = re.compile(r'"(?:[^"\\]|\\.)*"', re.S)
 _NESTED = 50
-_RESTORE = "Restore it from a copy, or write it anew"
 
 
 def _json_sum(values: Mapping[str, Any]) -> str:
-    # Through text, in which 1 and 1.0 differ and tuples are lists.
+    # Of the text, where 1 and 1.0 differ and tuples are lists.
     return f"sha256:{hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()}"
 
 
 def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
-    """One line per row, under a line of all rows' names; what a row has not is left blank."""
+    """The rows as CSV, under a line with the names of all columns; missing values are blank."""
     text = io.StringIO()
-    names = dict.fromkeys(name for row in rows for name in row)
-    writer = csv.DictWriter(text, fieldnames=list(names), restval="", lineterminator="\n")
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    writer = csv.DictWriter(text, fieldnames=names, restval="", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
@@ -129,16 +122,12 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def read_csv(path: Path, columns: Sequence[str], what: str) -> list[dict[str, str]]:
-    """The rows of a CSV file.
-
-    Args:
-        path: the file.
-        columns: names that it must have.
-        what: what it should be, for the message.
+    """The rows of a CSV file that must have ``columns``.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is no such table: no text, a column is missing, or lines are of another length.
+        ValueError: it is not a table of text, a column is missing, or lines differ in length; the message names the
+            file and ``what`` it should be.
     """
     try:
         with path.open(newline="", encoding="utf-8") as file:
@@ -156,7 +145,7 @@ def read_csv(path: Path, columns: Sequence[str], what: str) -> list[dict[str, st
 
 
 def write_tensors(path: Path, content: Mapping[str, Any]) -> None:
-    """Write tensors and plain values with ``torch.save``, and a checksum behind them."""
+    """Write tensors and plain values with ``torch.save``, followed by a checksum."""
     buffer = io.BytesIO()
     torch.save(dict(content), buffer)
     whole = buffer.getvalue()
@@ -164,37 +153,37 @@ def write_tensors(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def read_tensors(path: Path, otherwise: str) -> Any:
-    """What ``torch.save`` wrote to ``path``, tensors and plain values, on the CPU.
+    """Tensors and plain values that ``torch.save`` wrote to ``path``, on the CPU.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is none of torch's, or damaged; ``otherwise`` says what that means and what to do.
+        ValueError: torch did not write it, or it is damaged; the message is the path and ``otherwise``.
     """
     whole = path.read_bytes()
     trailer = _TRAILER.search(whole, max(0, len(whole) - _TRAILER_LENGTH))
     if trailer and hashlib.sha256(whole[: trailer.start()]).hexdigest().encode() != trailer[1]:
-        raise ValueError(f"{path} {otherwise} (its checksum is another)")
+        raise ValueError(f"{path} {otherwise} (its checksum differs)")
     try:
         return torch.load(io.BytesIO(whole), map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load fails in many ways on what is none of its files.
+    except Exception as error:  # torch.load raises many kinds of errors on other files.
         raise ValueError(f"{path} {otherwise}") from error
 
 
 def has_checksum(path: Path) -> bool:
-    """Whether a file of tensors ends with its checksum, as all have that :func:`write_tensors` wrote."""
+    """Whether a file of tensors ends with a checksum, as :func:`write_tensors` writes it."""
     with path.open("rb") as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - _TRAILER_LENGTH))
         return _TRAILER.search(file.read()) is not None
 
 
 def file_sum(path: Path) -> str:
-    """The checksum of a file, as it is named in others."""
+    """The checksum of a file, as other files record it."""
     with path.open("rb") as file:
         return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
 
 
 def weights_sum(state_dict: Mapping[str, Any]) -> str:
-    """A digest of weights: of each entry's name, dtype, shape and bytes, in the order of the names."""
+    """A digest of the name, dtype, shape and bytes of each entry, sorted by name."""
     hashed = hashlib.sha256()
     for name in sorted(state_dict):
         add_to_hash(hashed, (name, state_dict[name]))
@@ -202,7 +191,7 @@ def weights_sum(state_dict: Mapping[str, Any]) -> str:
 
 
 def add_to_hash(hashed: Any, value: Any) -> None:
-    """Add ``value`` to a hash: tensors by dtype, shape and bytes, collections by what they hold, others by ``repr``."""
+    """Add ``value`` to a hash: tensors by dtype, shape and bytes, collections by item, other values by ``repr``."""
     if isinstance(value, Tensor):
         value = value.detach().cpu().contiguous()
         hashed.update(f"tensor {value.dtype} {tuple(value.shape)} ".encode())
@@ -220,12 +209,25 @@ def add_to_hash(hashed: Any, value: Any) -> None:
         hashed.update(f"{type(value).__name__} {len(text)} ".encode() + text)
 
 
-def make_folder(folder: Path) -> None:
-    """Make ``folder`` if absent, and see that it can be written to.
+@contextmanager
+def make_folder(folder: Path) -> Iterator[None]:
+    """Make ``folder`` for the files that the block writes; if the block fails, remove it again while it is empty.
 
     Raises:
-        OSError: it cannot be made or written to; the text says why.
+        OSError: it cannot be made or written to; the message gives the reason.
     """
+    made = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
+    try:
+        _make_writable(folder)
+        yield
+    except BaseException:
+        for path in made:
+            with suppress(OSError):
+                path.rmdir()
+        raise
+
+
+def _make_writable(folder: Path) -> None:
     try:
         if folder.exists() and not folder.is_dir():
             raise NotADirectoryError(f"{folder} is a file")
@@ -238,22 +240,22 @@ def make_folder(folder: Path) -> None:
 
 @contextmanager
 def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
-    """Be the only one that writes to ``folder``, among the programs that ask, for as long as the block lasts.
+    """Lock ``folder`` against other processes of this package during the block.
 
-    The lock is the operating system's (``flock``), and ends with the process, however that ends. On Windows, and on
-    file systems without locks, there is none.
+    The operating system releases the lock (``flock``) when the process ends. Windows and some file systems have no such
+    locks.
 
     Args:
-        folder: it must exist.
+        folder: an existing folder.
         wait: wait for the other process instead of raising.
 
     Raises:
-        FolderInUseError: another process has it; the text names that.
+        FolderInUseError: another process holds the lock; the message names it.
     """
     if fcntl is None:
         yield
         return
-    with _taken(folder, wait) as file:
+    with _open_locked(folder, wait) as file:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
@@ -261,16 +263,16 @@ def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
             yield
         finally:
             with suppress(OSError):
-                (folder / LOCK).unlink()  # While it is locked: see below.
+                (folder / LOCK).unlink()  # Before the lock is released, for the check below.
 
 
-def _taken(folder: Path, wait: bool) -> Any:
+def _open_locked(folder: Path, wait: bool) -> Any:
     """The lock file, open and locked."""
     while True:
         file = (folder / LOCK).open("a+")
         try:
             _lock(file, folder, wait)
-            # Whoever had it may have removed the file since it was opened here, and another may have made it anew.
+            # The previous holder may have removed the file after it was opened here, and another made a new one.
             if os.fstat(file.fileno()).st_ino == (folder / LOCK).stat().st_ino:
                 return file
         except FileNotFoundError:
@@ -289,7 +291,7 @@ def _lock(file: Any, folder: Path, wait: bool) -> None:
         holder = file.read().strip() or "another process"
         if not wait:
             raise FolderInUseError(
-                f"{folder} is being written to by {holder}: wait until that has ended, or name another folder"
+                f"{folder} is being written to by {holder}: wait until it ends, or name another folder"
             ) from None
         logger.warning("waiting for %s, which is writing to %s", holder, folder)
         fcntl.flock(file, fcntl.LOCK_EX)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import lirpa_fastwarmup as fw
 from lirpa_fastwarmup.distributed import all_gather, patient_group, rank_zero_first
-from lirpa_fastwarmup.engine.normalization import normalize_over_ranks
+from lirpa_fastwarmup.engine.batchnorm import normalize_over_ranks
 from lirpa_fastwarmup.recipe.compiled import CompiledSteps
 from tests.networks import SmallResNet, convolutional
 
@@ -129,7 +129,7 @@ def joined_runs(rank: int, size: int, change: str) -> str:
     """The error of processes whose settings, or data, differ."""
     from lirpa_fastwarmup.experiments.presets import preset
     from lirpa_fastwarmup.experiments.training.build import build_run
-    from lirpa_fastwarmup.experiments.training.ranks import join_ranks
+    from lirpa_fastwarmup.experiments.training.run import join_ranks
 
     settings = preset("mnist5k").replace(width=2, hidden=8, data_limit=64, batch_size=16)
     changes: dict[str, Any] = {"settings": {"lr": 0.1}, "data": {"data_limit": 48}, "nothing": {}}[change]

@@ -25,7 +25,7 @@ def test_batches_keep_the_last_and_skip_a_single():
     assert torch.allclose(x.flatten(), y / 255)
 
 
-def test_batches_are_shuffled_anew_and_repeatably():
+def test_batches_are_reshuffled_reproducibly():
     def epochs(seed):
         batches = data.Batches(split(50), 8, generator=torch.Generator().manual_seed(seed))
         return [torch.cat([y for _, y in batches]).tolist() for _ in range(2)]
@@ -54,7 +54,7 @@ def test_bad_tensors_and_sizes():
     with pytest.raises(ValueError, match="batch size"):
         data.Batches(split(3), 0)
     for count, size in ((1, 4), (5, 1)):
-        with pytest.raises(ValueError, match="leave no batch of two"):
+        with pytest.raises(ValueError, match="leave no batch with two samples"):
             data.Batches(split(count), size, drop_single=True)
 
 
@@ -91,7 +91,7 @@ def through_a_file(state):
 
 @pytest.mark.parametrize("augment", [True, False])
 @pytest.mark.parametrize("stop", [0, 1, 4, 5, 7, 10])
-def test_batches_go_on_bit_for_bit(stop, augment):
+def test_batches_resume_bit_for_bit(stop, augment):
     whole = [batch for batches in [shuffled(0, augment)] for _ in range(3) for batch in batches]
     stopped, seen = shuffled(0, augment), 0
     state = stopped.state_dict()
@@ -103,7 +103,10 @@ def test_batches_go_on_bit_for_bit(stop, augment):
                 break
     rest = shuffled(77, augment)  # Whatever it was seeded with.
     rest.load_state_dict(through_a_file(state))
-    assert through_a_file(rest.state_dict())["position"] == stop % 5
+    kept = through_a_file(rest.state_dict())  # Saved again before the first batch.
+    assert kept["position"] == stop % 5
+    rest = shuffled(78, augment)
+    rest.load_state_dict(kept)
     expected = whole[stop:]
     found = []
     while len(found) < len(expected):
@@ -113,7 +116,7 @@ def test_batches_go_on_bit_for_bit(stop, augment):
         assert torch.equal(x, expected_x)
 
 
-def test_leaving_off_without_a_state_begins_a_new_epoch():
+def test_an_interruption_without_a_state_begins_a_new_epoch():
     batches = shuffled(0)
     next(iter(batches))
     assert sum(len(y) for _, y in batches) == 23

@@ -230,11 +230,11 @@ def called_twice_on_one_input():
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (weight_used_elsewhere, "fc: what the module returns is not"),
+        (weight_used_elsewhere, "fc: the module does not return"),
         (called_twice_on_one_input, "fc: called in several places"),
         (
             lambda: nn.Sequential(nn.Flatten(), Subclass(64, 8, torch.relu), nn.Linear(8, 3)),
-            "1: what the module returns is not",
+            "1: the module does not return",
         ),
     ],
 )

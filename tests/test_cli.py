@@ -11,6 +11,8 @@ import lirpa_fastwarmup as fw
 from lirpa_fastwarmup import cli
 from lirpa_fastwarmup.cli.options import number
 from lirpa_fastwarmup.engine.compat import ACTIVE_PATCHES, ENGINE_VERSION
+from lirpa_fastwarmup.experiments import data
+from lirpa_fastwarmup.experiments.presets import PRESETS
 
 TINY = [
     *("--width", "2", "--hidden", "8", "--epochs", "1", "--ramp-length", "1"),
@@ -80,7 +82,7 @@ def test_show_prints_the_settings_after_the_overrides(capsys):
         (["train", "mnist5k", "--out", "x", "--device", "tpu"], "device 'tpu' cannot be used here"),
         (["train", "mnist5k", "--out", "x", "--device", "meta"], "device 'meta' cannot be used here"),
         (["train", "mnist5k", "--out", "{tmp}/x", "--data-limit", "0"], "cannot limit it to 0"),
-        (["train", "mnist5k", "--out", "{tmp}/x", "--data-limit", "1"], "leave no batch of two"),
+        (["train", "mnist5k", "--out", "{tmp}/x", "--data-limit", "1"], "leave no batch with two samples"),
         (
             ["train", "mnist5k", "--out", "{tmp}/x", "--dataset", "mnist", "--data-dir", "{tmp}"],
             "MNIST needs train-images-idx3-ubyte",
@@ -122,26 +124,105 @@ def test_numbers_and_fractions(text, value):
 
 @pytest.mark.parametrize("text", ["8/0", "", "/", "1/2/3", "8:255", "eight"])
 def test_what_is_no_number(text):
-    with pytest.raises(argparse.ArgumentTypeError, match="is no number, nor a fraction"):
+    with pytest.raises(argparse.ArgumentTypeError, match="is neither a number nor a fraction"):
         number(text)
 
 
-def test_an_interruption_of_the_imports_is_told_in_a_line():
-    code = """
+def in_a_process(code):
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def test_an_interruption_of_the_imports_is_reported_in_a_line():
+    done = in_a_process("""
 import importlib.abc, sys
 
 class Interrupts(importlib.abc.MetaPathFinder):
     def find_spec(self, name, *_):
-        if name == "lirpa_fastwarmup.recipe":
+        if name == "auto_LiRPA":
             raise KeyboardInterrupt
 
-sys.meta_path.insert(0, Interrupts())
-sys.argv = [{program!r}, "info"]
 from lirpa_fastwarmup.cli import main
-"""
-    told, raised = (
-        subprocess.run([sys.executable, "-c", code.format(program=program)], capture_output=True, text=True)
-        for program in ("/usr/bin/lirpa-fastwarmup", "my_program.py")
+sys.meta_path.insert(0, Interrupts())
+sys.exit(main(["info"]))
+""")
+    assert (done.returncode, done.stderr) == (130, "lirpa-fastwarmup: interrupted\n")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["train", "mnist5k", "--show"]])
+def test_help_and_settings_need_neither_torch_nor_the_engine(arguments):
+    done = in_a_process(f"""
+import sys
+sys.modules["torch"] = sys.modules["auto_LiRPA"] = None
+from lirpa_fastwarmup.cli import main
+sys.exit(main({arguments}))
+""")
+    assert done.returncode == 0
+    assert len(done.stdout.splitlines()) > 10
+
+
+def test_every_command_reports_a_missing_engine_in_a_few_lines(tmp_path):
+    done = in_a_process(f"""
+import sys
+from lirpa_fastwarmup.cli import main
+sys.modules["auto_LiRPA"] = None
+for command in ("inspect mnist5k", "info", "verify {tmp_path}", "train mnist5k --out {tmp_path}/new"):
+    assert main(command.split()) == 1
+    sys.stderr.write("---\\n")
+""")
+    messages = done.stderr.split("---\n")[:-1]
+    assert len(messages) == 4
+    for message in messages:
+        assert message.startswith("lirpa-fastwarmup: error: lirpa_fastwarmup needs the auto_LiRPA engine")
+        assert len(message.splitlines()) <= 5
+    assert not (tmp_path / "new").exists()
+
+
+def test_train_help_lists_groups_defaults_and_presets(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help"])
+    text = capsys.readouterr().out
+    for name in ("data:", "optimisation:", "(default: adam)", *(f"  {name}  " for name in PRESETS)):
+        assert name in text
+
+
+SCALED = [
+    ([], (20, 10, (15, 18))),
+    (["--epochs", 2], (2, 1, (2, 2))),
+    (["--epochs", 50], (50, 25, (38, 45))),
+    (["--epochs", 2, "--ramp-length", 7], (2, 7, (2, 2))),
+    (["--epochs", 2, "--lr-milestones", 9], (2, 1, (9,))),
+]
+
+
+@pytest.mark.parametrize(("arguments", "expected"), SCALED)
+def test_epochs_scale_the_ramp_and_the_milestones(arguments, expected, capsys):
+    status, out, _ = run(capsys, "train", "mnist5k", "--show", *arguments)
+    assert status == 0
+    shown = dict(line.split(maxsplit=1) for line in out.splitlines())
+    epochs, ramp, milestones = expected
+    assert (shown["epochs"], shown["ramp_length"], shown["lr_milestones"]) == (
+        *(str(epochs), str(ramp), str(list(milestones))),
     )
-    assert (told.returncode, told.stderr) == (1, "lirpa-fastwarmup: interrupted\n")
-    assert "KeyboardInterrupt" in raised.stderr
+
+
+def test_scaling_is_reported_in_a_line(capsys, caplog):
+    with caplog.at_level("INFO", "lirpa_fastwarmup.cli"):
+        run(capsys, "train", "cifar10", "--show", "--epochs", 20)
+    (record,) = caplog.records
+    assert record.getMessage() == ("epochs 160 -> 20: ramp_length 80 -> 10, lr_milestones (120, 140) -> (15, 18)")
+
+
+def test_a_failed_command_leaves_no_folder(capsys, tmp_path):
+    for mistake in (["--data-limit", 0], ["--model", "cnn8"]):
+        assert run(capsys, "train", "mnist5k", "--out", tmp_path / "runs" / "one", *mistake)[0] == 1
+        assert not list(tmp_path.iterdir())
+
+
+def test_names_are_checked_before_anything_is_downloaded(capsys, tmp_path, monkeypatch):
+    monkeypatch.setitem(data.LOADERS, "cifar10", lambda _: pytest.fail("loaded"))
+    for mistake in (["--model", "cnn8"], ["--model", "no_such_module:net"]):
+        status, _, err = run(capsys, "train", "cifar10", "--out", tmp_path / "run", *mistake)
+        assert status == 1
+        assert mistake[1].partition(":")[0] in err

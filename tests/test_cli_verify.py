@@ -1,4 +1,4 @@
-"""The commands ``verify`` and ``export`` on a run and on networks from elsewhere: files, statuses, errors."""
+"""The commands ``verify`` and ``export`` on a run and on external models: files, statuses, errors."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from lirpa_fastwarmup import cli, verification
 from lirpa_fastwarmup.engine.compat import ENGINE_VERSION, engine
 from lirpa_fastwarmup.experiments import data
 from lirpa_fastwarmup.experiments.presets import preset
+from lirpa_fastwarmup.experiments.report import page
 from lirpa_fastwarmup.experiments.training import load_model, train
 
 IN_SHAPE = (1, 28, 28)
@@ -48,7 +49,7 @@ def rows_of(path):
 
 
 # Digits come in order of their classes: 1,000 of them, in a few steps of the attack.
-QUICK = ("--pgd-steps", 3, "--restarts", 1)
+QUICK = ("--pgd-steps", 3, "--pgd-restarts", 1)
 
 
 def test_files_of_a_verification_agree_with_one_another_and_the_library(run_dir, capsys):
@@ -65,7 +66,7 @@ def test_files_of_a_verification_agree_with_one_another_and_the_library(run_dir,
             "verified",
             "method",
             "margin_lower_bound",
-            "attacked",
+            "falsified",
             "eps",
             "float64",
             "weights",
@@ -81,10 +82,10 @@ def test_files_of_a_verification_agree_with_one_another_and_the_library(run_dir,
         assert [int(row["label"]) for row in part] == test.labels.tolist()
         assert [int(row["prediction"]) for row in part] == model(x).argmax(1).tolist()
         wrong = sum(row["label"] != row["prediction"] for row in part)
-        attacked = sum(row["attacked"] == "1" for row in part)
+        falsified = sum(row["falsified"] == "1" for row in part)
         unverified = sum(row["verified"] == "0" for row in part)
-        assert wrong <= attacked <= unverified < 1000
-        for name, count in (("standard", wrong), ("pgd", attacked), ("verified", unverified)):
+        assert wrong <= falsified <= unverified < 1000
+        for name, count in (("standard", wrong), ("pgd", falsified), ("verified", unverified)):
             assert result[f"{name}_error"]["count"] == count
             assert result[f"{name}_error"]["value"] == count / 1000
             low, high = result[f"{name}_error"]["interval_95"]
@@ -97,7 +98,7 @@ def test_files_of_a_verification_agree_with_one_another_and_the_library(run_dir,
         assert result["changed_in_float64"] == {row["index"]: row["float64"] for row in part if row["float64"]}
         assert result["stages"]["PGD"]["samples"] == 1000
         assert f"verified error  {unverified / 1000:.2%} [" in out
-    assert wrong < attacked  # At the larger ε.
+    assert wrong < falsified  # At the larger ε.
     assert summary["results"][0]["verified_error"]["count"] < summary["results"][1]["verified_error"]["count"]
     assert summary["engine"] == f"auto_LiRPA {ENGINE_VERSION}"
     assert "float32" in summary["precision"]
@@ -130,6 +131,47 @@ def test_radius_of_the_run_comes_by_default_and_results_are_not_replaced(run_dir
     train(preset("mnist5k").replace(width=2, hidden=8, epochs=1, ramp_length=1, data_limit=70), run_dir, overwrite=True)
     assert not (run_dir / "radii.csv").exists()
     assert not (run_dir / "verification.json").exists()
+
+
+def test_limit_takes_evenly_spaced_samples_and_options_are_lenient(run_dir, capsys):
+    few = ("--limit", 20, "--pgd-steps", 1, "--methods", "ibp")
+    status, out, err = run(capsys, "verify", run_dir, *few, "--restarts", 1, "--eps", "2/255")
+    assert status == 0, err
+    assert out.startswith("eps 2/255: 20 samples, errors with 95 % intervals\n")
+    rows, labels = rows_of(run_dir / "certificates.csv"), data.load("mnist5k").test.labels
+    assert [int(row["index"]) for row in rows] == list(range(0, 1000, 50))
+    assert [int(row["label"]) for row in rows] == labels[::50].tolist()
+    assert {float(row["eps"]) for row in rows} == {2 / 255}
+    summary = json.loads((run_dir / "verification.json").read_text())
+    assert summary["pgd_restarts"] == 1
+    assert summary["methods"] == ["IBP"]
+    assert summary["results"][0]["eps"] == 2 / 255
+    assert "falsified" in summary["results"][0]["stages"]["PGD"]
+    status, _, _ = run(capsys, "verify", run_dir, *few, "--radius", "--out", run_dir / "radii")
+    assert status == 0
+    assert [int(row["index"]) for row in rows_of(run_dir / "radii/radii.csv")] == list(range(0, 1000, 50))
+
+
+def test_reports_read_verifications_of_earlier_versions():
+    rate = {"value": 0.5, "interval_95": [0.4, 0.6]}
+    errors = dict.fromkeys(("standard_error", "pgd_error", "verified_error"), rate)
+    for name in ("attacked", "falsified"):
+        stages = {"PGD": {"samples": 9, name: 4}, "IBP": {"samples": 9, "proved": 5}}
+        rows = page._certificate_rows({"samples": 9, "results": [{"eps": 0.1, **errors, "stages": stages}]})
+        assert rows[1][-1] == "PGD 4, IBP 5"
+
+
+@pytest.mark.parametrize(
+    "name", ["cnn9", "no.such:factory", "{folder}/networks.py:none", "{folder}/none.py:small", "none.onnx"]
+)
+def test_networks_are_checked_before_data_is_loaded(name, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(data, "load", lambda *_: pytest.fail("data was loaded"))
+    (tmp_path / "networks.py").write_text(FACTORY)
+    named = ("--model", name.format(folder=tmp_path), "--dataset", "mnist5k", "--out", tmp_path / "new" / "out")
+    status, _, err = run(capsys, "verify", *named, "--eps", 0.1)
+    assert status == 1
+    assert err.count("\n") == 1
+    assert not (tmp_path / "new").exists()
 
 
 def test_an_interrupted_command_goes_on(run_dir, capsys, monkeypatch):
@@ -167,7 +209,7 @@ def test_unsound_bounds_are_written_named_and_refused(run_dir, capsys, monkeypat
     monkeypatch.setattr(engine.bound_general.BoundLinear, "interval_propagate", wrong)
     status, out, err = run(capsys, "verify", run_dir, *QUICK, "--eps", 0.005, 0.01)
     assert status == 1
-    assert "the bounds are not sound, and no certificate of this verification can be believed: at eps 0.005" in err
+    assert "the bounds are not sound, and no certificate of this verification can be trusted: eps 0.005, sample" in err
     assert "sample " in err
     summary = json.loads((run_dir / "verification.json").read_text())
     assert all(result["contradictions"] for result in summary["results"])
@@ -188,20 +230,23 @@ def small(in_shape, classes):
 """
 
 
-def test_a_network_from_elsewhere(run_dir, tmp_path, capsys, monkeypatch):
+def test_an_external_model(run_dir, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "elsewhere_networks.py").write_text(FACTORY)
+    (tmp_path / "external_networks.py").write_text(FACTORY)
     weights = weights_of(run_dir, tmp_path / "weights.pt")
     verification.write_onnx(load_model(run_dir / "model.pt"), IN_SHAPE, tmp_path / "network.onnx")
     common = (*QUICK, "--eps", 0.01, "--limit", 50, "--dataset", "mnist5k")
     assert run(capsys, "verify", run_dir, *common, "--out", "a")[0] == 0
-    named = ("--model", "elsewhere_networks:small", "--weights", weights)
+    named = ("--model", "external_networks:small", "--weights", weights)
     assert run(capsys, "verify", *named, *common, "--out", "b")[0] == 0
     assert run(capsys, "verify", "--model", "network.onnx", *common, "--out", "c")[0] == 0
     torch.save({"state_dict": torch.load(weights), "epoch": 3}, tmp_path / "checkpoint.pt")
-    named = ("--model", "elsewhere_networks:small", "--weights", "checkpoint.pt", "--mean", 0, "--std", 1)
+    named = ("--model", "external_networks:small", "--weights", "checkpoint.pt", "--mean", 0, "--std", 1)
     assert run(capsys, "verify", *named, *common, "--out", "d")[0] == 0
+    named = ("--model", "external_networks.py:small", "--weights", weights)
+    assert run(capsys, "verify", *named, *common, "--out", "f")[0] == 0
     first = rows_of(tmp_path / "a/certificates.csv")
+    assert rows_of(tmp_path / "f/certificates.csv") == first
     assert rows_of(tmp_path / "b/certificates.csv") == first
     for name in ("c", "d"):
         other = rows_of(tmp_path / f"{name}/certificates.csv")
@@ -233,7 +278,7 @@ MISTAKES = [
     (["verify"], "name either the folder of a training run, or a network with --model"),
     (["verify", "{run}", "--model", "cnn7"], "name either the folder of a training run, or"),
     (["verify", "{tmp}"], "holds no trained network (model.pt)"),
-    (["verify", "{run}", "--weights", "w"], "--weights is for a network from elsewhere"),
+    (["verify", "{run}", "--weights", "w"], "--weights is for an external model"),
     (["verify", "no/such/run"], "there is no folder no/such/run"),
     (["verify", "{run}", "--eps", "0"], "eps must be above 0"),
     (["verify", "{run}", "--eps", "0.01", "-0.1"], "eps must be finite and at least 0"),
@@ -309,4 +354,4 @@ def test_arguments_that_cannot_be_read(capsys):
     assert "invalid choice: 'MILP'" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         cli.main(["export", "x", "--samples", "a-b"])
-    assert "'a-b' is no index, nor a range such as 0-99" in capsys.readouterr().err
+    assert "'a-b' is neither an index nor a range such as 0-99" in capsys.readouterr().err

@@ -239,7 +239,7 @@ def test_what_cannot_be_compiled_is_taken_eagerly_with_one_warning(why, x, y):
         model.block1.bn1.momentum = None  # The average over all batches: their number is read.
     arguments = {"regularizers": [reads_a_value]} if why == "value" else {}
     eager, compiled = pair(model, x, backend="no-such-compiler" if why == "compiler" else "eager", **arguments)
-    with pytest.warns(CompilationWarning, match="taken eagerly, as this one cannot be compiled: ") as caught:
+    with pytest.warns(CompilationWarning, match="run eagerly, as this one cannot be compiled: ") as caught:
         assert_same_step(eager, compiled, x, y)
     assert len(caught) == 1
     with warnings.catch_warnings():

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from lirpa_fastwarmup.engine.bounds import METHODS
 from lirpa_fastwarmup.engine.compat import ENGINE_VERSION
-from lirpa_fastwarmup.engine.methods import METHODS
 from tests.conformance.cells import CELLS
 from tests.conformance.oracles import verdicts
 from tests.conformance.record import PAGE, engines, page, recorded

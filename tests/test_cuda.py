@@ -9,7 +9,7 @@ import lirpa_fastwarmup as fw
 from lirpa_fastwarmup.engine.precision import products_in_tf32
 from lirpa_fastwarmup.experiments.presets import preset
 from lirpa_fastwarmup.experiments.training import TrainingInterrupted, resume, train
-from lirpa_fastwarmup.recipe import cuda_graph
+from lirpa_fastwarmup.recipe import compiled
 from tests import networks
 from tests.test_compiled import EPS, FULL, RAMPING, STARTING, assert_same_step, pair
 from tests.test_resume import SignalAt
@@ -51,7 +51,7 @@ def test_a_graph_is_captured_once_and_leaves_the_state_as_it_was(monkeypatch):
         return x * 2
 
     state, x = torch.zeros(2), torch.ones(3)
-    graph = cuda_graph.CudaGraph(function, (x,))
+    graph = compiled.CudaGraph(function, (x,))
     assert torch.equal(graph(state, x), 2 * x)
     warm_up_and_capture = len(calls)
     graph(state, 5 * x)

@@ -61,7 +61,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_corrupt_files_are_told(damage, mnist_dir):
+def test_corrupt_files_are_refused(damage, mnist_dir):
     path = mnist_dir / "train-images-idx3-ubyte.gz"
     path.write_bytes(DAMAGE[damage](path.read_bytes()))
     with pytest.raises(CorruptFileError, match="train-images-idx3-ubyte"):

@@ -7,6 +7,7 @@ import hashlib
 import io
 import os
 import pickle
+import sys
 import tarfile
 import threading
 import zipfile
@@ -18,7 +19,7 @@ import pytest
 import torch
 
 from lirpa_fastwarmup.experiments import data
-from lirpa_fastwarmup.experiments.data import CorruptFileError, cifar10, mnist, tiny_imagenet
+from lirpa_fastwarmup.experiments.data import CorruptFileError, cifar10, imagenet, mnist
 from lirpa_fastwarmup.experiments.data.download import Source
 from tests.test_data import FILES, idx
 
@@ -93,7 +94,7 @@ def test_cifar10_from_its_archive(cifar_dir, tmp_path):
         archive = again / "cifar-10-python.tar.gz"
         archive.write_bytes((tmp_path / "other" / archive.name).read_bytes())
         damage(archive)
-        with pytest.raises(CorruptFileError, match=r"cifar-10-python\.tar\.gz is no intact archive"):
+        with pytest.raises(CorruptFileError, match=r"cifar-10-python\.tar\.gz is a damaged archive"):
             data.load("cifar10", again)
 
 
@@ -118,7 +119,7 @@ CIFAR_DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", CIFAR_DAMAGE)
-def test_damaged_cifar10_batches_are_told(damage, cifar_dir, monkeypatch):
+def test_damaged_cifar10_batches_are_refused(damage, cifar_dir, monkeypatch):
     monkeypatch.chdir(cifar_dir)
     CIFAR_DAMAGE[damage](cifar_dir / "data_batch_3")
     with pytest.raises(CorruptFileError, match="data_batch_3"):
@@ -187,11 +188,11 @@ def test_tiny_imagenet_from_its_archive(tiny_dir, tmp_path):
     broken = tmp_path / "broken" / archive.name
     broken.write_bytes(archive.read_bytes())
     half(broken)
-    with pytest.raises(CorruptFileError, match=r"tiny-imagenet-200\.zip is no intact archive"):
+    with pytest.raises(CorruptFileError, match=r"tiny-imagenet-200\.zip is a damaged archive"):
         data.load("tiny-imagenet", broken.parent)
 
 
-def test_damaged_tiny_imagenet_is_told(tiny_dir):
+def test_damaged_tiny_imagenet_is_refused(tiny_dir):
     image = tiny_dir / "train" / "n02" / "images" / "n02_1.JPEG"
     whole = image.read_bytes()
     for content in (whole[: len(whole) // 2], b"no image", b""):
@@ -212,7 +213,7 @@ def test_damaged_tiny_imagenet_is_told(tiny_dir):
 
 
 def test_tiny_imagenet_without_pillow_names_the_extra(tiny_dir, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "PIL.Image", None)
+    monkeypatch.setitem(sys.modules, "PIL.Image", None)
     with pytest.raises(ImportError, match=r"pip install 'lirpa_fastwarmup\[images\]'"):
         data.load("tiny-imagenet", tiny_dir)
 
@@ -276,7 +277,7 @@ IMAGENET_DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", IMAGENET_DAMAGE)
-def test_damaged_imagenet64_batches_are_told(damage, imagenet_dir):
+def test_damaged_imagenet64_batches_are_refused(damage, imagenet_dir):
     IMAGENET_DAMAGE[damage](imagenet_dir / "train_data_batch_5.npz")
     with pytest.raises(CorruptFileError, match="train_data_batch_5"):
         data.load("imagenet64", imagenet_dir)
@@ -318,21 +319,29 @@ def test_a_channel_of_one_value_is_not_divided_by_zero(tmp_path):
 
 
 OWN_DAMAGE = {
-    "truncated": (half, CorruptFileError, "no intact npz|pickled objects"),
-    "no npz": (nonsense, CorruptFileError, "pickled objects, or is no npz"),
+    "truncated": (half, CorruptFileError, "not a valid npz|pickled objects"),
+    "no npz": (nonsense, CorruptFileError, "pickled objects, or is not an npz"),
     "pickled": (lambda p: np.savez(p, images=np.array([None]), labels=[0]), CorruptFileError, "pickled objects"),
     "no labels": (lambda p: np.savez(p, images=np.zeros((2, 8, 8), np.uint8)), ValueError, "no array 'labels'.*images"),
     "floats": (lambda p: write_npz(p.parent, images=np.zeros((6, 8, 8))), ValueError, "float64: store pixels as uint8"),
     "flat": (lambda p: write_npz(p.parent, images=np.zeros((6, 64), np.uint8)), ValueError, r"shape \(6, 64\)"),
-    "too few labels": (lambda p: write_npz(p.parent, labels=np.zeros(5, int)), ValueError, r"each of 6.*shape \(5,\)"),
-    "negative": (lambda p: write_npz(p.parent, labels=-np.ones(6, int)), ValueError, "the least -1"),
+    "too few labels": (
+        lambda p: write_npz(p.parent, labels=np.zeros(5, int)),
+        ValueError,
+        r"each of 6.*found int64 \(5,\)",
+    ),
+    "negative": (
+        lambda p: write_npz(p.parent, labels=-np.ones(6, int)),
+        ValueError,
+        "labels from 0 .*found int64 .* from -1 to -1",
+    ),
     "float labels": (lambda p: write_npz(p.parent, labels=np.zeros(6)), ValueError, "found float64"),
-    "other size": (lambda p: write_npz(p.parent, (6, 9, 9)), ValueError, r"\(1, 9, 9\).*\(1, 8, 8\): a network"),
+    "other size": (lambda p: write_npz(p.parent, (6, 9, 9)), ValueError, r"\(1, 9, 9\).*\(1, 8, 8\).*: a network"),
 }
 
 
 @pytest.mark.parametrize("damage", OWN_DAMAGE)
-def test_own_arrays_that_are_not_right_are_told(damage, tmp_path):
+def test_own_arrays_that_are_not_right_are_refused(damage, tmp_path):
     write_npz(tmp_path)
     write_npz(tmp_path, name="test")
     change, kind, message = OWN_DAMAGE[damage]
@@ -342,7 +351,7 @@ def test_own_arrays_that_are_not_right_are_told(damage, tmp_path):
 
 
 def test_own_arrays_must_be_named(tmp_path):
-    with pytest.raises(ValueError, match="name it with --data-dir"):
+    with pytest.raises(ValueError, match="pass it as --data-dir"):
         data.load("npz")
     with pytest.raises(FileNotFoundError, match=r"needs train\.npz, test\.npz"):
         data.load("npz", tmp_path)
@@ -375,7 +384,7 @@ def served_source(mirror, name, content):
     return Source(name, f"{address}/{name}", f"md5:{hashlib.md5(content).hexdigest()}")
 
 
-def test_what_the_cache_lacks_is_downloaded(mirror, tmp_path, monkeypatch, cifar_dir, tiny_dir):
+def test_missing_files_are_downloaded_into_the_cache(mirror, tmp_path, monkeypatch, cifar_dir, tiny_dir):
     digits = [served_source(mirror, f"{name}.gz", gzip.compress(idx(shape))) for name, shape in FILES.items()]
     monkeypatch.setattr(mnist, "SOURCES", digits)
     assert len(data.load("mnist").train) == 6
@@ -390,7 +399,7 @@ def test_what_the_cache_lacks_is_downloaded(mirror, tmp_path, monkeypatch, cifar
     with zipfile.ZipFile(archive, "w") as content:
         for path in tiny_dir.rglob("*"):
             content.write(path, path.relative_to(tiny_dir.parent))
-    monkeypatch.setattr(tiny_imagenet, "SOURCE", served_source(mirror, "tiny-imagenet-200.zip", archive.getvalue()))
+    monkeypatch.setattr(imagenet, "TINY_SOURCE", served_source(mirror, "tiny-imagenet-200.zip", archive.getvalue()))
     assert len(data.load("tiny-imagenet").train) == 6
 
 
@@ -401,19 +410,19 @@ def test_without_network_the_files_are_named(name, tmp_path, monkeypatch):
     def no_network(*args, **kwargs):
         raise ConnectionError("no network")
 
-    monkeypatch.setattr("urllib.request.urlopen", no_network)
+    monkeypatch.setattr("torch.hub.download_url_to_file", no_network)
     monkeypatch.setattr("time.sleep", lambda _: None)
     with pytest.raises(OSError, match=r"could not be downloaded .*no network.*--data-dir") as caught:
         data.load(name)
     assert str(tmp_path / "lirpa_fastwarmup" / name) in str(caught.value)
-    known = {"mnist": mnist.SOURCES, "cifar10": [cifar10.SOURCE], "tiny-imagenet": [tiny_imagenet.SOURCE]}
+    known = {"mnist": mnist.SOURCES, "cifar10": [cifar10.SOURCE], "tiny-imagenet": [imagenet.TINY_SOURCE]}
     for source in known[name]:
         assert source.url in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["mnist", "cifar10", "tiny-imagenet", "imagenet64", "npz"])
 def test_a_named_folder_is_never_downloaded_into(name, tmp_path, monkeypatch):
-    monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: pytest.fail("the network was asked"))
+    monkeypatch.setattr("torch.hub.download_url_to_file", lambda *_, **__: pytest.fail("downloaded"))
     with pytest.raises(FileNotFoundError, match=str(tmp_path)):
         data.load(name, tmp_path)
     assert not list(tmp_path.iterdir())

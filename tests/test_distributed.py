@@ -138,7 +138,7 @@ def test_shards_make_up_the_batches_of_one_process(samples, batch, size):
 
 def test_batches_that_are_too_small_for_the_processes_are_refused():
     split = data.Split(torch.zeros(40, 1, 4, 4, dtype=torch.uint8), torch.zeros(40, dtype=torch.int64))
-    with pytest.raises(ValueError, match="a batch of 5 over 3 processes"):
+    with pytest.raises(ValueError, match="in batches of 5 leave no batch with two samples .* for each of 3 process"):
         data.Batches(split, 5, drop_single=True, shard=(0, 3))
     assert len(data.Batches(split, 6, drop_single=True, shard=(0, 3))) == 6  # Four samples are left over.
 
@@ -290,7 +290,7 @@ def test_certificates_of_two_processes_are_those_of_one(pair, tmp_path):
         20,
         "--pgd-steps",
         3,
-        "--restarts",
+        "--pgd-restarts",
         1,
         "--eps",
         0.005,
@@ -387,7 +387,7 @@ def test_a_checkpoint_of_two_processes_resumes_on_one(pair, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--batch-size", "3"), "a batch of 3 over 2 processes"),
+        (("--batch-size", "3"), "in batches of 3 leave no batch"),
         (("--lr", "1e30"), "loss is"),
         (("--dataset", "npz", "--data-dir", "nowhere"), "nowhere"),
     ],

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import lirpa_fastwarmup as fw
-from lirpa_fastwarmup.engine.methods import METHODS, MarginBounds
+from lirpa_fastwarmup.engine.bounds import METHODS, MarginBounds
 from lirpa_fastwarmup.engine.soundness import class_margins
 from tests.test_soundness import outputs_in_box
 
@@ -71,7 +71,7 @@ def test_a_product_with_a_matrix_as_large_as_the_batch_is_refused():
 def test_a_network_of_one_batch_size_is_not_verified_in_parts():
     model = Written(lambda s, x: s.l(x.view(4, 8)), l=linear(8, 3)).eval()
     bounded = fw.BoundedModule(model, torch.rand(4, 2, 4))
-    with pytest.raises(ValueError, match="takes batches of 4 only"):
+    with pytest.raises(ValueError, match="accepts only batches of 4"):
         fw.verify(bounded.eval(), (torch.rand(4, 2, 4), torch.zeros(4, dtype=torch.long)), 0.01)
 
 

@@ -17,9 +17,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 import lirpa_fastwarmup as fw
-from lirpa_fastwarmup.engine.bounds import ibp_margin_bounds, margin_matrix
-from lirpa_fastwarmup.engine.fusion import fused_crown_loss
-from lirpa_fastwarmup.engine.methods import METHODS, MarginBounds
+from lirpa_fastwarmup.engine.bounds import METHODS, MarginBounds, fused_crown_loss, ibp_margin_bounds, margin_matrix
 from lirpa_fastwarmup.engine.precision import default_dtype
 from lirpa_fastwarmup.verification import attack
 from tests.conformance.strategy import operator_networks

@@ -11,12 +11,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import lirpa_fastwarmup as fw
-from lirpa_fastwarmup.engine import methods
-from lirpa_fastwarmup.engine.bounds import ibp_margins
+from lirpa_fastwarmup.engine.bounds import MarginBounds, ibp_margins
 from lirpa_fastwarmup.engine.compat import engine
 from lirpa_fastwarmup.engine.soundness import contradicted, escapes
-from lirpa_fastwarmup.verification import UnsoundBoundError, evaluate, report
-from lirpa_fastwarmup.verification.reference import beyond_intervals
+from lirpa_fastwarmup.verification import UnsoundBoundError, evaluate
+from lirpa_fastwarmup.verification.certify import beyond_intervals
 from tests import networks
 from tests.networks import Function
 
@@ -120,13 +119,13 @@ def test_training_errors_rest_on_checked_bounds(bounded, x, y, monkeypatch):
 def test_a_verdict_in_double_precision_needs_both(bounded, x, monkeypatch):
     y = bounded.wrapped(x).argmax(1)
     assert fw.verify(bounded, (x, y), 1e-4, ("IBP",), float64=True).verified_error.count == 0
-    original = methods.MarginBounds.lower
+    original = MarginBounds.lower
 
     def lower(self, box, labels, method):
         margins = original(self, box, labels, method)
         return margins - 1e3 if self.dtype == torch.float64 and float(box.ptb.x_U.sub(box.ptb.x_L).max()) else margins
 
-    monkeypatch.setattr(methods.MarginBounds, "lower", lower)
+    monkeypatch.setattr(MarginBounds, "lower", lower)
     found = fw.verify(bounded, (x, y), 1e-4, ("IBP",), float64=True)
     assert found.verified_error.count == 8
     assert all(sample.method is None and sample.float64 == "verified -> not verified" for sample in found.certificates)
@@ -155,11 +154,11 @@ def test_certificates_say_that_they_rest_on_untested_bounds(x):
     found = fw.verify(fw.BoundedModule(model, x, allow_untested=True), (x, y), 1e-4, ("IBP",), restarts=0)
     assert found.untested == ("Exp after module '1'",)
     assert all(sample.untested for sample in found.certificates)
-    assert [row["untested"] for row in report.certificate_rows([found], "sha256:0")] == [1] * 8
-    assert report.verification_entry(found)["untested"] == ["Exp after module '1'"]
-    assert "rests on untested bounds of Exp after module '1'" in report.as_text(found)
+    assert [row["untested"] for row in found.rows("sha256:0")] == [1] * 8
+    assert found.as_dict()["untested"] == ["Exp after module '1'"]
+    assert "relies on untested bounds of Exp after module '1'" in str(found)
     tested = fw.verify(
         fw.BoundedModule(nn.Sequential(nn.Flatten(), nn.Linear(64, 3)).eval(), x), (x, y), 1e-4, ("IBP",)
     )
     assert tested.untested == ()
-    assert "untested" not in {**report.certificate_rows([tested], "sha256:0")[0], **report.verification_entry(tested)}
+    assert "untested" not in {**next(tested.rows()), **tested.as_dict()}

@@ -148,7 +148,7 @@ def test_calibration_holds_on_residual_networks(batchnorm, x):
     assert relu["stem"] / 0.1 == pytest.approx(1, rel=0.05)
     assert relu["block1.conv1"] / relu["stem"] == pytest.approx(1, rel=0.05)
     # The sum of two branches of width w is 2w wide; the layer behind it gives w again.
-    total = relu["block1.shortcut"]
+    total = relu["block1"]
     assert relu["block2.conv1"] / (total / 2) == pytest.approx(1, rel=0.05)
     assert total / 2 == pytest.approx(relu["stem"], rel=0.05)
 

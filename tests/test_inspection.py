@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import csv
 import dataclasses
+import html
 import io
 import math
 
@@ -33,8 +34,8 @@ def relu_inputs(model, x, eps):
     return boxes
 
 
-def verdict(found, kind):
-    """The one verdict of this kind; other kinds may be there too."""
+def finding(found, kind):
+    """The one finding of this kind; there may be findings of other kinds."""
     (one,) = [one for one in found.findings if one.kind == kind]
     return one
 
@@ -45,7 +46,7 @@ def kinds(found):
 
 @pytest.mark.parametrize("training", [True, False])
 @torch.no_grad()
-def test_figures_of_relu_layers_are_those_of_a_float64_reference(x, training):
+def test_statistics_of_relu_layers_match_a_float64_reference(x, training):
     model = convolutional().train(training)
     found = fw.inspect(fw.BoundedModule(model, x), x, EPS)
     before = ((x + EPS).clamp(max=1) - (x - EPS).clamp(min=0)).double().mean() / 2
@@ -76,7 +77,7 @@ def test_figures_of_relu_layers_are_those_of_a_float64_reference(x, training):
     assert found.growth_per_layer == pytest.approx(float((half / at_input) ** (1 / 3)), rel=1e-4)
 
 
-def test_figures_of_affine_layers(x):
+def test_statistics_of_affine_layers(x):
     model = convolutional()
     bounded = fw.BoundedModule(model, x)
     given = {layer.name: layer for layer in fw.ibp_init_(bounded)}
@@ -162,6 +163,25 @@ def test_radius_of_each_feature_and_boxes_of_ones_own():
     assert fw.inspect(bounded, box, 0.1).relus == found.relus
 
 
+def test_columns_are_explained_below_their_table(x):
+    found = fw.inspect(fw.BoundedModule(convolutional(), x), x, EPS)
+    for text in (str(found), found.to_markdown(), found._repr_html_()):
+        legend = " ".join(text.split())
+        assert "healthy: 0.5 to 2" in legend
+        assert legend.index("|centre|: mean distance") < legend.index("affine layer")
+
+
+def test_notebooks_show_the_same_tables(x):
+    model = multilayer()
+    found = fw.inspect(fw.BoundedModule(model, x), x, EPS)
+    page = found._repr_html_()
+    assert page.count("<table>") == 2
+    for rows in found.tables():
+        for row in rows:
+            assert all(f">{cell}</t" in page for cell in row)
+    assert all(one.text in html.unescape(page) for one in found.findings)
+
+
 def test_tables(x):
     found = fw.inspect(fw.BoundedModule(ON_8X8["residual"](), x), x, EPS)
     rows = list(csv.DictReader(io.StringIO(found.to_csv())))
@@ -233,18 +253,18 @@ def test_nothing_is_wrong_with_a_network_that_the_recipe_trained(healthy):
     assert found.output.certified > 0.9
 
 
-def test_weights_times_ten_are_told(healthy):
+def test_weights_times_ten_are_found(healthy):
     def change(name, parameter):
         if name.endswith("weight"):
             parameter *= 10
 
-    one = verdict(broken(healthy, change), "exploded bounds")
+    one = finding(broken(healthy, change), "exploded bounds")
     assert "ibp_init_" in one.text
     assert "× per layer" in one.text
     assert "10" in one.layers or "7" in one.layers
 
 
-def test_kaiming_initialisation_is_told_and_ibp_initialisation_mends_it(x):
+def test_kaiming_initialisation_is_a_finding_and_ibp_initialisation_fixes_it(x):
     bounded = fw.BoundedModule(ON_8X8["no BatchNorm"](), x)
     fw.initialize_(bounded, "kaiming")
     with torch.no_grad():
@@ -262,17 +282,30 @@ def test_growth_by_batchnorm_alone_is_not_blamed_on_the_weights():
     x = torch.rand(32, 64)
     bounded = fw.BoundedModule(nn.Sequential(*layers, nn.Linear(64, 3)), x)
     fw.ibp_init_(bounded)
-    one = verdict(fw.inspect(bounded, x, EPS), "wide bounds")
-    assert one.text.startswith("before the warmup as it should be")
-    assert "tightness" in one.text
+    one = finding(fw.inspect(bounded, x, EPS), "wide bounds")
+    assert "expected before the warmup; the tightness regulariser reduces it" in one.text
 
 
-def test_biases_of_minus_ten_are_told(healthy):
+def test_growth_of_deep_networks_is_a_finding_of_its_own_in_training_mode():
+    torch.manual_seed(0)
+    layers = [part for _ in range(20) for part in (nn.Linear(64, 64), nn.BatchNorm1d(64), nn.ReLU())]
+    x = torch.rand(32, 64)
+    bounded = fw.BoundedModule(nn.Sequential(*layers, nn.Linear(64, 3)), x)
+    fw.ibp_init_(bounded)
+    found = fw.inspect(bounded, x, EPS)
+    assert found.relus[-1].growth > 1e14
+    text = finding(found, "exploded bounds").text
+    assert "too deep (20 ReLU layers)" in text
+    assert "fewer layers, a larger reg_weight with a longer ramp" in text
+    assert "wide bounds" not in kinds(found)
+
+
+def test_biases_of_minus_ten_are_found(healthy):
     def change(name, parameter):
         if name.endswith("bias"):
             parameter.fill_(-10)
 
-    one = verdict(broken(healthy, change), "inactive ReLUs")
+    one = finding(broken(healthy, change), "inactive ReLUs")
     assert one.layers == ("0", "3", "7")
     assert "100% of layer 0 is always inactive" in one.text
     assert "raise reg_weight" in one.text
@@ -282,55 +315,55 @@ def test_biases_of_minus_ten_are_told(healthy):
 def test_inactive_layers_without_batchnorm_are_given_that(x):
     model = convolutional(batchnorm=False)
     nn.init.constant_(model[0].bias, -10)
-    assert "insert_batchnorm" in verdict(fw.inspect(fw.BoundedModule(model, x), x, EPS), "inactive ReLUs").text
+    assert "insert_batchnorm" in finding(fw.inspect(fw.BoundedModule(model, x), x, EPS), "inactive ReLUs").text
 
 
-def test_biases_of_plus_ten_are_told(healthy):
+def test_biases_of_plus_ten_are_found(healthy):
     def change(name, parameter):
         if name.endswith("bias"):
             parameter.fill_(10)
 
-    one = verdict(broken(healthy, change), "active ReLUs")
+    one = finding(broken(healthy, change), "active ReLUs")
     assert "0" in one.layers
     assert "100% of layer 0 is always active" in one.text
 
 
-def test_missing_batchnorm_is_told(x):
+def test_missing_batchnorm_is_found(x):
     model = multilayer()  # Its second hidden layer has none.
-    one = verdict(fw.inspect(fw.BoundedModule(model, x), x, EPS), "no BatchNorm")
+    one = finding(fw.inspect(fw.BoundedModule(model, x), x, EPS), "no BatchNorm")
     assert one.layers == ("4",)
     assert "1 of 2 hidden layers" in one.text
     fw.insert_batchnorm(model, x)
     assert "no BatchNorm" not in kinds(fw.inspect(fw.BoundedModule(model, x), x, EPS))
 
 
-def test_imbalance_is_told(healthy):
+def test_imbalance_is_found(healthy):
     def change(name, parameter):
         # Inactive by far, or active by little.
         if name == "1.bias":
             parameter.copy_(torch.tensor([-200.0, 4.0, 4.0, 4.0]))
 
-    one = verdict(broken(healthy, change), "imbalanced ReLUs")
+    one = finding(broken(healthy, change), "imbalanced ReLUs")
     assert "0" in one.layers
     assert "ρ = " in one.text
 
 
-def test_constant_outputs_are_told(healthy):
+def test_constant_outputs_are_found(healthy):
     def change(name, parameter):
         if name == "10.weight":
             parameter.zero_()
 
-    assert "collapsed" in verdict(broken(healthy, change), "constant outputs").text
+    assert "collapsed" in finding(broken(healthy, change), "constant outputs").text
 
 
-def test_a_box_too_wide_for_the_network_is_told(x):
+def test_a_box_too_wide_for_the_network_is_found(x):
     bounded = fw.BoundedModule(convolutional(), x)
     fw.ibp_init_(bounded)
     assert "unstable ReLUs" in kinds(fw.inspect(bounded.eval(), x, 0.5))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_numbers_that_are_not_finite_are_told_alone(healthy, value):
+def test_numbers_that_are_not_finite_are_the_only_finding(healthy, value):
     def change(name, parameter):
         if name == "3.weight":
             parameter.view(-1)[0] = value
@@ -342,7 +375,7 @@ def test_numbers_that_are_not_finite_are_told_alone(healthy, value):
     str(found)
 
 
-def test_bounds_beyond_floating_point_are_told(x):
+def test_bounds_beyond_floating_point_are_found(x):
     model = convolutional(batchnorm=False)
     with torch.no_grad():
         for parameter in model.parameters():

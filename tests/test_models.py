@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ from torch import nn
 
 import lirpa_fastwarmup as fw
 from lirpa_fastwarmup import models
+from lirpa_fastwarmup.experiments.presets import preset
+from lirpa_fastwarmup.experiments.training import network
 
 BATCHNORM = (nn.BatchNorm1d, nn.BatchNorm2d)
 AFFINE = (nn.Conv2d, nn.Linear)
@@ -248,6 +251,40 @@ def test_a_factory_is_given_what_it_names():
     assert isinstance(models.build("factories:inner.factory", (1, 8, 8), 3), nn.Sequential)
 
 
+def test_a_factory_may_be_named_by_its_file(tmp_path, monkeypatch):
+    (tmp_path / "nets").mkdir()
+    path = tmp_path / "nets" / "torch.py"  # Its stem may be the name of another module.
+    path.write_text(
+        "from __future__ import annotations\nimport dataclasses\nfrom factories import *\n"
+        "@dataclasses.dataclass\nclass Config:\n    width: int = 3\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    for name in ("nets/torch.py", str(path)):
+        net = models.build(f"{name}:Net", (1, 8, 8), 3)
+        assert (net.hidden.in_features, net.out.out_features) == (64, 3)
+        assert isinstance(models.build(f"{name}:inner.factory", (1, 8, 8), 3), nn.Sequential)
+    assert sys.modules["torch"] is torch
+    with pytest.raises(ImportError, match=r"the file 'nets/torch\.py' has no 'other', named by"):
+        models.build("nets/torch.py:other", (1, 8, 8), 3)
+    with pytest.raises(TypeError, match=r"'nets/torch\.py:number' is of type int"):
+        models.find_factory("nets/torch.py:number")
+    for _ in range(2):  # A failed import leaves nothing behind.
+        with pytest.raises(ImportError, match=r"the file 'broken_module\.py' of .*Give its path") as caught:
+            models.build("broken_module.py:net", (1, 8, 8), 3)
+        assert isinstance(caught.value.__cause__, ModuleNotFoundError)
+
+
+def test_a_saved_network_keeps_the_file_that_it_was_made_by(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = preset("mnist5k").replace(model="factories.py:Net", width=4)
+    architecture = {"model": settings.model, "in_shape": [1, 8, 8], "classes": 3, "width": 4, "hidden": 6}
+    architecture |= {"batchnorm": False, "mean": None, "std": None}
+    network.save_model(tmp_path / "model.pt", network.build_network(architecture), architecture, settings, epoch=1)
+    saved = torch.load(tmp_path / "model.pt", weights_only=True)
+    assert saved["architecture"] == architecture
+    assert network.load_model(tmp_path / "model.pt", trust=True).hidden.out_features == 4
+
+
 def test_the_check_does_not_shift_the_callers_random_numbers():
     torch.manual_seed(0)
     net = models.build("factories:Net", (1, 8, 8), 3)
@@ -289,7 +326,8 @@ def test_known_networks_draw_what_their_function_draws(name):
             "unknown network 'cnn8'; known are cnn7, wide-resnet8, resnext, or .*package.module:factory",
         ),
         ("no.such.module:net", ImportError, r"'no\.such\.module:net' cannot be imported.*path"),
-        ("folder/factories.py:net", ImportError, "cannot be imported.*Write it with dots"),
+        ("folder/factories:net", ImportError, "cannot be imported.*Write it with dots"),
+        ("folder/factories.py:net", ImportError, r"the file .*\(FileNotFoundError.*Give its path"),
         (":net", ImportError, "module '' of the network ':net' cannot be imported"),
         ("broken_syntax:net", ImportError, "cannot be imported .SyntaxError.*imported by itself"),
         ("broken_module:net", ImportError, "a_package_that_is_not_there"),
@@ -297,8 +335,8 @@ def test_known_networks_draw_what_their_function_draws(name):
         ("factories:", ImportError, "has no ''"),
         ("factories:instance", TypeError, r"is a network \(Sequential\) already.*every run needs a fresh one"),
         ("factories:number", TypeError, "is of type int, which cannot be called"),
-        ("factories:needy", TypeError, "missing a required argument: 'layers'.*may take in_shape, classes.*width"),
-        ("factories:positional", TypeError, "argument: 'classes'.*by these names"),
+        ("factories:needy", TypeError, "missing a required argument: 'layers'.*parameters in_shape, classes.*width"),
+        ("factories:positional", TypeError, "argument: 'classes'.*Give any other parameter a default"),
         ("factories:text", TypeError, "returned an object of type str, .* return an nn.Module"),
         ("factories:pair", ValueError, r"network's output is of type tuple.*'factories:pair'.*\(batch, 3\)"),
     ],

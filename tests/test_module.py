@@ -288,7 +288,7 @@ def test_sharing_for_a_plain_engine_module(x):
     for key, value in plain.state_dict().items():
         assert torch.allclose(model.state_dict()[key], value, atol=1e-6), key
     for other in (nn.Linear(2, 2), copy.deepcopy(model)):
-        with pytest.raises(ValueError, match="not one of the given model's"):
+        with pytest.raises(ValueError, match="does not hold the parameter"):
             fw.share_batchnorm_state(bounded, other)
 
 

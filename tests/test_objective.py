@@ -11,7 +11,7 @@ from torch import nn
 
 import lirpa_fastwarmup as fw
 from lirpa_fastwarmup.boxes import labels_error, labels_fit
-from lirpa_fastwarmup.recipe.checks import ValueChecks
+from lirpa_fastwarmup.recipe.objective import ValueChecks
 from tests import networks
 from tests.reference import Box, assert_gradients_equal_finite_differences, propagate
 
@@ -275,7 +275,7 @@ def test_networks_that_the_objective_cannot_take(x):
     objective(smooth, x, regularizers=(lambda bounded: torch.zeros(()),))
     with pytest.raises(TypeError, match=r"expected a schedule such as .* found 0\.1$"):
         objective(x=x, schedule=0.1)
-    with pytest.raises(ValueError, match=r"output is \(batch, classes ≥ 2\); this network's is \(8, 1\)"):
+    with pytest.raises(ValueError, match=r"output is \(batch, classes ≥ 2\), found \(8, 1\)"):
         objective(nn.Sequential(nn.Flatten(), nn.Linear(64, 1)), x, regularizers=())
 
     class Stepper(nn.Module):

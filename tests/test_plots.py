@@ -1,4 +1,4 @@
-"""Pictures: that they show the figures they are given, with labels, and refuse what they cannot show."""
+"""Plots: they show the given data with labels, and refuse what they cannot show."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ HISTORY = [
     }
     for epoch in (1, 2, 3)
 ]
-SHARE = {"value": 0.5, "interval_95": [0.4, 0.6]}
-RESULTS = [{"eps": eps, "standard_error": SHARE, "pgd_error": None, "verified_error": SHARE} for eps in (0.2, 0.1)]
+RATE = {"value": 0.5, "interval_95": [0.4, 0.6]}
+RESULTS = [{"eps": eps, "standard_error": RATE, "pgd_error": None, "verified_error": RATE} for eps in (0.2, 0.1)]
 
 
 @pytest.fixture
@@ -83,9 +83,9 @@ def test_states_by_layer(axes, found):
     widths = [bar.get_width() for bar in axes.patches]
     layers = len(found.relus)
     for place, layer in enumerate(found.relus):
-        shares = [layer.always_active, layer.unstable, layer.always_inactive]
-        assert widths[place::layers] == pytest.approx([100 * share for share in shares])
-    assert {bar.get_hatch() for bar in axes.patches} == {"", "....", "////"}  # Told apart without colours.
+        fractions = [layer.always_active, layer.unstable, layer.always_inactive]
+        assert widths[place::layers] == pytest.approx([100 * fraction for fraction in fractions])
+    assert {bar.get_hatch() for bar in axes.patches} == {"", "....", "////"}  # Distinguishable without colours.
     assert_readable(axes)
 
 
@@ -110,7 +110,7 @@ def test_growth_over_training(axes):
 @pytest.mark.parametrize("draw", [plots.draw_relu_states, plots.draw_growth_over_training])
 @pytest.mark.parametrize("history", [[], [{"epoch": 1.0}]])
 def test_histories_without_layers_are_refused(axes, draw, history):
-    with pytest.raises(ValueError, match="no figures of ReLU layers"):
+    with pytest.raises(ValueError, match="no statistics of ReLU layers"):
         draw(axes, history)
 
 
@@ -189,4 +189,4 @@ def test_without_matplotlib_the_error_names_the_extra():
         "plots.new_figure()\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert "ImportError: pictures need matplotlib: pip install 'lirpa_fastwarmup[plots]'" in done.stderr
+    assert "ImportError: plots need matplotlib: pip install 'lirpa_fastwarmup[plots]'" in done.stderr

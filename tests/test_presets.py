@@ -1,12 +1,20 @@
 from __future__ import annotations
 
+import dataclasses
+import subprocess
+import sys
 from typing import get_args
 
 import pytest
 
-from lirpa_fastwarmup.experiments.presets import PRESETS, preset
+from lirpa_fastwarmup.experiments.data import LOADERS
+from lirpa_fastwarmup.experiments.presets import DESCRIPTIONS, PRESETS, preset
 from lirpa_fastwarmup.experiments.training import METHODS, Settings
-from lirpa_fastwarmup.experiments.training.methods import Method
+from lirpa_fastwarmup.experiments.training.settings import Bound, Dataset, Init, Method, Model, Schedule
+from lirpa_fastwarmup.models import MODELS
+from lirpa_fastwarmup.recipe.initialization import INITIALIZATIONS
+from lirpa_fastwarmup.recipe.losses import LOSSES
+from lirpa_fastwarmup.recipe.schedule import SCHEDULES
 
 COMMON = {
     "method": "fast",
@@ -111,7 +119,7 @@ def test_presets_are_as_documented(name):
 
 
 def test_every_preset_is_documented():
-    assert PRESETS.keys() == DOCUMENTED.keys()
+    assert PRESETS.keys() == DOCUMENTED.keys() == DESCRIPTIONS.keys()
     with pytest.raises(ValueError, match=r"unknown preset 'cifar11'; known are mnist5k, mnist, cifar10"):
         preset("cifar11")
 
@@ -139,6 +147,27 @@ def test_methods_are_those_that_the_type_names():
     assert tuple(METHODS) == get_args(Method) == tuple(METHODS_CHANGE)
     with pytest.raises(ValueError, match="unknown method 'fastest'; known are fast, ibp"):
         preset("mnist").with_method("fastest")
+
+
+def test_choices_are_the_names_in_the_registries():
+    registries = {Dataset: LOADERS, Model: MODELS, Init: INITIALIZATIONS, Bound: LOSSES, Schedule: SCHEDULES}
+    for literal, registry in registries.items():
+        assert get_args(literal) == tuple(registry)
+
+
+def test_every_setting_is_described():
+    for field in dataclasses.fields(Settings):
+        assert f"    {field.name}: {field.metadata['help']}" in Settings.__doc__
+
+
+def test_presets_need_neither_torch_nor_the_engine():
+    code = "import sys; sys.modules['torch'] = sys.modules['auto_LiRPA'] = None; import lirpa_fastwarmup.experiments."
+    subprocess.run([sys.executable, "-c", f"{code}presets"], check=True)
+
+
+def test_settings_in_files_of_today_are_read():
+    for name, changes in DOCUMENTED.items():
+        assert Settings.from_dict({**COMMON, "preset": name, **changes}) == PRESETS[name]
 
 
 def test_settings_survive_json():

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import lirpa_fastwarmup as fw
-from lirpa_fastwarmup.engine.layers import LayerBounds
+from lirpa_fastwarmup.engine.graph import LayerBounds
 from lirpa_fastwarmup.recipe.regularizers import _imbalance
 from tests import networks
 from tests.reference import Box, propagate
@@ -183,15 +183,43 @@ def test_without_a_pass_there_is_a_clear_error(x):
             regularizer(bounded)
 
 
-def test_every_relu_counts_once_and_is_called_by_its_layer(x):
+def test_every_relu_counts_once_and_is_named_by_its_layer_or_the_module_of_its_sum(x):
     model = networks.SmallResNet(batchnorm=True)
     bounded = fw.BoundedModule(model, x)
     bounded.compute_bounds(x=(fw.input_box(x, 0.1),), method="IBP")
     names = [layer.name for layer in fw.relu_bounds(bounded)]
-    assert names == ["stem", "block1.conv1", "block1.shortcut", "block2.conv1", "block2.conv2", "hidden"]
+    assert names == ["stem", "block1.conv1", "block1", "block2.conv1", "block2", "hidden"]
     shared = fw.BoundedModule(networks.SharedActivation(), x)
     shared.compute_bounds(x=(fw.input_box(x, 0.1),), method="IBP")
     assert [layer.name for layer in fw.relu_bounds(shared)] == ["features.0", "features.1", "fc"]
+
+
+class Sum(nn.Module):
+    """relu(x + f(x)), or of each of several functions in turn."""
+
+    def __init__(self, *functions):
+        super().__init__()
+        self.functions = nn.ModuleList(functions)
+
+    def forward(self, x):
+        for function in self.functions:
+            x = torch.relu(x + function(x))
+        return x
+
+
+@pytest.mark.parametrize(
+    ("features", "names"),
+    [
+        (Sum(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))), ["2.functions.0.0", "2"]),
+        (Sum(nn.Linear(8, 8), nn.Linear(8, 8)), ["2.functions.0", "2.functions.1"]),
+        (nn.Sequential(Sum(nn.Linear(8, 8)), nn.BatchNorm1d(8), nn.ReLU()), ["2.0", "2.0.functions.0"]),
+    ],
+)
+def test_relus_of_residual_sums_have_names_of_their_own(features, names):
+    model, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), features, nn.Linear(8, 2)).eval(), torch.rand(2, 4)
+    bounded = fw.BoundedModule(model, x)
+    bounded.compute_bounds(x=(fw.input_box(x, 0.1),), method="IBP")
+    assert [layer.name for layer in fw.relu_bounds(bounded)] == ["0", *names]
 
 
 def test_no_relu_no_regulariser(x):

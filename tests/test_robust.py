@@ -16,10 +16,17 @@ from hypothesis import strategies as st
 from torch import nn
 
 import lirpa_fastwarmup as fw
-from lirpa_fastwarmup.engine.bounds import crown_lower, crown_upper, ibp_margin_bounds, margin_matrix
+from lirpa_fastwarmup.engine.bounds import (
+    crown_lower,
+    crown_upper,
+    fused_crown_loss,
+    ibp_margin_bounds,
+    log_sum_exp,
+    margin_matrix,
+    mixed_log,
+)
 from lirpa_fastwarmup.engine.compat import silenced_warnings
-from lirpa_fastwarmup.engine.fusion import fused_crown_loss, log_sum_exp, mixed_log
-from lirpa_fastwarmup.recipe import robust
+from lirpa_fastwarmup.recipe import losses
 from tests import networks
 from tests.reference import assert_gradients_equal_finite_differences
 from tests.test_soundness import freeze_statistics
@@ -65,7 +72,7 @@ def engine_losses(model, x, y, eps):
     """The engine's own fused losses, IBP and CROWN-IBP, through a graph with exp and gather in it."""
     with silenced_warnings(), pytest.MonkeyPatch.context() as patch:
         # The engine's exp subtracts the largest logit, so that the two functions differ.
-        patch.setattr(fw.BoundedModule, "_check_function", lambda self: None)
+        patch.setattr("lirpa_fastwarmup.engine.module.check_same_function", lambda *_: True)
         # Conversion of gather and exp; newer releases of torch do not import the table by themselves.
         importlib.import_module("torch.onnx._internal.torchscript_exporter.symbolic_opset11")
         wrapper = importlib.import_module("auto_LiRPA.wrapper").CrossEntropyWrapper(with_zero_biases(model))
@@ -114,7 +121,7 @@ def test_crown_bounds_of_weight_one_are_the_engines_crown_ibp(name, training, x,
     bounded(x)
     box, matrix = fw.input_box(x, EPS), margin_matrix(y, 3, x.dtype)
     lower, upper = bounded.compute_bounds(x=(box,), C=matrix, method="CROWN-IBP")
-    found = robust.crown_ibp(bounded, box, y, 3, 0.0)
+    found = losses.crown_ibp(bounded, box, y, 3, 0.0)
     expected = cross_entropy_of_margins(lower.detach(), y).mean()
     assert float(found.loss.detach()) == pytest.approx(float(expected), rel=1e-5)
     # The same margins one by one, and the upper side.
@@ -301,10 +308,10 @@ def test_losses_are_upper_bounds_at_every_sampled_point(seed, classes, eps, scal
     assert bool((loss >= worst - slack).all())
     for bound in BOUNDS:
         for share in (0.0, fraction, 1.0):
-            found = robust.LOSSES[bound](bounded, fw.input_box(x, eps), y, classes, share)
+            found = losses.LOSSES[bound](bounded, fw.input_box(x, eps), y, classes, share)
             assert math.isfinite(float(found.loss.detach()))
             assert float(found.loss.detach()) >= float(worst.mean()) - slack
-            assert found.proved.shape == (4,)
+            assert found.certified.shape == (4,)
 
 
 @pytest.mark.parametrize("fraction", [0.01, 0.5])
@@ -314,7 +321,7 @@ def test_exploded_bounds_give_finite_losses_and_gradients(bound, fraction):
     x, y = torch.rand(6, 1, 4, 4), torch.arange(6)
     bounded, _, upper = bounded_over_box(model, x, y, 0.5, classes=10)
     assert float(upper.detach().max()) > 200  # exp overflows at 89 in float32.
-    loss = robust.LOSSES[bound](bounded, fw.input_box(x, 0.5), y, 10, fraction).loss
+    loss = losses.LOSSES[bound](bounded, fw.input_box(x, 0.5), y, 10, fraction).loss
     assert float(loss.detach()) >= float(worst_points(model, x, y, 0.5).mean())
     loss.backward()
     assert all(bool(p.grad.isfinite().all()) for p in model.parameters())
@@ -367,7 +374,7 @@ def test_what_crown_proves_is_right_and_more_than_ibp_proves():
         y = predicted_or_not(model, x, 3)
         bounded = fw.BoundedModule(model, x)
         box = fw.input_box(x, 0.03)
-        found = {bound: robust.LOSSES[bound](bounded, box, y, 3, 0.3).proved for bound in BOUNDS}
+        found = {bound: losses.LOSSES[bound](bounded, box, y, 3, 0.3).certified for bound in BOUNDS}
         assert torch.equal(found["crown-ibp-fused"], found["ibp"])
         assert bool((found["crown-ibp"] | ~found["ibp"]).all())
         for trial in range(100):
@@ -413,7 +420,7 @@ def test_what_is_mixed_on_the_ramp_and_with_which_weights(bound, x, y):
         crown = fused_crown_loss(bounded, lower, upper, y, 3).double()
         expected = (0.7 * crown.exp() + 0.3 * log_sum_exp(upper).double().exp()).log().mean()
     bounded(x)
-    found = robust.LOSSES[bound](bounded, fw.input_box(x, EPS), y, 3, fraction)
+    found = losses.LOSSES[bound](bounded, fw.input_box(x, EPS), y, 3, fraction)
     assert float(found.loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
 
 

@@ -19,7 +19,7 @@ from lirpa_fastwarmup.experiments.training import METHODS, load_model, train
 from lirpa_fastwarmup.experiments.training.build import build_run
 from lirpa_fastwarmup.experiments.training.interrupt import StopRequest
 from lirpa_fastwarmup.experiments.training.loop import Position, train_epoch
-from lirpa_fastwarmup.experiments.training.progress import EpochMeans, Listeners
+from lirpa_fastwarmup.experiments.training.progress import EpochMeans, Progress
 from lirpa_fastwarmup.recipe.compiled import CompiledSteps
 from lirpa_fastwarmup.storage import read_json
 
@@ -46,7 +46,7 @@ def one_epoch(settings, tmp_path):
     """The run after an epoch's steps, and its network before them."""
     run = build_run(settings, CPU)
     before = copy.deepcopy(run.objective.model)
-    train_epoch(run, Position(EpochMeans(CPU)), Listeners(), StopRequest(tmp_path))
+    train_epoch(run, Position(EpochMeans(CPU)), Progress(), StopRequest(tmp_path))
     return run, before
 
 
@@ -162,7 +162,7 @@ def test_precise_bn_takes_the_statistics_of_the_training_set(tmp_path):
     train(settings.replace(precise_bn=False), tmp_path / "plain")
     precise, plain = (load_model(tmp_path / name / "model.pt") for name in ("precise", "plain"))
     assert torch.equal(precise[0].weight, plain[0].weight)
-    samples = build_run(settings, CPU).train.images.float() / 255
+    samples = build_run(settings, CPU).train_batches.split.images.float() / 255
     with torch.no_grad():
         first = precise[0](samples).transpose(0, 1).flatten(1)
     assert torch.allclose(precise[1].running_mean, first.mean(1), atol=1e-5)
@@ -189,7 +189,7 @@ def test_the_best_epoch_is_kept(select, column, tmp_path):
 
 def test_held_out_samples_are_not_trained_on():
     run = build_run(SMALL.replace(validation=20), CPU)
-    trained = {image.numpy().tobytes() for image in run.train.images}
+    trained = {image.numpy().tobytes() for image in run.train_batches.split.images}
     held_out = {image.numpy().tobytes() for image in run.validation_batches.split.images}
     assert (len(trained), len(held_out)) == (76, 20)
     assert not trained & held_out
@@ -309,7 +309,7 @@ def test_what_cannot_be_run_is_told_in_a_line(arguments, message, own_networks, 
     assert err.splitlines()[-1].startswith("lirpa-fastwarmup: error: ")
     assert message in err
     assert "Traceback" not in err
-    assert not list(out.iterdir())
+    assert not out.exists()
 
 
 def test_a_network_with_an_operator_that_has_no_bounds_names_it(own_networks, capsys):
@@ -379,10 +379,10 @@ def test_files_of_a_network_with_untested_operators_say_so(own_networks, capsys)
         cli.main(["verify", str(out), "--trust", "--limit", "20", "--methods", "IBP", "--eps", "0.001", "--radius"])
         == 0
     )
-    assert "rests on untested bounds of LeakyRelu" in capsys.readouterr().out
+    assert "relies on untested bounds of LeakyRelu" in capsys.readouterr().out
     assert json.loads((out / "verification.json").read_text())["untested"] == [named]
     for name in ("certificates.csv", "radii.csv"):
         with (out / name).open(newline="") as file:
             assert {row["untested"] for row in csv.DictReader(file)} == {"1"}
     assert cli.main(["report", str(out), "--trust", "--out", str(own_networks / "report.html")]) == 0
-    assert "rests on untested bounds of" in (own_networks / "report.html").read_text()
+    assert "operators with untested bounds" in (own_networks / "report.html").read_text()

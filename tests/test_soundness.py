@@ -214,7 +214,7 @@ def test_operands_made_to_the_inputs_shape_are_refused():
             return (x - self.m.expand_as(x)).flatten(1)
 
     model, x = nn.Sequential(Expanded(), nn.Linear(72, 3)).eval(), torch.rand(4, 2, 6, 6)
-    with pytest.raises(NotImplementedError, match="leave that to broadcasting"):
+    with pytest.raises(NotImplementedError, match="use broadcasting instead"):
         fw.BoundedModule(model, x)
 
 

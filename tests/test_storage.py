@@ -145,6 +145,19 @@ def test_waiting_for_a_folder_ends_when_it_is_free(tmp_path):
             assert process.wait() != 0
 
 
+def test_a_folder_of_a_failed_command_is_removed_while_it_is_empty(tmp_path):
+    for path, left in ((tmp_path / "a" / "b", []), (tmp_path, [])):
+        with pytest.raises(KeyboardInterrupt), storage.make_folder(path), storage.locked(path):
+            raise KeyboardInterrupt
+        assert list(tmp_path.iterdir()) == left
+    result = tmp_path / "a" / "b" / "result"
+    with pytest.raises(FileExistsError), storage.make_folder(result.parent):
+        [result.touch(exist_ok=False) for _ in range(2)]
+    assert result.exists()
+    with pytest.raises(OSError, match="is a file"), storage.make_folder(result):
+        pass
+
+
 def test_a_full_disk_is_told_with_the_file(tmp_path, monkeypatch):
     def full(descriptor):
         raise OSError(errno.ENOSPC, "No space left on device")

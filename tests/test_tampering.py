@@ -15,11 +15,10 @@ import pytest
 import torch
 
 from lirpa_fastwarmup import cli, storage
-from lirpa_fastwarmup.cli.report import _certified_samples
 from lirpa_fastwarmup.experiments import data
 from lirpa_fastwarmup.experiments.data import cifar10, mnist, npz
 from lirpa_fastwarmup.experiments.presets import preset
-from lirpa_fastwarmup.experiments.report.records import read_record, read_summary
+from lirpa_fastwarmup.experiments.report.records import certified_samples, read_history, read_summary
 from lirpa_fastwarmup.experiments.training import (
     UntrustedError,
     checkpoint,
@@ -41,7 +40,7 @@ FILES = 2000  # Total.
 def run_dir(tmp_path_factory):
     out = tmp_path_factory.mktemp("run") / "run"
     train(SETTINGS, out)
-    few = ["--limit", "20", "--restarts", "0", "--methods", "IBP"]
+    few = ["--limit", "20", "--pgd-restarts", "0", "--methods", "IBP"]
     assert cli.main(["verify", str(out), *few]) == 0
     journal = Journal(out / "journal")
     for number in range(9):
@@ -68,9 +67,9 @@ READERS = {
     "model.pt": load_model,
     "checkpoint.pt": checkpoint.read,
     "summary.json": lambda path: read_summary(path.parent),
-    "history.csv": lambda path: read_record(path.parent),
+    "history.csv": read_history,
     "verification.json": storage.read_json,
-    "certificates.csv": lambda path: _certified_samples(path, 0.01),
+    "certificates.csv": lambda path: certified_samples(path, 0.01),
     "journal": Journal,
     "train.npz": lambda path: npz.load(path.parent),
     "batch0": cifar10._read_batch,
@@ -135,7 +134,7 @@ def test_damaged_files_are_read_or_refused_by_name(name, run_dir, data_dir):
 
 @pytest.mark.parametrize(
     ("labels", "said"),
-    [([0, 2**40], "number the classes from 0"), ([0, -1], "class numbers from 0"), ([], "one for each")],
+    [([0, 2**40], "labels from 0 to 999999"), ([0, -1], "labels from 0 to 999999"), ([], "one for each of 2")],
 )
 def test_labels_that_are_no_classes_are_refused(labels, said, tmp_path):
     for name in ("train", "test"):
@@ -152,7 +151,7 @@ def test_arrays_that_promise_more_than_there_is_are_refused(data_dir, tmp_path):
         archive.writestr("images.npy", header + text.encode() + bytes(96))
         archive.writestr("labels.npy", b"no array")
     (tmp_path / "test.npz").write_bytes((data_dir / "test.npz").read_bytes())
-    with pytest.raises(ValueError, match=r"train\.npz is no intact npz file"):
+    with pytest.raises(ValueError, match=r"train\.npz is not a valid npz file"):
         data.load("npz", tmp_path)
 
 

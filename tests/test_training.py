@@ -76,9 +76,27 @@ def test_model_can_be_rebuilt_without_the_run(finished):
     assert float(wrong) == pytest.approx(summary["standard_error"])
 
 
+def test_the_formats_of_files_stay(finished):
+    out, _ = finished
+    saved = torch.load(out / "model.pt", weights_only=True)
+    assert saved["format"] == 3
+    assert saved.keys() == {"format", "epoch", "architecture", "settings", "state_dict"}
+    assert saved["architecture"].keys() == {
+        *("model", "in_shape", "classes", "width", "hidden", "batchnorm", "mean", "std")
+    }
+    saved = torch.load(out / "checkpoint.pt", weights_only=True)
+    assert saved["format"] == 2
+    assert saved.keys() == {
+        *("format", "settings", "train_samples", "objective", "optimizer", "batches", "average", "position")
+    }
+    assert saved["position"].keys() == {
+        *("means", "epoch", "batches_done", "eps", "seconds", "history", "epoch_seconds", "best", "elapsed")
+    }
+
+
 def test_a_file_that_is_no_model(tmp_path):
     torch.save({"format": 99}, tmp_path / "model.pt")
-    with pytest.raises(ValueError, match=r"of format 99, and this version .* reads the formats 2 and 3"):
+    with pytest.raises(ValueError, match=r"has format 99, and this version .* reads the formats 2 and 3"):
         load_model(tmp_path / "model.pt")
     for content in (b"", b"text", b"PK\x03\x04 cut off", pickle.dumps(Path)):
         (tmp_path / "model.pt").write_bytes(content)
@@ -205,5 +223,5 @@ def test_runs_without_matplotlib(tmp_path):
     root = Path(__file__).parent.parent
     result = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert "curves.png was not drawn: pictures need matplotlib: pip install 'lirpa_fastwarmup[plots]'" in result.stderr
+    assert "curves.png was not drawn: plots need matplotlib: pip install 'lirpa_fastwarmup[plots]'" in result.stderr
     assert (tmp_path / "run" / "summary.json").exists()

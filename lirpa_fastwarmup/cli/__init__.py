@@ -1,8 +1,9 @@
-"""The command ``lirpa-fastwarmup``."""
+"""The command ``lirpa-fastwarmup``. Only the module of the command that is asked for is imported."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import logging
 import os
 import shlex
@@ -10,57 +11,72 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch.distributed.elastic.multiprocessing.errors import record
-
-from lirpa_fastwarmup.cli import compare, export, info, inspect, report, train, verify
-from lirpa_fastwarmup.experiments.training import TrainingInterrupted
-from lirpa_fastwarmup.recipe.objective import NonFiniteLossError
-from lirpa_fastwarmup.verification import OutOfMemoryError, UnsoundBoundError
+from lirpa_fastwarmup.experiments.training.interrupt import TrainingInterrupted
 from lirpa_fastwarmup.version import __version__
 
 _PROGRAM = "lirpa-fastwarmup"
-# Mistakes of the user and of the world: told in one line, without a traceback.
-_EXPECTED = (
-    *(ValueError, TypeError, OSError, ImportError, NotImplementedError),
-    *(NonFiniteLossError, OutOfMemoryError, UnsoundBoundError),
-)
+_COMMANDS = {
+    "train": "train and evaluate a network, or resume a run",
+    "inspect": "bounds, ReLU states and weights of a network, layer by layer",
+    "verify": "certify and attack the test samples of a trained network",
+    "report": "a page over one or several runs, with pictures",
+    "export": "write ONNX, VNN-LIB properties and the YAML for α,β-CROWN",
+    "compare": "a table over finished runs, mean ± standard deviation over their seeds",
+    "info": "versions, active patches, and a quick check of the engine's bounds",
+}
 _BY_SIGNAL = 128  # What a shell adds to the signal's number.
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     rank = os.environ.get("RANK")
-    # Of several processes the first one tells what all of them would.
+    # Of several processes, rank 0 prints what all of them would.
     level = logging.WARNING if rank in (None, "0") else logging.ERROR
     logging.basicConfig(format="%(levelname)s: %(message)s", level=level, stream=sys.stderr)
-    options = _parser().parse_args(arguments)
+    if level == logging.WARNING:
+        logging.getLogger(__name__).setLevel(logging.INFO)
     try:
-        # torchrun then tells the error of the process that failed first.
-        carry_out: Callable[[argparse.Namespace], Any] = options.command if rank is None else record(options.command)
-        return int(carry_out(options))
+        options = _parser(arguments).parse_args(arguments)
+        run: Callable[[argparse.Namespace], Any] = options.command
+        if rank is not None:  # torchrun reports the error of the process that failed first.
+            from torch.distributed.elastic.multiprocessing.errors import record
+
+            run = record(run)
+        return int(run(options))
     except TrainingInterrupted as stopped:
         trust = ["--trust"] if options.trust or ":" in (options.model or "") else []
         command = shlex.join([_PROGRAM, "train", "--resume", "--out", str(stopped.out), *trust])
         print(f"{_PROGRAM}: {stopped}. To resume it:\n    {command}", file=sys.stderr)
         return _BY_SIGNAL + stopped.signal_number
     except KeyboardInterrupt as interrupted:
-        said = f"; {interrupted}" if str(interrupted) else ""
-        print(f"{_PROGRAM}: interrupted{said}", file=sys.stderr)
+        detail = f"; {interrupted}" if str(interrupted) else ""
+        print(f"{_PROGRAM}: interrupted{detail}", file=sys.stderr)
         return 130
-    except _EXPECTED as error:
-        if options.traceback:
+    except Exception as error:
+        if "--traceback" in arguments or not _is_expected(error):
             raise
         print(f"{_PROGRAM}{'' if rank is None else f', rank {rank}'}: error: {error}", file=sys.stderr)
         return 1
 
 
-def _parser() -> argparse.ArgumentParser:
+def _is_expected(error: Exception) -> bool:
+    """Whether ``error`` is this package's own, or Python's for wrong input: shown in one line, without a traceback."""
+    own = any(kind.__module__.partition(".")[0] == "lirpa_fastwarmup" for kind in type(error).__mro__)
+    return own or isinstance(error, ValueError | TypeError | OSError | ImportError | NotImplementedError)
+
+
+def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
+    """The parser of all commands; only the one that ``arguments`` ask for has its options."""
     parser = argparse.ArgumentParser(
         prog=_PROGRAM, description="Fast certified robust training with short warmup, on auto_LiRPA."
     )
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (train, inspect, verify, report, export, compare, info):
-        command.add_to(commands)
+    asked_for = next((word for word in arguments if not word.startswith("-")), None)
+    for name, text in _COMMANDS.items():
+        command = commands.add_parser(name, help=text)
+        if name == asked_for:
+            importlib.import_module(f"{__name__}.{name}").add_to(command)
     return parser

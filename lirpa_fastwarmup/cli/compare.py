@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 from lirpa_fastwarmup.experiments.report.comparison import comparison
-from lirpa_fastwarmup.inspection.table import as_markdown, as_text
+from lirpa_fastwarmup.experiments.report.records import read_summary
+from lirpa_fastwarmup.inspection.statistics import as_markdown, as_text
 
 
-def add_to(commands: Any) -> None:
-    """Add the command to the parser's ``commands``."""
-    command = commands.add_parser("compare", help="a table over finished runs, mean ± deviation over their seeds")
+def add_to(command: argparse.ArgumentParser) -> None:
+    """Add the options of the command."""
     command.set_defaults(command=_compare)
     command.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="folder of a run")
     command.add_argument("--markdown", action="store_true", help="print a Markdown table")
 
 
 def _compare(options: argparse.Namespace) -> int:
-    table = comparison(options.folders)
+    table = comparison([(folder.resolve().name, read_summary(folder)) for folder in options.folders])
     print(as_markdown(table) if options.markdown else as_text(table))
     return 0

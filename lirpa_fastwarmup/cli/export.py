@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from lirpa_fastwarmup.boxes import check_radius
 from lirpa_fastwarmup.cli.options import number
-from lirpa_fastwarmup.cli.subject import add_arguments, subject_of
+from lirpa_fastwarmup.cli.subject import add_arguments, check_named, subject_of
 from lirpa_fastwarmup.verification import export
 
 _FOLDER = "export"
@@ -21,53 +21,41 @@ def _indices(text: str) -> range:
     try:
         return range(int(first), int(last if dash else first) + 1)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no index, nor a range such as 0-99") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is neither an index nor a range such as 0-99") from None
 
 
-def add_to(commands: Any) -> None:
-    """Add the command to the parser's ``commands``."""
-    command = commands.add_parser("export", help="write ONNX, VNN-LIB properties and the YAML for α,β-CROWN")
+def add_to(command: argparse.ArgumentParser) -> None:
+    """Add the options of the command."""
     command.set_defaults(command=_export)
     add_arguments(command)
     what = command.add_argument_group("properties")
-    what.add_argument("--eps", type=number, help="radius in pixel units; by default that of the run")
-    what.add_argument(
-        "--samples",
-        type=_indices,
-        nargs="+",
-        metavar="I",
-        default=[range(10)],
-        help="indices of the test set, such as 0 5 10-19; by default 0-9",
-    )
-    what.add_argument("--timeout", type=int, default=120, help="seconds for each property")
+    what.add_argument("--eps", type=number, help="radius in pixel units; by default the run's")
+    text = "indices of the test set, such as 0 5 10-19; by default 0-9"
+    what.add_argument("--samples", type=_indices, nargs="+", metavar="I", default=[range(10)], help=text)
+    what.add_argument("--timeout", type=int, default=120, help="seconds for each property (default: 120)")
     what.add_argument("--out", type=Path, metavar="DIR", help=f"folder for the files, by default RUN_DIR/{_FOLDER}")
 
 
 def _export(options: argparse.Namespace) -> int:
     if options.out is None and options.run is None:
         raise ValueError("name the folder for the files with --out DIR")
+    check_named(options)
+    if options.eps is not None:
+        check_radius(options.eps, (0.0, 1.0))
     subject = subject_of(options)
     eps = subject.eps if options.eps is None else options.eps
     if eps is None:
         raise ValueError("name the radius of the properties with --eps")
     count = len(subject.samples)
-    for given in options.samples:  # Before a long range is written out.
+    for given in options.samples:  # Before a long range is listed.
         if not given or not 0 <= given[0] <= given[-1] < count:
             shown = f"{given.start}-{given.stop - 1}" if len(given) != 1 else given.start
             raise ValueError(
-                f"there is no sample {shown}: the test set of {subject.dataset} has {count}, counted from 0"
+                f"there is no sample {shown}: the test set of {subject.dataset} has {count} samples, from index 0"
             )
     indices = list(dict.fromkeys(index for given in options.samples for index in given))
     chosen = subject.samples.take(torch.tensor(indices))
     out = options.out or options.run / _FOLDER
-    export(
-        subject.network,
-        chosen.images.float() / 255,
-        chosen.labels,
-        eps,
-        out,
-        indices=indices,
-        timeout=options.timeout,
-    )
-    print(f"{len(indices)} properties at eps {eps:g} written to {out}")
+    export(subject.network, chosen.inputs, chosen.labels, eps, out, indices=indices, timeout=options.timeout)
+    print(f"{len(indices)} properties at eps {eps} written to {out}")
     return 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import platform
-from typing import Any
 
 import torch
 
@@ -13,9 +12,8 @@ from lirpa_fastwarmup.engine.compat import ACTIVE_PATCHES, ENGINE_VERSION
 from lirpa_fastwarmup.version import __version__
 
 
-def add_to(commands: Any) -> None:
-    """Add the command to the parser's ``commands``."""
-    command = commands.add_parser("info", help="versions, active patches, and a quick check of the engine's bounds")
+def add_to(command: argparse.ArgumentParser) -> None:
+    """Set the command's function; it has no options."""
     command.set_defaults(command=_info)
 
 

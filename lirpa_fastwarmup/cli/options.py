@@ -1,20 +1,49 @@
-"""What the options of several commands are read with."""
+"""The options of several commands, and those made from the fields of :class:`Settings`."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import logging
 import sys
+from types import NoneType
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
-import torch
+from lirpa_fastwarmup.experiments.presets import PRESETS, preset
+from lirpa_fastwarmup.experiments.training.settings import Settings
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger(__name__)
+
+_OPTIONS = [field for field in dataclasses.fields(Settings) if "group" in field.metadata]
 
 
-def number(text: str) -> float:
+class Number(float):
+    """A number that prints as it was typed, such as 8/255."""
+
+    text: str
+
+    def __new__(cls, text: str) -> Number:
+        top, slash, bottom = text.partition("/")
+        value = super().__new__(cls, float(top) / float(bottom) if slash else float(text))
+        value.text = text
+        return value
+
+    def __str__(self) -> str:
+        return self.text
+
+    def __reduce__(self) -> tuple[type[float], tuple[float]]:
+        return float, (float(self),)  # In files it is a plain number.
+
+
+def number(text: str) -> Number:
     """A number, or a fraction such as 8/255."""
-    top, slash, bottom = text.partition("/")
     try:
-        return float(top) / float(bottom) if slash else float(text)
+        return Number(text)
     except (ValueError, ZeroDivisionError):
-        raise argparse.ArgumentTypeError(f"{text!r} is no number, nor a fraction such as 8/255") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor a fraction such as 8/255") from None
 
 
 def device_named(name: str | None) -> torch.device:
@@ -23,6 +52,8 @@ def device_named(name: str | None) -> torch.device:
     Raises:
         ValueError: there is none of that name, or it does not work.
     """
+    import torch
+
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -34,12 +65,7 @@ def device_named(name: str | None) -> torch.device:
 
 
 def find_factories_here(name: str | None, *, trust: bool = False) -> None:
-    """Look for a user's own factory where the command is given, as python -m does, if there is one to be looked for.
-
-    Args:
-        name: of the network that the command was given.
-        trust: whether one that a file names is called as well.
-    """
+    """Import factories from the current folder too, as ``python -m`` does, if the command names or trusts one."""
     if (trust or ":" in (name or "")) and "" not in sys.path:
         sys.path.insert(0, "")
 
@@ -49,3 +75,86 @@ def add_trust(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--trust", action="store_true", help="import and call the package.module:factory that a run's files name"
     )
+
+
+def add_settings(command: argparse.ArgumentParser) -> None:
+    """Add an option for each field of :class:`Settings`, for :func:`settings_of`."""
+    groups: dict[str, Any] = {}
+    kinds = get_type_hints(Settings)
+    for field in _OPTIONS:
+        about = field.metadata
+        if about["group"] not in groups:
+            groups[about["group"]] = command.add_argument_group(about["group"])
+        flag = f"--{(about['flag'] or field.name).replace('_', '-')}"
+        text = f"{about['help']}{_default(field.name)}"
+        reader = _reader(kinds[field.name], about["metavar"])
+        groups[about["group"]].add_argument(flag, dest=field.name, help=text, **reader)
+    groups["method"].add_argument(
+        "--no-init", dest="init", action="store_const", const="default", help="the network's own initialisation"
+    )
+
+
+def _default(name: str) -> str:
+    """The default of a setting, for its help text, if it is the same in all presets."""
+    values = {getattr(one, name) for one in PRESETS.values()}
+    if len(values) > 1:
+        return " (default: the preset's)"
+    value = values.pop()
+    shown = {True: "on", False: "off"}.get(value) if isinstance(value, bool) else value
+    return "" if value is None else f" (default: {shown})"
+
+
+def _reader(kind: Any, metavar: str | None) -> dict[str, Any]:
+    """How argparse reads a value of a field's type."""
+    if NoneType in get_args(kind):
+        (kind,) = (one for one in get_args(kind) if one is not NoneType)
+    if kind is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    if get_origin(kind) is Literal:
+        return {"choices": get_args(kind)}
+    if get_origin(kind) is tuple:
+        return {"type": get_args(kind)[0], "nargs": "*", "metavar": metavar}
+    return {"type": number if kind is float else kind, "metavar": metavar}
+
+
+def settings_of(options: argparse.Namespace) -> Settings:
+    """The preset's settings with those that the command line gives; raise ValueError if they are invalid."""
+    if options.preset is None:
+        raise ValueError(f"name a preset, one of {', '.join(PRESETS)}")
+    base = preset(options.preset)
+    if options.method is not None:
+        base = base.with_method(options.method)
+    changes = given_settings(options)
+    changes.pop("method", None)
+    if changes.get("validation"):
+        changes.setdefault("select", "validation")
+    return base.replace(**_scaled(base, changes), **changes)
+
+
+def given_settings(options: argparse.Namespace) -> dict[str, Any]:
+    """The settings that the command line gives, with the types of their fields."""
+    given = {}
+    for field in _OPTIONS:
+        value = getattr(options, field.name)
+        if isinstance(value, list):
+            value = tuple(value)
+        elif isinstance(value, Number):
+            value = float(value)
+        if value is not None:
+            given[field.name] = value
+    return given
+
+
+def _scaled(base: Settings, changes: dict[str, Any]) -> dict[str, Any]:
+    """The ramp and the milestones in proportion to ``--epochs``, except those that the command line gives."""
+    epochs = changes.get("epochs", base.epochs)
+
+    def scaled(value: int) -> int:
+        return max(1, (2 * value * epochs + base.epochs) // (2 * base.epochs))  # Rounded, halves up.
+
+    new = {"ramp_length": scaled(base.ramp_length), "lr_milestones": tuple(map(scaled, base.lr_milestones))}
+    new = {name: value for name, value in new.items() if name not in changes and value != getattr(base, name)}
+    if new:
+        texts = [f"{name} {getattr(base, name)} -> {value}" for name, value in new.items()]
+        logger.info("epochs %d -> %d: %s", base.epochs, epochs, ", ".join(texts))
+    return new

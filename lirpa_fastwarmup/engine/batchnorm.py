@@ -1,8 +1,7 @@
-"""One state for a model and the BoundedModule built from it.
+"""BatchNorm nodes: state shared with the model's modules, batch statistics, and intervals.
 
-The engine shares parameters between the two, but copies buffers, so that BatchNorm's running
-statistics split in two; it also switches ``requires_grad`` of the model's parameters with the mode.
-The node classes here read the model's own modules instead.
+The engine shares parameters with the model, but copies buffers, so that BatchNorm's running statistics diverge. The
+node classes here use the model's own modules instead.
 """
 
 from __future__ import annotations
@@ -13,34 +12,123 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lirpa_fastwarmup.distributed import differentiable_all_reduce
 from lirpa_fastwarmup.engine.compat import engine
-from lirpa_fastwarmup.engine.normalization import normalize_by_batch, normalize_over_ranks, scale_interval
 
-_bound: Any = engine.bound_general
-BoundParams: Any = _bound.BoundParams
-BoundBuffers: Any = _bound.BoundBuffers
-BoundConstant: Any = _bound.BoundConstant
-BoundBatchNormalization: Any = _bound.BoundBatchNormalization
-Interval: Any = _bound.Interval
+_engine: Any = engine.bound_general
+BoundParams: Any = _engine.BoundParams
+BoundBuffers: Any = _engine.BoundBuffers
+BoundBatchNormalization: Any = _engine.BoundBatchNormalization
 
 
-class SharedParameter(BoundParams):
-    """A parameter whose ``requires_grad`` stays the user's, whatever mode the network is in."""
+def normalize_by_batch(
+    x: Tensor, weight: Tensor, bias: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``F.batch_norm`` in training mode, the batch's mean and its biased variance, per channel; differentiable once.
 
-    def forward(self) -> Tensor:
-        return self.param
+    PyTorch computes the statistics, but provides no gradient through them. Computing them a second time costs several
+    times as much as the normalisation itself (on the CPU, mostly for the variance).
+
+    Args:
+        x: ``(batch, channels, *space)``.
+        running_mean, running_var: moved towards the batch's statistics by ``momentum``, in place.
+    """
+    return _BatchNormWithStatistics.apply(x, weight, bias, running_mean, running_var, momentum, eps)
+
+
+class _BatchNormWithStatistics(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, momentum: float, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.eps = eps
+        result, batch_mean, inverse_std = torch.native_batch_norm(x, weight, bias, mean, var, True, momentum, eps)
+        ctx.save_for_backward(x, weight, batch_mean, inverse_std)
+        return result, batch_mean.clone(), inverse_std.pow(-2).sub_(eps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, grad_mean: Tensor, grad_var: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, inverse_std = ctx.saved_tensors
+        gradients = torch.ops.aten.native_batch_norm_backward(
+            grad, x, weight, None, None, mean, inverse_std, True, ctx.eps, list(ctx.needs_input_grad[:3])
+        )
+        if ctx.needs_input_grad[0]:
+            count = x.numel() // len(mean)
+            slope = grad_var * (2 / count)
+            offset = grad_mean / count - slope * mean
+            gradients[0].add_(x * _per_channel(slope, x)).add_(_per_channel(offset, x))
+        return (*gradients, None, None, None, None)
+
+
+def normalize_over_ranks(
+    x: Tensor, weight: Tensor, bias: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`normalize_by_batch`, with the statistics of the batches of all processes."""
+    over = [dim for dim in range(x.ndim) if dim != 1]
+    dtype, x = x.dtype, x.to(weight.dtype)  # Half precision would round the number of samples.
+    local_count = x.new_tensor([x.numel() // x.shape[1]])
+    sums = differentiable_all_reduce(torch.cat([x.sum(over), local_count]))
+    count = sums[-1].detach()
+    mean = sums[:-1] / count
+    deviation = x - _per_channel(mean, x)
+    var = differentiable_all_reduce(deviation.square().sum(over)) / count
+    running_mean.lerp_(mean.detach(), momentum)
+    running_var.lerp_(var.detach() * (count / (count - 1)), momentum)
+    scale = weight / (var + eps).sqrt()
+    return (deviation * _per_channel(scale, x) + _per_channel(bias, x)).to(dtype), mean, var
+
+
+def scale_interval(lower: Tensor, upper: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """The interval of scale·z + shift for z in [lower, upper], per channel; differentiable once.
+
+    Args:
+        lower, upper: ``(batch, channels, *space)``.
+        scale, shift: ``(channels,)``.
+    """
+    return _ScaledInterval.apply(lower, upper, _per_channel(scale, lower), _per_channel(shift, lower))
+
+
+def _per_channel(values: Tensor, x: Tensor) -> Tensor:
+    return values.view(1, -1, *[1] * (x.ndim - 2))
+
+
+class _ScaledInterval(torch.autograd.Function):
+    # In place, by centre and radius: a chain of operations would read and write about twice as much memory.
+
+    @staticmethod
+    def forward(ctx: Any, lower: Tensor, upper: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(lower, upper, scale)
+        centre = (lower + upper).mul_(scale / 2).add_(shift)
+        radius = (upper - lower).mul_(scale.abs() / 2)
+        return centre - radius, centre.add_(radius)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_lower: Tensor, grad_upper: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        lower, upper, scale = ctx.saved_tensors
+        grad_centre, grad_radius = grad_lower + grad_upper, grad_upper - grad_lower
+        over = [dim for dim in range(lower.ndim) if dim != 1]
+        grad_shift = grad_centre.sum(over, keepdim=True)
+        grad_scale = (lower + upper).mul_(grad_centre).sum(over, keepdim=True)
+        grad_scale += (upper - lower).mul_(grad_radius).sum(over, keepdim=True) * scale.sign()
+        grad_centre.mul_(scale / 2)
+        grad_radius.mul_(scale.abs() / 2)
+        return grad_centre - grad_radius, grad_centre.add_(grad_radius), grad_scale / 2, grad_shift
 
 
 class SharedBatchNorm(BoundBatchNormalization):
-    """BatchNorm that keeps the books of the nn.Module it was traced from.
+    """BatchNorm that updates the running statistics of the nn.Module it was traced from.
 
     Attributes:
         owner: that module, in a tuple, so that it is not registered as a child of the node.
         updates_running_stats: whether a pass in training mode moves the running statistics.
-        over_ranks: whether a batch's statistics are those of all processes together.
+        over_ranks: whether batch statistics are computed over the batches of all processes.
     """
 
     owner: tuple[_BatchNorm]
@@ -62,7 +150,7 @@ class SharedBatchNorm(BoundBatchNormalization):
         return result
 
     def interval_propagate(self, *v: Any) -> Any:
-        if self.bn_mode != "forward" or Interval.get_perturbation(v[0])[0] != math.inf:
+        if self.bn_mode != "forward" or _engine.Interval.get_perturbation(v[0])[0] != math.inf:
             return super().interval_propagate(*v)
         (lower, upper), weight, bias = v[0], v[1][0], v[2][0]
         if not self.training:
@@ -71,7 +159,7 @@ class SharedBatchNorm(BoundBatchNormalization):
         return scale_interval(lower, upper, scale, bias - self.current_mean * scale)
 
     def _count_batch(self) -> float:
-        """Count a batch, as nn.BatchNorm does, and return the share that it takes in the running statistics."""
+        """Count a batch, as nn.BatchNorm does, and return the momentum of the running statistics."""
         module = self.owner[0]
         if module.num_batches_tracked is not None:
             module.num_batches_tracked.add_(1)
@@ -80,17 +168,8 @@ class SharedBatchNorm(BoundBatchNormalization):
         return 0.0 if module.momentum is None else module.momentum
 
 
-class ConstantParameter(BoundConstant):
-    """Weight or bias of a BatchNorm without any (affine=False), as 0.3's CROWN reads them."""
-
-    @property
-    def param(self) -> Tensor:
-        value: Tensor = self.value
-        return value
-
-
 class ViewedBatchNorm(SharedBatchNorm):
-    """A shared BatchNorm that is in its module's mode, too, at every moment."""
+    """A SharedBatchNorm that is always in its module's mode."""
 
     @property
     def training(self) -> bool:
@@ -98,133 +177,72 @@ class ViewedBatchNorm(SharedBatchNorm):
 
     @training.setter
     def training(self, mode: bool) -> None:
-        """The mode is the module's alone."""
+        """Only the module's mode counts."""
 
 
-@dataclass(frozen=True)
-class StateLink:
-    """A node, and the module and attribute of the model whose tensor it shows."""
+class IdentityBatchNorm(BoundBatchNormalization):
+    """A BatchNorm node that returns its input."""
 
-    node: Any
-    owner: nn.Module
-    attribute: str
+    def forward(self, x: Tensor, *_: Tensor) -> Tensor:
+        return x
 
-    def refresh(self) -> None:
-        """Point the node at the tensor that the model holds now (``.to`` and loading may replace it)."""
-        if isinstance(self.node, BoundParams):
-            self.node._parameters["param"] = self.owner._parameters[self.attribute]
-        else:
-            self.node._buffers["buffer"] = self.owner._buffers[self.attribute]
+    def interval_propagate(self, *v: Any) -> Any:
+        return v[0]
 
 
-def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str] | None:
-    """The module and attribute of the model's parameter or buffer ``name``, if it has one."""
-    prefix, _, attribute = name.rpartition(".")
-    try:
-        module = model.get_submodule(prefix)
-    except AttributeError:
-        return None
-    known = attribute in module._parameters or attribute in module._buffers
-    return (module, attribute) if known else None
+class ConstantParameter(_engine.BoundConstant):
+    """Weight or bias of a BatchNorm with affine=False, with the attribute that 0.3's CROWN reads."""
+
+    @property
+    def param(self) -> Tensor:
+        value: Tensor = self.value
+        return value
 
 
-def state_links(bounded: Any, model: nn.Module) -> list[StateLink]:
-    """The links of every parameter and buffer node of ``bounded`` to ``model``."""
-    links = []
-    for node in bounded._modules.values():
-        if isinstance(node, BoundParams | BoundBuffers):
-            owner = _owner(model, node.ori_name)
-            if owner is not None:
-                links.append(StateLink(node, *owner))
-    return links
+def _batchnorms(bounded: Any, kind: Any = SharedBatchNorm) -> list[Any]:
+    return [node for node in bounded._modules.values() if isinstance(node, kind)]
 
 
 def adopt_batchnorm(bounded: Any, model: nn.Module, kind: type[SharedBatchNorm]) -> None:
     """Turn each BatchNorm node traced from a module of ``model`` into one of class ``kind``.
 
     Raises:
-        NotImplementedError: the engine was told to leave out a part of BatchNorm.
+        NotImplementedError: ``bound_opts`` omit a part of BatchNorm.
     """
-    for node in bounded._modules.values():
-        if not isinstance(node, BoundBatchNormalization):
-            continue
+    for node in _batchnorms(bounded, BoundBatchNormalization):
         if not (node.use_mean and node.use_var and node.use_affine):
             raise NotImplementedError(
-                "bound_opts['bn'] leaves out a part of BatchNorm, so that the bounded network computes another "
-                "function than the model: leave the option out, or change the model"
+                "bound_opts['bn'] omits a part of BatchNorm, so that the bounded network computes another function "
+                "than the model: remove the option, or change the model"
             )
         owner = _owner(model, getattr(node.inputs[3], "ori_name", ""))
         if owner is not None and isinstance(owner[0], _BatchNorm):
             node.__class__ = kind
             object.__setattr__(node, "owner", (owner[0],))
-            node.updates_running_stats = True
-            node.over_ranks = False
+            node.updates_running_stats, node.over_ranks = True, False
             for source in node.inputs[1:3]:
-                if type(source) is BoundConstant:
+                if type(source) is _engine.BoundConstant:
                     source.__class__ = ConstantParameter
 
 
 def batchnorm_over_ranks(bounded: Any) -> None:
-    """Take BatchNorm's statistics, in training mode, over the batches of all processes."""
-    for node in bounded._modules.values():
-        if isinstance(node, SharedBatchNorm):
-            node.over_ranks = True
-
-
-def adopt_parameters(bounded: Any) -> None:
-    """Leave ``requires_grad`` of the model's parameters to the user."""
-    for node in bounded._modules.values():
-        if type(node) is BoundParams:
-            node.__class__ = SharedParameter
-
-
-def share_batchnorm_state(bounded: Any, model: nn.Module) -> list[str]:
-    """Make BatchNorm's running statistics one and the same for ``bounded`` and ``model``.
-
-    For a plain ``auto_LiRPA.BoundedModule``; :class:`lirpa_fastwarmup.BoundedModule` does it by
-    itself. The model's statistics are kept. Moving either to another device or dtype afterwards
-    replaces tensors: call it again then.
-
-    Args:
-        bounded: a BoundedModule of either engine.
-        model: the module that it was built from.
-
-    Returns:
-        The names of the model's buffers that are now shared.
-
-    Raises:
-        ValueError: ``bounded`` was built from another module.
-        NotImplementedError: its ``bound_opts`` leave out a part of BatchNorm.
-    """
-    links = state_links(bounded, model)
-    parameters = [node for node in bounded._modules.values() if isinstance(node, BoundParams)]
-    linked = {id(link.node): link for link in links}
-    for node in parameters:
-        link = linked.get(id(node))
-        if link is None or link.owner._parameters.get(link.attribute) is not node.param:
-            raise ValueError(
-                f"the parameter {node.ori_name!r} of this BoundedModule is not one of the given model's: pass the "
-                "nn.Module that the BoundedModule was built from, not a copy of it"
-            )
-    adopt_batchnorm(bounded, model, SharedBatchNorm)
-    shared = [link for link in links if isinstance(link.node, BoundBuffers)]
-    for link in shared:
-        link.refresh()
-    return [link.node.ori_name for link in shared]
+    """In training mode, compute BatchNorm's statistics over the batches of all processes."""
+    for node in _batchnorms(bounded):
+        node.over_ranks = True
 
 
 def follow_modules(bounded: Any, training: bool) -> None:
     """Put every node in the given mode; BatchNorm nodes take mode and eps from their own module."""
     for node in bounded._modules.values():
         node.training = training
-        if isinstance(node, SharedBatchNorm):
-            node.eps = node.owner[0].eps
+    for node in _batchnorms(bounded):
+        node.eps = node.owner[0].eps
 
 
 @contextmanager
 def frozen_running_stats(bounded: Any) -> Iterator[None]:
-    """Let passes in training mode take batch statistics without moving the running ones."""
-    nodes = [node for node in bounded._modules.values() if isinstance(node, SharedBatchNorm)]
+    """Keep passes in training mode from moving the running statistics."""
+    nodes = _batchnorms(bounded)
     for node in nodes:
         node.updates_running_stats = False
     try:
@@ -232,3 +250,84 @@ def frozen_running_stats(bounded: Any) -> Iterator[None]:
     finally:
         for node in nodes:
             node.updates_running_stats = True
+
+
+@contextmanager
+def batchnorm_as_identity(bounded: Any) -> Iterator[None]:
+    """Treat every BatchNorm as the identity inside the block."""
+    nodes = _batchnorms(bounded, BoundBatchNormalization)
+    classes = [node.__class__ for node in nodes]
+    try:
+        for node in nodes:
+            node.__class__ = IdentityBatchNorm
+        yield
+    finally:
+        for node, cls in zip(nodes, classes, strict=True):
+            node.__class__ = cls
+
+
+@dataclass(frozen=True)
+class StateLink:
+    """A node, and the module and attribute of the model that hold its tensor."""
+
+    node: Any
+    owner: nn.Module
+    attribute: str
+
+    def refresh(self) -> None:
+        """Point the node to the model's current tensor, which ``.to`` and loading may have replaced."""
+        if isinstance(self.node, BoundParams):
+            self.node._parameters["param"] = self.owner._parameters[self.attribute]
+        else:
+            self.node._buffers["buffer"] = self.owner._buffers[self.attribute]
+
+
+def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str] | None:
+    """The module and attribute of the model's parameter or buffer ``name``, if it exists."""
+    prefix, _, attribute = name.rpartition(".")
+    try:
+        module = model.get_submodule(prefix)
+    except AttributeError:
+        return None
+    return (module, attribute) if attribute in module._parameters or attribute in module._buffers else None
+
+
+def state_links(bounded: Any, model: nn.Module) -> list[StateLink]:
+    """The links of every parameter and buffer node of ``bounded`` to ``model``."""
+    nodes = [node for node in bounded._modules.values() if isinstance(node, BoundParams | BoundBuffers)]
+    owners = [(node, _owner(model, node.ori_name)) for node in nodes]
+    return [StateLink(node, *owner) for node, owner in owners if owner is not None]
+
+
+def share_batchnorm_state(bounded: Any, model: nn.Module) -> list[str]:
+    """Share BatchNorm's running statistics between ``bounded`` and ``model``.
+
+    For a plain ``auto_LiRPA.BoundedModule``; :class:`lirpa_fastwarmup.BoundedModule` needs no call. The model's
+    statistics are kept. Moving either to another device or dtype replaces tensors: call this again afterwards.
+
+    Args:
+        bounded: a BoundedModule of either release.
+        model: the module that it was built from.
+
+    Returns:
+        The names of the model's buffers that are now shared.
+
+    Raises:
+        ValueError: ``bounded`` was built from another module.
+        NotImplementedError: Its ``bound_opts`` omit a part of BatchNorm.
+    """
+    links = {id(link.node): link for link in state_links(bounded, model)}
+    for node in bounded._modules.values():
+        if not isinstance(node, BoundParams):
+            continue
+        link = links.get(id(node))
+        if link is None or link.owner._parameters.get(link.attribute) is not node.param:
+            raise ValueError(
+                f"the given model does not hold the parameter {node.ori_name!r} of this BoundedModule: pass the "
+                "nn.Module that the BoundedModule was built from, not a copy of it"
+            )
+    adopt_batchnorm(bounded, model, SharedBatchNorm)
+    shared = [link for link in links.values() if isinstance(link.node, BoundBuffers)]
+    for link in shared:
+        link.refresh()
+    return [link.node.ori_name for link in shared]

@@ -1,7 +1,6 @@
-"""A computation through the engine, recorded once as a flat graph of tensor operations.
+"""Records a computation through the engine once, as a flat graph of tensor operations.
 
-The engine walks its graph in Python at every pass. What it does to tensors is the same for every batch of one shape, so
-that a recording of one pass, with parameters, buffers and the batch as its inputs, computes any other.
+The engine walks its graph in Python at every pass, but its tensor operations are the same for every batch of one shape.
 """
 
 from __future__ import annotations
@@ -22,44 +21,37 @@ from lirpa_fastwarmup.boxes import Epsilon, InputRange, box_ends
 from lirpa_fastwarmup.engine import batchnorm
 from lirpa_fastwarmup.engine.compat import engine
 
+_DATA, _CHECK = "_recorded_data", "_recorded_check"  # Attributes that mark tensors.
 _READS = ("__bool__", "__int__", "__index__", "__float__", "item", "tolist")
 _CHECKS = ("isnan", "isinf")
-# Called with sizes, which the engine has in tensors.
-_SIZED = ("reshape", "view", "expand", "repeat", "tile", "permute")
+_SIZED = ("reshape", "view", "expand", "repeat", "tile", "permute")  # The engine passes them sizes in tensors.
 
 
 class _Reads(TorchFunctionMode):
-    """What a recording has to supply that tensors under recording lack: values, and boxes around them.
+    """Answers what tensors under recording cannot: reads of their values, and boxes around them.
 
-    Shapes are the same for every batch that is replayed: integers that do not come from data are read as they are. Of
-    data, only ``if isnan(x).any()`` and the like is answered, with no; 0.7 asks so at every node.
+    Integers that do not depend on data, such as shapes, are the same for every batch that is replayed, and are read as
+    they are. Of data, only checks such as ``if isnan(x).any()`` are answered, with no; 0.7 makes them at every node.
     """
-
-    def __init__(self, data: Iterable[Tensor]) -> None:
-        super().__init__()
-        for tensor in data:
-            _mark(tensor, "data")
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         args, kwargs = tree_map(_unboxed, (args, kwargs or {}))
         name = getattr(func, "__name__", "")
         if name in _READS:
-            if _marked(args[0], "check"):
+            if hasattr(args[0], _CHECK):
                 return False
             if not _is_data(args[0]):
                 with disable_proxy_modes_tracing():
                     return func(*args, **kwargs)
         if name in _SIZED:
             with disable_proxy_modes_tracing():
-                args = (args[0], *tree_map(lambda size: size.tolist() if _is_constant(size) else size, args[1:]))
+                args = (args[0], *tree_map(_as_size, args[1:]))
         result = func(*args, **kwargs)
         given = tree_leaves((args, kwargs))
-        made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         if any(map(_is_data, given)):
-            for tensor in made:
-                _mark(tensor, "data")
-        if name in _CHECKS or (name in ("any", "all") and _marked(given[0], "check")):
-            _mark(result, "check")
+            _mark([leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)], _DATA)
+        if name in _CHECKS or (name in ("any", "all") and hasattr(given[0], _CHECK)):
+            setattr(result, _CHECK, True)
         return result
 
 
@@ -68,72 +60,42 @@ def _unboxed(value: Any) -> Any:
     return getattr(value, "_recorded_batch", value) if isinstance(value, engine.BoundedTensor) else value
 
 
-def _mark(tensor: Tensor, what: str) -> None:
-    setattr(tensor, f"_recorded_{what}", True)
+def _as_size(value: Any) -> Any:
+    return value.tolist() if isinstance(value, Tensor) and not _is_data(value) else value
 
 
-def _marked(tensor: Any, what: str) -> bool:
-    return getattr(tensor, f"_recorded_{what}", False)
-
-
-def _is_constant(value: Any) -> bool:
-    return isinstance(value, Tensor) and not _is_data(value)
+def _mark(tensors: Iterable[Any], mark: str) -> None:
+    for tensor in tensors:
+        setattr(tensor, mark, True)
 
 
 def _is_data(value: Any) -> bool:
-    """Whether ``value`` may be another one for another batch."""
-    return isinstance(value, Tensor) and (_marked(value, "data") or value.is_floating_point())
+    """Whether ``value`` can differ for another batch."""
+    return isinstance(value, Tensor) and (hasattr(value, _DATA) or value.is_floating_point())
 
 
 class RecordableBox:
-    """The box around a batch that is being recorded.
-
-    A BoundedTensor cannot be made from a tensor under recording; its perturbation can.
-
-    Args:
-        example: a batch of the shape to be recorded, not under recording.
-    """
+    """The box around a batch under recording, of which no BoundedTensor can be made; ``example`` is not recorded."""
 
     def __init__(self, example: Tensor) -> None:
-        example = example.detach()
-        ends = engine.PerturbationLpNorm(norm=math.inf, eps=0.0, x_L=example, x_U=example)
-        self._box = engine.BoundedTensor(example, ends)
+        self._box = engine.BoundedTensor(example.detach(), engine.PerturbationLpNorm(norm=math.inf, eps=0.0))
 
     def around(self, x: Tensor, eps: Epsilon, input_range: InputRange | None) -> Any:
-        """As :func:`lirpa_fastwarmup.engine.bounds.input_box`, without its checks; for bounds alone."""
+        """As :func:`lirpa_fastwarmup.input_box`, without its checks; for bounds alone."""
         lower, upper = box_ends(x, eps, input_range)
         self._box._recorded_batch = x
         self._box.ptb = engine.PerturbationLpNorm(norm=math.inf, eps=0.0, x_L=lower, x_U=upper)
         return self._box
 
 
-class _Function(nn.Module):
-    """A function as the forward pass of a module that owns the model it calls."""
-
-    def __init__(self, model: nn.Module, function: Callable[..., Any]) -> None:
-        super().__init__()
-        self.model = model
-        self._function = function
-
-    def forward(self, *inputs: Tensor) -> Any:
-        return self._function(*inputs)
-
-
 def record(
     function: Callable[..., Any], bounded: Any, state: Mapping[str, Tensor], inputs: tuple[Tensor, ...]
 ) -> GraphModule:
-    """Record ``function(*inputs)``, which computes with ``bounded``, with its model's ``state`` as inputs too.
+    """Record ``function(*inputs)``, which computes with ``bounded``, with its model's ``state`` as further inputs.
 
-    Args:
-        function: returns tensors in any nesting of tuples, lists and dicts.
-        bounded: a BoundedModule, whose nodes keep what was recorded; see :func:`forget_last_pass`.
-        state: tensors in place of the wrapped model's parameters and buffers while it is recorded. Buffers among them
-            are changed.
-        inputs: an example of the arguments.
-
-    Returns:
-        A module that takes ``(*state.values(), *inputs)`` and returns what ``function`` does, in the same operations;
-        buffers are changed in place.
+    Returns a module from ``(*state.values(), *inputs)`` to the function's result, tensors in any nesting of containers.
+    Buffers in ``state`` are changed in place, also while recording. The nodes of ``bounded`` keep recorded tensors; see
+    :func:`forget_last_pass`.
 
     Raises:
         RuntimeError: ``function`` reads a tensor's value.
@@ -141,18 +103,18 @@ def record(
     names = [f"model.{name}" for name in state]
 
     def flat(*tensors: Tensor) -> Any:
-        module = _Function(bounded.wrapped, function)
-        module.training = bounded.training
-        with _Reads(tensors):
+        module = nn.Module()  # It owns the model that `function` calls.
+        module.model, module.forward, module.training = bounded.wrapped, function, bounded.training
+        _mark(tensors, _DATA)
+        with _Reads():
             return functional_call(module, dict(zip(names, tensors[: len(names)], strict=True)), tensors[len(names) :])
 
-    return make_fx(flat)(
-        *state.values(), *(tensor.detach() for tensor in inputs)
-    )  # Marks stay on none of the caller's.
+    detached = [tensor.detach() for tensor in inputs]  # Marks must not stay on the caller's tensors.
+    return make_fx(flat)(*state.values(), *detached)
 
 
 @torch.no_grad()
 def forget_last_pass(bounded: Any) -> None:
-    """Let go of the tensors that the nodes of ``bounded`` hold, as a pass over the smallest batch does."""
+    """Release the tensors that the nodes of ``bounded`` hold, by a pass over the smallest batch."""
     with batchnorm.frozen_running_stats(bounded):
         bounded.forward(*bounded.example)

@@ -1,25 +1,30 @@
-"""A BoundedModule read as a network: its affine layers, ReLUs, sums and outputs.
+"""A BoundedModule read as a network: its affine layers, ReLUs, sums and outputs, and the bounds at its layers.
 
-Nodes are found by type and by their place in the graph; their names differ between releases of the
-engine, and even between two conversions.
+Nodes are found by type and by their position in the graph; their names differ between releases of the engine, and even
+between two conversions.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import marshal
 import math
+import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from lirpa_fastwarmup.engine.arithmetic import BoundConstantArithmetic
+from lirpa_fastwarmup.engine.batchnorm import batchnorm_as_identity, frozen_running_stats
 from lirpa_fastwarmup.engine.compat import engine, node_classes
-from lirpa_fastwarmup.engine.nodes import BoundConvNd, BoundMeanPool, ConstantPad, evaluate
+from lirpa_fastwarmup.engine.nodes import BoundConstantArithmetic, BoundConvNd, BoundMeanPool, ConstantPad, evaluate
 from lirpa_fastwarmup.storage import add_to_hash
 
+_inputs: Callable[[Any], Iterable[Any]] = operator.attrgetter("inputs")
+_CONTAINERS = (nn.Sequential.forward, nn.Module.forward)  # nn.ModuleList and nn.ModuleDict define none of their own.
 _INPUT = node_classes("Input")
 _PARAMETER = node_classes("Params")
 _STATE = node_classes("Params", "Buffers")
@@ -36,16 +41,16 @@ _DIVISION = node_classes("Div")
 _RESHAPING = node_classes(
     *("Flatten", "Reshape", "ATenUnflatten", "Squeeze", "Unsqueeze", "Transpose", "Identity", "Cast", "Dropout")
 )
-# Operators through which a sum of two inputs is the sum of the two outputs, up to a constant.
-_LINEAR_PASSAGE = node_classes(
-    *("BatchNormalization", "Add", "Sub", "Neg", "Identity", "Dropout", "Cast", "CumSum"),
-    *("Flatten", "Reshape", "ATenUnflatten", "Transpose", "Squeeze", "Unsqueeze", "Expand", "Tile"),
-    *("Concat", "Slice", "Split", "Gather", "Pad", "AveragePool", "GlobalAveragePool", "ReduceMean", "ReduceSum"),
+# Operators that map a sum of two inputs to the sum of the two outputs, up to a constant.
+_LINEAR = (
+    *node_classes("BatchNormalization", "Add", "Sub", "Neg", "CumSum", "Expand", "Tile", "Concat", "Slice", "Split"),
+    *node_classes("Gather", "Pad", "AveragePool", "GlobalAveragePool", "ReduceMean", "ReduceSum"),
+    *(*_RESHAPING, BoundMeanPool, ConstantPad, BoundConstantArithmetic),
 )
 
 
 class StructureError(ValueError):
-    """The network's structure does not allow what was asked for; the text says where and why."""
+    """The network's structure does not support the operation; the message names the place and the reason."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,53 +59,49 @@ class AffineLayer:
 
     Attributes:
         name: qualified name of the module that holds the weight ("" for the network itself).
-        parameter: qualified name of the weight (with a parametrisation, of its first ingredient).
-        fan_in: inputs that one output adds up: k·k·C_in/groups for a convolution, that divided by the
-            product of the strides for a transposed one, the input features for a linear layer.
+        parameter: qualified name of the weight (with a parametrisation, of its first input).
+        fan_in: the number of inputs that one output sums: k·k·C_in/groups for a convolution, divided by the product of
+            the strides for a transposed one; the input features for a linear layer.
         plain: the weight is the parameter itself, not computed from it.
+        weight: the node of the parameter.
+        source: the node that the layer reads.
     """
 
     name: str
     parameter: str
     fan_in: float
     plain: bool
+    weight: Any
     node: Any
     source: Any
 
 
 class NetworkGraph:
-    """The part of a BoundedModule's graph that leads from its inputs to its output.
+    """The part of a BoundedModule's graph between its inputs and its output.
 
     Attributes:
         inputs: the nodes of the network's inputs.
         affine: the affine layers, in order of execution.
-        relus: the ReLU nodes, in order of execution, each after its name: that of the affine layer that
-            feeds it (the nearest above, of a sum the last one).
+        relus: name and node of each ReLU, in order of execution. A ReLU is named after the affine layer that feeds it,
+            and after a residual sum by the module that holds the sum.
         first_sources: the nodes that the first affine layers read: the inputs, after any normalisation.
     """
 
     def __init__(self, bounded: Any) -> None:
         self.output = bounded.final_node()
-        live = _reached(self.output, lambda node: node.inputs)
+        live = _reached([self.output], _inputs)
         self.nodes = [node for node in bounded._modules.values() if id(node) in live]
-        self._position = {id(node): position for position, node in enumerate(self.nodes)}
-        self.inputs = [node for node in self.nodes if isinstance(node, _INPUT) and not isinstance(node, _STATE)]
-        self._data = {id(node) for node in self.inputs}
-        for node in _in_dependency_order(self.nodes):
-            if any(id(source) in self._data for source in node.inputs):
-                self._data.add(id(node))
         self._users: dict[int, list[Any]] = {id(node): [] for node in self.nodes}
         for node in self.nodes:
             for source in node.inputs:
                 self._users[id(source)].append(node)
+        self.inputs = [node for node in self.nodes if isinstance(node, _INPUT) and not isinstance(node, _STATE)]
+        self._data = _reached(self.inputs, lambda node: self._users[id(node)])
         self.affine = [layer for layer in map(self._affine_layer, self.nodes) if layer is not None]
         self._affine_at = {id(layer.node): layer for layer in self.affine}
-        self.relus = [(self._relu_name(node), node) for node in self.nodes if self._is_relu(node)]
+        self.relus = self._named_relus(bounded.__dict__.get("wrapped"))
         first = {id(layer.source): layer.source for layer in self.affine if not self.read_by(layer)}
         self.first_sources = list(first.values())
-
-    def _is_relu(self, node: Any) -> bool:
-        return isinstance(node, _RELU) and not isinstance(node, _OTHER_PIECEWISE) and id(node) in self._data
 
     def _affine_layer(self, node: Any) -> AffineLayer | None:
         if not isinstance(node, _AFFINE):
@@ -108,20 +109,19 @@ class NetworkGraph:
         sources = [source for source in node.inputs[:2] if id(source) in self._data]
         if len(sources) != 1:
             return None  # A product of two activations, or of two constants.
-        weight = next(source for source in node.inputs[:2] if source is not sources[0])
-        parameter = _parameter_behind(weight)
-        if parameter is None:
+        factor = next(source for source in node.inputs[:2] if source is not sources[0])
+        weight = _parameter_behind(factor)
+        if weight is None:
             return None
-        module = parameter.ori_name.rpartition(".")[0]
+        module = weight.ori_name.rpartition(".")[0]
         module = module.removesuffix(f".parametrizations.{module.rpartition('.')[2]}")
-        return AffineLayer(
-            name=module,
-            parameter=parameter.ori_name,
-            fan_in=_fan_in(node, parameter, sources[0]),
-            plain=weight is parameter or all(isinstance(n, _TRANSPOSE) for n in _between(weight, parameter)),
-            node=node,
-            source=sources[0],
-        )
+        fan_in = _fan_in(node, weight, sources[0])
+        while isinstance(factor, _TRANSPOSE):
+            factor = factor.inputs[0]
+        return AffineLayer(module, weight.ori_name, fan_in, factor is weight, weight, node, sources[0])
+
+    def _is_relu(self, node: Any) -> bool:
+        return isinstance(node, _RELU) and not isinstance(node, _OTHER_PIECEWISE) and id(node) in self._data
 
     def _passes_linearly(self, node: Any) -> bool:
         data = [id(source) in self._data for source in node.inputs]
@@ -129,19 +129,19 @@ class NetworkGraph:
             return data == [True, False]
         if isinstance(node, (*_PRODUCT, *_AFFINE)):  # By a constant, or by a matrix that is not trained.
             return sum(data) == 1
-        return isinstance(node, (*_LINEAR_PASSAGE, BoundMeanPool, ConstantPad, BoundConstantArithmetic))
+        return isinstance(node, _LINEAR)
 
     def _above(self, node: Any, crosses: Callable[[Any], bool]) -> list[AffineLayer]:
-        """The nearest affine layers at or above ``node``, going up through what ``crosses`` allows."""
+        """The nearest affine layers at or above ``node``, through nodes that ``crosses`` accepts."""
 
         def climb(current: Any) -> Iterable[Any]:
             return current.inputs if id(current) not in self._affine_at and crosses(current) else ()
 
-        found = _reached(node, climb)
+        found = _reached([node], climb)
         return [layer for layer in self.affine if id(layer.node) in found]
 
     def read_by(self, layer: AffineLayer) -> list[AffineLayer]:
-        """The affine layers whose outputs ``layer`` reads, through whatever lies between."""
+        """The affine layers whose outputs ``layer`` reads, through any other operators."""
         return self._above(layer.source, lambda _: True)
 
     def classification_layers(self) -> list[AffineLayer]:
@@ -152,45 +152,64 @@ class NetworkGraph:
                 return (self._affine_at[id(node)].source,)
             return node.inputs if self._passes_linearly(node) else ()
 
-        found = _reached(self.output, climb)
+        found = _reached([self.output], climb)
         return [layer for layer in self.affine if id(layer.node) in found]
 
     def has_batchnorm(self, layer: AffineLayer) -> bool:
-        """Whether BatchNorm is the next thing after ``layer``, or after the sum that it feeds."""
-        waiting = list(self._users[id(layer.node)])
-        while waiting:
-            node = waiting.pop()
-            if isinstance(node, _BATCHNORM):
-                return True
-            if isinstance(node, (*_SUM, *_RESHAPING)) or (isinstance(node, BoundConstantArithmetic) and node.is_shift):
-                waiting += self._users[id(node)]
-        return False
+        """Whether BatchNorm follows ``layer`` directly, or the sum that it feeds."""
 
-    def _is_data_sum(self, node: Any) -> bool:
-        return isinstance(node, _SUM) and sum(id(source) in self._data for source in node.inputs) > 1
+        def follow(node: Any) -> Iterable[Any]:
+            is_shift = isinstance(node, BoundConstantArithmetic) and node.is_shift
+            passes = node is layer.node or is_shift or isinstance(node, (*_SUM, *_RESHAPING))
+            return self._users[id(node)] if passes else ()
+
+        found = _reached([layer.node], follow)
+        return any(isinstance(node, _BATCHNORM) and id(node) in found for node in self.nodes)
 
     def reads_relu_of_sum(self, layer: AffineLayer) -> bool:
-        """Whether ``layer`` reads the ReLU of a residual sum directly, BatchNorm taken as identity."""
-        node = layer.source
-        if not self._is_relu(node):
-            return False
-        node = node.inputs[0]
+        """Whether ``layer`` reads the ReLU of a residual sum directly, treating BatchNorm as the identity."""
+        return self._is_relu(layer.source) and self._sum_before(layer.source) is not None
+
+    def _sum_before(self, relu: Any) -> Any:
+        """The residual sum that ``relu`` reads, directly or through BatchNorm, if it reads one."""
+        node = relu.inputs[0]
         while isinstance(node, _BATCHNORM):
             node = node.inputs[0]
-        return self._is_data_sum(node)
+        is_residual = isinstance(node, _SUM) and sum(id(source) in self._data for source in node.inputs) > 1
+        return node if is_residual else None
 
-    def _relu_name(self, relu: Any) -> str:
-        above = self._above(relu.inputs[0], self._passes_linearly) or self._above(relu.inputs[0], lambda _: True)
-        return above[-1].name if above else "input"
+    def _named_relus(self, model: nn.Module | None) -> list[tuple[str, Any]]:
+        relus = [node for node in self.nodes if self._is_relu(node)]
+        layers, holders = [], []
+        modules = {} if model is None else dict(model.named_modules())
+        for relu in relus:
+            read = relu.inputs[0]
+            above = self._above(read, self._passes_linearly) or self._above(read, lambda _: True)
+            layers.append(above[-1].name if above else "input")
+            residual = self._sum_before(relu)
+            holders.append("" if residual is None else self._holder_of(residual, modules))
+        named = []
+        for relu, layer, holder in zip(relus, layers, holders, strict=True):
+            # A module that holds several sums would give several ReLUs the same name.
+            is_unique = holder and holders.count(holder) == 1 and holder not in layers
+            named.append((holder if is_unique else layer, relu))
+        return named
 
-    def relus_above(self, relu: Any) -> list[int]:
-        """Places, in ``relus``, of the nearest ReLUs that ``relu`` reads, through whatever lies between."""
-        at = {id(node): place for place, (_, node) in enumerate(self.relus)}
-        found = _reached(relu.inputs[0], lambda node: () if id(node) in at else node.inputs)
-        return sorted(place for node, place in at.items() if node in found)
+    def _holder_of(self, residual: Any, modules: dict[str, nn.Module]) -> str:
+        """The innermost module around the affine layers that feed one operand of a sum only; "" for the network.
+
+        The engine does not record which module computes a sum. Containers (nn.Sequential, nn.ModuleList) never do.
+        """
+        left, right = (_reached([source], _inputs) for source in residual.inputs[:2])
+        branches = [layer.name for layer in self.affine if (id(layer.node) in left) != (id(layer.node) in right)]
+        levels = zip(*(name.split(".")[:-1] for name in branches), strict=False)
+        holder = ".".join(level[0] for level in itertools.takewhile(lambda level: len(set(level)) == 1, levels))
+        while holder and getattr(type(modules.get(holder)), "forward", None) in _CONTAINERS:
+            holder = holder.rpartition(".")[0]
+        return holder
 
     def place_of(self, node: Any) -> str:
-        """Where ``node`` is, in words: by the nearest affine module above it."""
+        """The place of ``node`` for messages, relative to the nearest affine module above it."""
         if id(node) in self._affine_at:
             return f"in module {self._affine_at[id(node)].name!r}"
         above = [layer for source in node.inputs for layer in self._above(source, lambda _: True)]
@@ -198,11 +217,11 @@ class NetworkGraph:
 
     def below(self, node: Any) -> list[Any]:
         """``node`` and all nodes that depend on it, in order of execution."""
-        found = _reached(node, lambda current: self._users[id(current)])
+        found = _reached([node], lambda current: self._users[id(current)])
         return [other for other in self.nodes if id(other) in found]
 
     def called_more_than_once(self) -> list[str]:
-        """Names of the modules whose weight serves in several places of the network."""
+        """Names of the modules whose weight is used in several places of the network."""
         names = [layer.parameter for layer in self.affine]
         return sorted({layer.name for layer in self.affine if names.count(layer.parameter) > 1})
 
@@ -212,10 +231,10 @@ class NetworkGraph:
 
 
 def read_graph(bounded: Any) -> NetworkGraph:
-    """The graph of ``bounded``, read once and kept with it.
+    """The graph of ``bounded``, read once and stored with it.
 
     Raises:
-        TypeError: ``bounded`` is no BoundedModule.
+        TypeError: ``bounded`` is not a BoundedModule.
     """
     if not isinstance(bounded, engine.BoundedModule):
         raise TypeError(
@@ -231,19 +250,18 @@ def read_graph(bounded: Any) -> NetworkGraph:
 
 def weight_of(layer: AffineLayer) -> nn.Parameter:
     """The parameter that holds the weight of ``layer``."""
-    weight = next(source for source in layer.node.inputs[:2] if source is not layer.source)
-    return _parameter_behind(weight).param
+    parameter: nn.Parameter = layer.weight.param
+    return parameter
 
 
 def affine_weights(bounded: Any) -> list[nn.Parameter]:
     """The weights of all affine layers of ``bounded``, each once, in order of execution."""
-    weights = {layer.parameter: weight_of(layer) for layer in read_graph(bounded).affine}
-    return list(weights.values())
+    return list({layer.parameter: weight_of(layer) for layer in read_graph(bounded).affine}.values())
 
 
-def _reached(start: Any, neighbours: Callable[[Any], Iterable[Any]]) -> set[int]:
-    seen = {id(start)}
-    waiting = [start]
+def _reached(start: Iterable[Any], neighbours: Callable[[Any], Iterable[Any]]) -> set[int]:
+    waiting = list(start)
+    seen = {id(node) for node in waiting}
     while waiting:
         for node in neighbours(waiting.pop()):
             if id(node) not in seen:
@@ -252,25 +270,8 @@ def _reached(start: Any, neighbours: Callable[[Any], Iterable[Any]]) -> set[int]
     return seen
 
 
-def _in_dependency_order(nodes: list[Any]) -> list[Any]:
-    ordered: list[Any] = []
-    done: set[int] = set()
-    waiting = list(reversed(nodes))
-    while waiting:
-        node = waiting[-1]
-        missing = [source for source in node.inputs if id(source) not in done]
-        if missing:
-            waiting.extend(missing)
-            continue
-        waiting.pop()
-        if id(node) not in done:
-            done.add(id(node))
-            ordered.append(node)
-    return ordered
-
-
 def _parameter_behind(node: Any) -> Any:
-    """The parameter node that ``node`` is computed from, the first one where there are several."""
+    """The parameter node that ``node`` is computed from, the first one if there are several."""
     waiting = [node]
     while waiting:
         current = waiting.pop(0)
@@ -280,18 +281,8 @@ def _parameter_behind(node: Any) -> Any:
     return None
 
 
-def _between(node: Any, parameter: Any) -> list[Any]:
-    found = []
-    while node is not parameter:
-        found.append(node)
-        if len(node.inputs) != 1:
-            return [*found, parameter]
-        node = node.inputs[0]
-    return found
-
-
-def _fan_in(node: Any, parameter: Any, source: Any) -> float:
-    shape = parameter.param.shape
+def _fan_in(node: Any, weight: Any, source: Any) -> float:
+    shape = weight.param.shape
     if not isinstance(node, _CONVOLUTION):
         return float(source.output_shape[-1 if source is node.inputs[0] else -2])
     if isinstance(node, _TRANSPOSED) or getattr(node, "transposed", False):
@@ -302,7 +293,7 @@ def _fan_in(node: Any, parameter: Any, source: Any) -> float:
 def fingerprint(bounded: Any) -> str:
     """A digest of the function that ``bounded`` computes: operators, attributes, connections, weights and constants.
 
-    Networks of one ``repr`` and one state dict differ in it where their ``forward`` differs.
+    It distinguishes networks with the same ``repr`` and state dict whose ``forward`` differs.
     """
     hashed = hashlib.sha256()
     for node in bounded._modules.values():
@@ -315,9 +306,99 @@ def fingerprint(bounded: Any) -> str:
 
 
 def _code(kind: type) -> tuple[str, ...] | list[Any]:
-    """The name of a node's class, and the code of a user's own."""
+    """The name of a node's class, and the code of a user's own class."""
     name = f"{kind.__module__}.{kind.__qualname__}"
     if kind.__module__.startswith(("auto_LiRPA.", "lirpa_fastwarmup.")):
-        return (name,)  # Of a version that is known.
+        return (name,)  # The version, which is recorded, determines the code.
     functions = [getattr(value, "__code__", None) for value in vars(kind).values()]
     return [name, *(marshal.dumps(code) for code in functions if code is not None)]
+
+
+@dataclass(frozen=True)
+class LayerBounds:
+    """Bounds on the pre-activations of one ReLU, ``(batch, *neurons)``.
+
+    ``name`` is the affine layer that feeds the ReLU; after a residual sum, the module that holds the sum.
+    """
+
+    name: str
+    lower: Tensor
+    upper: Tensor
+
+
+def _bounds_at(node: Any, graph: NetworkGraph) -> tuple[Tensor, Tensor]:
+    lower, upper = getattr(node, "lower", None), getattr(node, "upper", None)
+    bounded = any(getattr(source, "lower", None) is not None for source in graph.inputs)
+    if bounded and lower is None and not node.perturbed:
+        # Not every release visits nodes without a perturbed input: their bounds are their value.
+        lower = upper = getattr(node, "forward_value", None)
+    if lower is None or upper is None:
+        raise RuntimeError(
+            "the BoundedModule holds no layer bounds: a forward pass clears them. Call "
+            "bounded.compute_bounds(x=(box,), method='IBP') first"
+        )
+    return lower, upper
+
+
+def relu_bounds(bounded: Any) -> list[LayerBounds]:
+    """The pre-activation bounds of every ReLU from the last bound pass, in order of execution.
+
+    Raises:
+        RuntimeError: No bounds have been computed since the last forward pass.
+        StructureError: The network has no ReLU.
+    """
+    graph = read_graph(bounded)
+    if not graph.relus:
+        raise StructureError(
+            "the network has no ReLU, and the regularisers are defined on pre-activations: omit them (regularizers=())"
+        )
+    return [LayerBounds(name, *_bounds_at(relu.inputs[0], graph)) for name, relu in graph.relus]
+
+
+def relus_read(bounded: Any) -> list[list[int]]:
+    """For each ReLU, in the order of :func:`relu_bounds`, the indices of the nearest ReLUs that it reads."""
+    relus = {id(node): node for _, node in read_graph(bounded).relus}
+    above = [_reached(node.inputs, lambda other: () if id(other) in relus else other.inputs) for node in relus.values()]
+    return [[index for index, key in enumerate(relus) if key in found] for found in above]
+
+
+def outputs_of_batch(bounded: Any, x: tuple[Tensor, ...]) -> Tensor:
+    """The outputs of a clean pass that moves no running statistics; in training mode, with batch statistics."""
+    with frozen_running_stats(bounded):
+        return bounded(*x)
+
+
+def input_half_width(bounded: Any) -> Tensor:
+    """Δ_0: the mean half-width of the input of the first affine layer, after any normalisation.
+
+    Raises:
+        RuntimeError: No bounds have been computed since the last forward pass.
+    """
+    graph = read_graph(bounded)
+    ends = [_bounds_at(node, graph) for node in graph.first_sources]
+    return torch.cat([(upper - lower).flatten() for lower, upper in ends]).mean() / 2
+
+
+@torch.no_grad()
+def width_gain(bounded: Any, layer: AffineLayer, box: tuple[Any, ...]) -> float:
+    """The factor by which ``layer`` widens intervals, treating BatchNorm as the identity.
+
+    The mean width at the layer's output over the mean width at the outputs of the affine layers that it reads; for a
+    first layer, over the width of its input.
+
+    Args:
+        box: the inputs, BoundedTensors.
+    """
+    graph = read_graph(bounded)
+    with batchnorm_as_identity(bounded):
+        bounded.compute_bounds(x=box, method="IBP", final_node_name=layer.node.name)
+        read = [other.node for other in graph.read_by(layer)] or [layer.source]
+        before = torch.stack([_mean_width(node, graph) for node in read]).mean()
+        gain = float(_mean_width(layer.node, graph) / before)
+        bounded.forward(*box)  # Clears these bounds, which hold only without BatchNorm.
+        return gain
+
+
+def _mean_width(node: Any, graph: NetworkGraph) -> Tensor:
+    lower, upper = _bounds_at(node, graph)
+    return (upper - lower).mean()

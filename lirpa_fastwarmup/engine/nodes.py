@@ -1,9 +1,13 @@
-"""Node classes of ours, where the installed engine has none for an operator or one whose bounds are wrong.
+"""Node classes that replace the engine's, for operators that it lacks or bounds incorrectly.
 
 Release 0.3 supports two-dimensional convolutions only, and transposed ones only without padding; 0.7 adds
-one-dimensional ones. Both bound pooling in two dimensions only, and wrongly or not at all where windows overlap, are
-padded or do not cover the input. The classes here serve one to three dimensions. Their CROWN bounds need coefficients
-as matrices; :func:`lirpa_fastwarmup.engine.operators.review` decides where.
+one-dimensional ones. Both pool in two dimensions only, with wrong or missing bounds if windows overlap, are padded or
+do not cover the input. The classes here support one to three dimensions. Their CROWN bounds need coefficients as
+matrices; :func:`lirpa_fastwarmup.engine.operators.review` decides when.
+
+Both releases treat an operand as constant only if its node is a leaf. If the constant is computed (a reshaped buffer,
+one over a buffer), 0.3's bounds are wrong; if it is broadcast, CROWN of both releases is wrong or fails in places.
+:class:`BoundConstantArithmetic` bounds such operators as the affine maps that they are.
 """
 
 from __future__ import annotations
@@ -16,74 +20,137 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from lirpa_fastwarmup.engine.batchnorm import ViewedBatchNorm, adopt_batchnorm
 from lirpa_fastwarmup.engine.compat import engine, node_classes
 
-Bound: Any = engine.bound_general.Bound
-BoundConv: Any = engine.bound_general.BoundConv
-BoundConvTranspose: Any = engine.bound_general.BoundConvTranspose
-BoundLinear: Any = engine.bound_general.BoundLinear
-BoundMatMul: Any = engine.bound_general.BoundMatMul
-BoundReshape: Any = engine.bound_general.BoundReshape
-BoundConcat: Any = engine.bound_general.BoundConcat
-BoundGlobalAveragePool: Any = engine.bound_general.BoundGlobalAveragePool
-BoundSlice: Any = engine.bound_general.BoundSlice
+_engine: Any = engine.bound_general
+Bound: Any = _engine.Bound
 
-_CONVOLUTION: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-_TRANSPOSED: dict[int, Callable[..., Tensor]] = {
-    1: F.conv_transpose1d,
-    2: F.conv_transpose2d,
-    3: F.conv_transpose3d,
-}
+_INPUT = node_classes("Input")
+_STATE = node_classes("Params", "Buffers")
+_RANKS = (1, 2, 3)
+_CONVOLUTION: dict[int, Callable[..., Tensor]] = {rank: getattr(F, f"conv{rank}d") for rank in _RANKS}
+_TRANSPOSED: dict[int, Callable[..., Tensor]] = {rank: getattr(F, f"conv_transpose{rank}d") for rank in _RANKS}
+_MEAN_POOL: dict[int, Callable[..., Tensor]] = {rank: getattr(F, f"avg_pool{rank}d") for rank in _RANKS}
+_MAX_POOL: dict[int, Callable[..., Tensor]] = {rank: getattr(F, f"max_pool{rank}d") for rank in _RANKS}
+_ARITHMETIC: dict[Any, str] = {cls: name for name in ("Add", "Sub", "Mul", "Div") for cls in node_classes(name)}
 
 
-class BoundConvNd(Bound):
-    """A convolution over one, two or three spatial dimensions, plain or transposed.
+def value_of(node: Any) -> Tensor:
+    """The value of a node that does not depend on the network's inputs: from the last pass, or computed."""
+    value = getattr(node, "forward_value", None)
+    return evaluate(node) if value is None else torch.as_tensor(value)
 
-    Inputs are the features ``(batch, channels, *space)``, the weight and, optionally, the bias.
+
+def evaluate(node: Any) -> Tensor:
+    """The current value of a constant, differentiable if it is computed from parameters."""
+    return torch.as_tensor(node.forward(*(evaluate(source) for source in node.inputs)))
+
+
+def reached_from_inputs(nodes: list[Any], *, through_shapes: bool) -> set[int]:
+    """Ids of the nodes that depend on the network's inputs or on perturbed weights.
+
+    Args:
+        nodes: all nodes of a BoundedModule.
+        through_shapes: include nodes that depend only on an input's shape.
     """
+    reached = {
+        id(node)
+        for node in nodes
+        if (isinstance(node, _INPUT) and not isinstance(node, _STATE))
+        or getattr(node, "perturbation", None) is not None
+    }
+    inner = [node for node in nodes if through_shapes or not isinstance(node, _engine.BoundShape)]
+    while found := {id(n) for n in inner if any(id(source) in reached for source in n.inputs)} - reached:
+        reached |= found
+    return reached
+
+
+def _leave_one_input(node: Any, argument: Any) -> None:
+    """Remove all inputs of ``node`` except ``argument`` from the engine's graph."""
+    for source in node.inputs:
+        if source is not argument:
+            source.output_name.remove(node.name)
+    node.inputs = [argument]
+    if "input_name" in vars(node):  # 0.7 derives it from the inputs.
+        node.input_name = [argument.name]
+
+
+def require_matrix(coefficients: Any, node: Any) -> Tensor:
+    """Return CROWN's coefficients, which must be a tensor.
+
+    Raises:
+        NotImplementedError: They are stored as patches.
+    """
+    if isinstance(coefficients, Tensor):
+        return coefficients
+    raise NotImplementedError(
+        f"CROWN through {type(node).__name__} with coefficients of type {type(coefficients).__name__}: build the "
+        "BoundedModule with bound_opts={'conv_mode': 'matrix'}, or use IBP"
+    )
+
+
+def _both_sides(one_side: Callable[[Any, bool], Any], last_lA: Any, last_uA: Any, constants: int = 0) -> Any:
+    """The result of ``bound_backward``, from a function of one side's coefficients and whether it is the lower side.
+
+    Args:
+        one_side: returns the coefficients of the node's first input, and the bias.
+        constants: the number of further inputs, which get no coefficients.
+    """
+    lA, lower_bias = (None, 0) if last_lA is None else one_side(last_lA, True)
+    uA, upper_bias = (None, 0) if last_uA is None else one_side(last_uA, False)
+    return [(lA, uA), *[(None, None)] * constants], lower_bias, upper_bias
+
+
+class _Windowed(Bound):
+    """An operator on windows over one, two or three spatial dimensions, with the attributes of ONNX."""
+
+    def __init__(self, attr: Any, inputs: Any, output_index: int, options: Any) -> None:
+        super().__init__(attr, inputs, output_index, options)
+        self.rank = len(attr["kernel_shape"])
+        pads = attr.get("pads", [0] * (2 * self.rank))
+        if pads[: self.rank] != pads[self.rank :]:
+            raise NotImplementedError(
+                f"a {type(self).__name__.removeprefix('Bound')} padded differently at its two ends: {pads}"
+            )
+        self.padding: list[int] = pads[: self.rank]
+        self.stride: list[int] = attr.get("strides", [1] * self.rank)
+        self.dilation: list[int] = attr.get("dilations", [1] * self.rank)
+
+
+class BoundConvNd(_Windowed):
+    """A convolution, plain or transposed, of the features ``(batch, channels, *space)``, a weight and maybe a bias."""
 
     def __init__(self, attr: Any, inputs: Any, output_index: int, options: Any, *, transposed: bool) -> None:
         super().__init__(attr, inputs, output_index, options)
-        self.rank = len(attr["kernel_shape"])
-        if attr["pads"][: self.rank] != attr["pads"][self.rank :]:
-            raise NotImplementedError(f"a convolution padded differently at its two ends: {attr['pads']}")
         self.transposed = transposed
         self.patches_start = False
-        self.stride: list[int] = attr["strides"]
-        self.padding: list[int] = attr["pads"][: self.rank]
-        self.dilation: list[int] = attr["dilations"]
         self.groups: int = attr["group"]
         self.output_padding: list[int] = attr.get("output_padding", [0] * self.rank)
 
-    def _apply_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        if self.transposed:
-            return _TRANSPOSED[self.rank](
-                x, weight, bias, self.stride, self.padding, self.output_padding, self.groups, self.dilation
-            )
+    def _convolve(self, x: Tensor, weight: Tensor, bias: Any, transposed: bool, output_padding: list[int]) -> Tensor:
+        if transposed:
+            operation = _TRANSPOSED[self.rank]
+            return operation(x, weight, bias, self.stride, self.padding, output_padding, self.groups, self.dilation)
         return _CONVOLUTION[self.rank](x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
+    def _apply_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return self._convolve(x, weight, bias, self.transposed, self.output_padding)
+
     def _apply_adjoint(self, coefficients: Tensor, weight: Tensor) -> Tensor:
+        sizes = [int(size) for size in self.input_shape[2:]]
         if self.transposed:
-            spread = _CONVOLUTION[self.rank](
-                coefficients, weight, None, self.stride, self.padding, self.dilation, self.groups
-            )
-            # Where the output padding is as wide as the stride, there are places beyond the input.
-            inside = (slice(None), slice(None), *(slice(int(size)) for size in self.input_shape[2:]))
-            return spread[inside]
-        # What the strided convolution leaves of its input at the far end, so that the shapes agree.
-        left_over = [
-            int(self.input_shape[2 + d])
-            - (int(coefficients.shape[2 + d]) - 1) * self.stride[d]
-            + 2 * self.padding[d]
-            - self.dilation[d] * (int(weight.shape[2 + d]) - 1)
-            - 1
-            for d in range(self.rank)
-        ]
-        return _TRANSPOSED[self.rank](
-            coefficients, weight, None, self.stride, self.padding, left_over, self.groups, self.dilation
-        )
+            # If the output padding is as wide as the stride, the result extends beyond the input.
+            result = self._convolve(coefficients, weight, None, False, [])
+            inside: Any = (..., *(slice(size) for size in sizes))
+            return result[inside]
+        spans = [self.dilation[d] * (int(weight.shape[2 + d]) - 1) + 1 - 2 * self.padding[d] for d in range(self.rank)]
+        last = [(int(coefficients.shape[2 + d]) - 1) * self.stride[d] for d in range(self.rank)]
+        # The elements at the far end of the input that no window of the strided convolution reads.
+        unread = [size - start - span for size, start, span in zip(sizes, last, spans, strict=True)]
+        return self._convolve(coefficients, weight, None, True, unread)
 
     def forward(self, *x: Tensor) -> Tensor:
         return self._apply_weight(x[0], x[1], x[2] if len(x) == 3 else None)
@@ -98,39 +165,32 @@ class BoundConvNd(Bound):
         return centre - radius, centre + radius
 
     def bound_backward(self, last_lA: Any, last_uA: Any, *x: Any, **kwargs: Any) -> Any:
-        weight = x[1].lower
-
-        def one_side(last_A: Any) -> tuple[Any, Any]:
-            if last_A is None:
-                return None, 0
+        def one_side(last_A: Any, _: bool) -> tuple[Any, Any]:
             rows = require_matrix(last_A, self).flatten(0, 1)
-            next_A = self._apply_adjoint(rows, weight).unflatten(0, last_A.shape[:2])
+            next_A = self._apply_adjoint(rows, x[1].lower).unflatten(0, last_A.shape[:2])
             bias = last_A.flatten(3).sum(3).matmul(x[2].lower) if len(x) == 3 else 0
             return next_A, bias
 
-        lA, lower_bias = one_side(last_lA)
-        uA, upper_bias = one_side(last_uA)
-        return [(lA, uA), *[(None, None)] * (len(x) - 1)], lower_bias, upper_bias
+        return _both_sides(one_side, last_lA, last_uA, len(x) - 1)
 
 
-def _automatic_padding(attr: Any) -> list[int]:
-    """The padding that ``padding="same"`` stands for, which neither engine works out."""
+def _padding_of_same(attr: Any) -> list[int]:
+    """The padding that ``padding="same"`` stands for, which neither release computes."""
     rank = len(attr["kernel_shape"])
     if attr.get("auto_pad") not in ("SAME_UPPER", b"SAME_UPPER"):
         return [0] * (2 * rank)
-    # "same" comes with stride 1 only; an odd total, of an even kernel, is padded at the far end.
+    # "same" requires stride 1; with an even kernel the total is odd, and the far end gets one more.
     totals = [d * (k - 1) for d, k in zip(attr["dilations"], attr["kernel_shape"], strict=True)]
     return [total // 2 for total in totals] + [total - total // 2 for total in totals]
 
 
 def _engine_first(engine_operator: Any, *, transposed: bool) -> Callable[..., Any]:
-    """An operator factory: the engine's own node where it takes these attributes, else ours."""
+    """An operator factory: the engine's own node if it supports the attributes, otherwise ours."""
 
     def build(attr: Any, inputs: Any, output_index: int, options: Any) -> Any:
-        attr = {"pads": _automatic_padding(attr), **attr}
-        # 0.7 builds a three-dimensional convolution without complaint, and then runs conv2d; the adjoint of its dilated
-        # transposed ones has another shape than their input.
-        # 0.3's convolutions have one dilation.
+        attr = {"pads": _padding_of_same(attr), **attr}
+        # 0.7 accepts a three-dimensional convolution, and then runs conv2d; the adjoint of its dilated transposed
+        # convolutions has another shape than their input. 0.3's convolutions have a single dilation.
         one_dilation = len(set(attr["dilations"])) == 1 and not (transposed and max(attr["dilations"]) > 1)
         if len(attr["kernel_shape"]) < 3 and one_dilation:
             try:
@@ -142,260 +202,52 @@ def _engine_first(engine_operator: Any, *, transposed: bool) -> Callable[..., An
     return build
 
 
-class AdjointBounds:
-    """Bounds of a linear map with coefficients ≥ 0 from its ``forward`` alone, for classes that derive from this.
-
-    IBP maps both ends; CROWN multiplies by the adjoint, which is the derivative of ``forward``. The first input is the
-    argument; further ones (axes, the ends of a slice) are constants.
-    """
-
-    inputs: list[Any]
-    input_shape: Any
+class MonotoneIntervals:
+    """Mixin: IBP of a function that is monotone in its first input; the others (axes, a slice's ends) are constants."""
 
     def interval_propagate(self: Any, *v: Any) -> tuple[Tensor, Tensor]:
         constants = [interval[0] for interval in v[1:]]
         return self.forward(v[0][0], *constants), self.forward(v[0][1], *constants)
 
+
+class AdjointBounds(MonotoneIntervals):
+    """Mixin: bounds of a linear map with coefficients ≥ 0, from its ``forward`` alone.
+
+    CROWN multiplies by the adjoint, the derivative of ``forward``.
+    """
+
+    input_shape: Any
+
     def bound_backward(self: Any, last_lA: Any, last_uA: Any, *x: Any, **kwargs: Any) -> Any:
         constants = [value_of(source) for source in x[1:]]
 
-        def one_side(last_A: Any) -> Tensor | None:
-            if last_A is None:
-                return None
+        def one_side(last_A: Any, _: bool) -> tuple[Tensor, int]:
             rows = require_matrix(last_A, self).flatten(0, 1)
             zeros = rows.new_zeros(len(rows), *self.input_shape[1:])
             adjoint = torch.func.vjp(lambda point: self.forward(point, *constants), zeros)[1]
-            coefficients: Tensor = adjoint(rows)[0]
-            return coefficients.unflatten(0, last_A.shape[:2])
+            return adjoint(rows)[0].unflatten(0, last_A.shape[:2]), 0
 
-        return [(one_side(last_lA), one_side(last_uA)), *[(None, None)] * len(constants)], 0, 0
-
-
-def with_adjoint_bounds(engine_class: Any) -> Any:
-    """``engine_class`` with the bounds of :class:`AdjointBounds` in place of its own."""
-    return type(f"Adjoint{engine_class.__name__}", (AdjointBounds, engine_class), {})
+        return _both_sides(one_side, last_lA, last_uA, len(constants))
 
 
-def require_matrix(coefficients: Any, node: Any) -> Tensor:
-    """CROWN's coefficients, which must be a tensor.
-
-    Raises:
-        NotImplementedError: they are kept as patches.
-    """
-    if isinstance(coefficients, Tensor):
-        return coefficients
-    raise NotImplementedError(
-        f"CROWN through {type(node).__name__} with coefficients of type {type(coefficients).__name__}: build the "
-        "BoundedModule with bound_opts={'conv_mode': 'matrix'}, or use IBP"
-    )
-
-
-def value_of(node: Any) -> Tensor:
-    """The value of a node that is no argument of the bounds, from the last pass or else computed."""
-    value = getattr(node, "forward_value", None)
-    return evaluate(node) if value is None else torch.as_tensor(value)
-
-
-def evaluate(node: Any) -> Tensor:
-    """The present value of a constant, with gradient where it is computed from parameters."""
-    return torch.as_tensor(node.forward(*(evaluate(source) for source in node.inputs)))
-
-
-def leave_one_input(node: Any, argument: Any) -> None:
-    """Take all inputs of ``node`` but ``argument`` out of the engine's graph."""
-    for source in node.inputs:
-        if source is not argument:
-            source.output_name.remove(node.name)
-    node.inputs = [argument]
-    if "input_name" in vars(node):  # 0.7 derives it from the inputs.
-        node.input_name = [argument.name]
-
-
-def _number(attr: Any, name: str, inputs: Any, place: int, default: float) -> float:
-    """A number that older tables of the exporter keep as an attribute, and newer ones as an input."""
-    if name in attr or len(inputs) <= place:
-        return float(attr.get(name, default))
-    value = value_of(inputs[place])
-    return float(value) if value.numel() else default
-
-
-class ComputedConstant:
-    """A value made from parameters, buffers and constants alone: its interval is the value itself.
-
-    0.3 propagates intervals through products of constants as if they were data, and gets other weights.
-    """
-
-    def interval_propagate(self: Any, *v: Any) -> tuple[Tensor, Tensor]:
-        value = self.forward(*(interval[0] for interval in v))
-        return value, value
-
-    def __getattr__(self: Any, name: str) -> Any:
-        # CROWN reads the bounds of weights, which 0.3 keeps for parameters alone, and deletes those that it kept.
-        return evaluate(self) if name in ("lower", "upper") else super().__getattr__(name)  # type: ignore[misc]
-
-    def __delattr__(self, name: str) -> None:
-        if name not in ("lower", "upper") or name in vars(self):
-            super().__delattr__(name)
-
-
-@functools.cache
-def computed_constant(engine_class: Any) -> Any:
-    """``engine_class`` with the interval of :class:`ComputedConstant`."""
-    return type(f"Computed{engine_class.__name__}", (ComputedConstant, engine_class), {})
-
-
-class _Pool(Bound):
-    """Pooling over one, two or three spatial dimensions, with the attributes of ONNX."""
-
-    def __init__(self, attr: Any, inputs: Any, output_index: int, options: Any) -> None:
-        super().__init__(attr, inputs, output_index, options)
-        self.kernel_size: list[int] = attr["kernel_shape"]
-        self.rank = len(self.kernel_size)
-        self.stride: list[int] = attr.get("strides", [1] * self.rank)
-        pads = attr.get("pads", [0] * (2 * self.rank))
-        if pads[: self.rank] != pads[self.rank :]:
-            raise NotImplementedError(f"pooling padded differently at its two ends: {pads}")
-        self.padding: list[int] = pads[: self.rank]
-        self.dilation: list[int] = attr.get("dilations", [1] * self.rank)
-        self.ceil_mode = bool(attr.get("ceil_mode", 0))
-        self.count_include_pad = bool(attr.get("count_include_pad", 0))
-
-
-class BoundMeanPool(AdjointBounds, _Pool):
+class BoundMeanPool(AdjointBounds, _Windowed):
     """Average pooling."""
 
     def forward(self, x: Tensor) -> Tensor:
+        ceil_mode, count_padding = (bool(self.attr.get(name, 0)) for name in ("ceil_mode", "count_include_pad"))
         pool = _MEAN_POOL[self.rank]
-        return pool(x, self.kernel_size, self.stride, self.padding, self.ceil_mode, self.count_include_pad)
+        return pool(x, self.attr["kernel_shape"], self.stride, self.padding, ceil_mode, count_padding)
 
 
-class GlobalMean(AdjointBounds, BoundGlobalAveragePool):
+class GlobalMean(AdjointBounds, _engine.BoundGlobalAveragePool):
     """The mean over all spatial dimensions."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.mean(tuple(range(2, x.ndim)), keepdim=True)
 
 
-class BoundMaximumPool(_Pool):
-    """Max pooling. CROWN bounds the maximum of a window from below by the element with the largest lower bound.
-
-    From above, the same element bounds it where no other can exceed it, and otherwise the largest upper bound (as in
-    DeepPoly, Singh et al. 2019).
-    """
-
-    def __init__(self, attr: Any, inputs: Any, output_index: int, options: Any) -> None:
-        super().__init__(attr, inputs, output_index, options)
-        self.requires_input_bounds = [0]
-
-    def forward(self, x: Tensor) -> Tensor:
-        pool = _MAX_POOL[self.rank]
-        return pool(x, self.kernel_size, self.stride, self.padding, self.dilation, ceil_mode=self.ceil_mode)
-
-    def interval_propagate(self, *v: Any) -> tuple[Tensor, Tensor]:
-        return self.forward(v[0][0]), self.forward(v[0][1])
-
-    def bound_backward(self, last_lA: Any, last_uA: Any, x: Any, **kwargs: Any) -> Any:
-        places, inside = self._windows(x.lower.shape[2:], x.lower.device)
-        lower, upper = (end.flatten(2)[:, :, places] for end in (x.lower, x.upper))
-        lower, upper = (end.masked_fill(~inside, -math.inf) for end in (lower, upper))
-        best, element = lower.max(-1)
-        others = upper.scatter(-1, element.unsqueeze(-1), -math.inf).amax(-1)
-        decided, largest = best >= others, upper.amax(-1)
-        chosen = places.expand_as(lower).gather(-1, element.unsqueeze(-1)).squeeze(-1)
-
-        def one_side(last_A: Any, sign: int) -> tuple[Any, Any]:
-            if last_A is None:
-                return None, 0
-            rows = require_matrix(last_A, self).flatten(3)
-            from_above = (sign * rows).clamp(max=0) * sign
-            linear = torch.where(decided, rows, rows - from_above)
-            coefficients = rows.new_zeros(*rows.shape[:3], math.prod(x.lower.shape[2:]))
-            coefficients = coefficients.scatter_add(-1, chosen.expand_as(rows), linear)
-            bias = (from_above * torch.where(decided, torch.zeros_like(largest), largest)).flatten(2).sum(2)
-            return coefficients.unflatten(-1, x.lower.shape[2:]), bias
-
-        lA, lower_bias = one_side(last_lA, 1)
-        uA, upper_bias = one_side(last_uA, -1)
-        return [(lA, uA)], lower_bias, upper_bias
-
-    def _windows(self, space: Any, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Of every window's elements, the place in the flattened space, and whether it lies in it and not beside it.
-
-        Both (windows, elements).
-        """
-        places = torch.zeros(1, 1, dtype=torch.int64, device=device)
-        inside = torch.ones(1, 1, dtype=torch.bool, device=device)
-        for d, size in enumerate(space):
-            first = torch.arange(int(self.output_shape[2 + d]), device=device) * self.stride[d] - self.padding[d]
-            position = first.unsqueeze(1) + torch.arange(self.kernel_size[d], device=device) * self.dilation[d]
-            valid = (position >= 0) & (position < size)
-            position = position.clamp(0, size - 1)
-            places = (places[:, None, :, None] * size + position[None, :, None, :]).flatten(2).flatten(0, 1)
-            inside = (inside[:, None, :, None] & valid[None, :, None, :]).flatten(2).flatten(0, 1)
-        return places, inside
-
-
-class BoundClamp(Bound):
-    """clip(a·x + b, low, high) with a > 0: ReLU6, Hardtanh, clamp and Hardsigmoid."""
-
-    def __init__(self, attr: Any, inputs: Any, output_index: int, options: Any, *, sigmoid: bool = False) -> None:
-        super().__init__(attr, inputs, output_index, options)
-        self.requires_input_bounds = [0]
-        self.slope: float = attr.get("alpha", 0.2) if sigmoid else 1.0
-        self.offset: float = attr.get("beta", 0.5) if sigmoid else 0.0
-        self.low: float = 0.0 if sigmoid else _number(attr, "min", inputs, 1, -math.inf)
-        self.high: float = 1.0 if sigmoid else _number(attr, "max", inputs, 2, math.inf)
-        self.low = min(self.low, self.high)  # As torch.clamp has it where the lower end is above the upper one.
-
-    def forward(self, x: Tensor, *_: Tensor) -> Tensor:
-        return (x if self.slope == 1 and self.offset == 0 else x * self.slope + self.offset).clamp(self.low, self.high)
-
-    def interval_propagate(self, *v: Any) -> tuple[Tensor, Tensor]:
-        return self.forward(v[0][0]), self.forward(v[0][1])
-
-    def bound_backward(self, last_lA: Any, last_uA: Any, x: Any, **kwargs: Any) -> Any:
-        below, above = self._lines(x.lower * self.slope + self.offset, x.upper * self.slope + self.offset)
-
-        def one_side(last_A: Any, positive: Any, negative: Any) -> tuple[Any, Any]:
-            if last_A is None:
-                return None, 0
-            up, down = require_matrix(last_A, self).clamp(min=0), last_A.clamp(max=0)
-            coefficients = up * positive[0] + down * negative[0]
-            shift = up * (positive[1] + positive[0] * self.offset) + down * (negative[1] + negative[0] * self.offset)
-            return coefficients * self.slope, shift.flatten(2).sum(2)
-
-        lA, lower_bias = one_side(last_lA, below, above)
-        uA, upper_bias = one_side(last_uA, above, below)
-        return [(lA, uA)], lower_bias, upper_bias
-
-    def _lines(self, lower: Tensor, upper: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """Slope and intercept of a line below and of one above clip(z, low, high), for z from lower to upper.
-
-        The chord where that is one; else a line through the kink, the flatter or the steeper one of a single kink by
-        the smaller area, to the other end's value of two.
-        """
-        at_lower, at_upper = (end.clamp(self.low, self.high) for end in (lower, upper))
-        low, high = lower.clamp(min=self.low), upper.clamp(max=self.high)  # Finite, and the ends where there is none.
-        kinks = (lower < self.low) & (upper > self.low), (lower < self.high) & (upper > self.high)
-        chord = _quotient(at_upper - at_lower, upper - lower)
-        bent = torch.where(kinks[1], _quotient(high - low, upper - low), (upper - low > low - lower).to(lower))
-        below = torch.where(kinks[0], bent, chord)
-        below_at = torch.where(kinks[0], low, upper), torch.where(kinks[0], low, at_upper)
-        bent = torch.where(kinks[0], _quotient(high - low, high - lower), (high - lower > upper - high).to(lower))
-        above = torch.where(kinks[1], bent, chord)
-        above_at = torch.where(kinks[1], high, lower), torch.where(kinks[1], high, at_lower)
-        return (below, below_at[1] - below * below_at[0]), (above, above_at[1] - above * above_at[0])
-
-
-def _quotient(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """The quotient, from 0 to 1, and 0 where the denominator is not above 0; its gradient is finite everywhere."""
-    positive = denominator > 0
-    safe = torch.where(positive, denominator, torch.ones_like(denominator))
-    return torch.where(positive, numerator / safe, torch.zeros_like(numerator)).clamp(0, 1)
-
-
 class ConstantPad(AdjointBounds, Bound):
-    """Padding by zeros, by the edge or by reflection."""
+    """Padding with zeros, with the edge or by reflection."""
 
     widths: list[int] | None = None
 
@@ -410,37 +262,37 @@ class ConstantPad(AdjointBounds, Bound):
         begin, end = pads[:rank], pads[rank:]
         first = 0 if self.mode == "constant" else 2  # The other modes pad spatial dimensions only.
         if begin[0] or end[0] or value or any(begin[:first] + end[:first]):
-            raise NotImplementedError("padding of the batch, or by other numbers than 0")
+            raise NotImplementedError("padding of the batch, or with other numbers than 0")
         self.widths = [width for d in reversed(range(first, rank)) for width in (begin[d], end[d])]
 
     def forward(self, x: Tensor, *constants: Tensor) -> Tensor:
-        if self.widths is None:  # Newer tables of the exporter make the widths an input.
+        if self.widths is None:  # Newer opsets pass the widths as an input.
             pads, *value = constants
             self._set_widths([int(width) for width in pads], float(value[0]) if value and value[0].numel() else 0.0)
         assert self.widths is not None
         return F.pad(x, self.widths, self.mode)
 
 
-class StridedSlice(AdjointBounds, BoundSlice):
+class StridedSlice(AdjointBounds, _engine.BoundSlice):
     """A slice along one axis, with any step."""
 
     def forward(self, x: Any, start: Any = None, end: Any = None, axes: Any = None, steps: Any = 1) -> Any:
         if not isinstance(x, Tensor) or start is None:
             return super().forward(x, start, end, axes, steps)
         axis = int(axes)
-        places = range(*slice(int(start), int(end), int(steps)).indices(x.shape[axis]))
-        return x.index_select(axis, torch.tensor(places, dtype=torch.int64, device=x.device))
+        positions = range(*slice(int(start), int(end), int(steps)).indices(x.shape[axis]))
+        return x.index_select(axis, torch.tensor(positions, dtype=torch.int64, device=x.device))
 
 
-class MarginMatMul(BoundMatMul):
-    """A linear layer without bias whose interval bound takes a margin matrix (0.3's takes none)."""
+class MarginMatMul(_engine.BoundMatMul):
+    """A linear layer without bias whose interval bound accepts a margin matrix, which 0.3's does not."""
 
     def interval_propagate(self, *v: Any, C: Tensor | None = None) -> Any:
-        return BoundLinear.interval_propagate(self, *v, C=C)
+        return _engine.BoundLinear.interval_propagate(self, *v, C=C)
 
 
-class LinfConcat(BoundConcat):
-    """Concatenation of intervals, also where one is the input box, at which 0.7's stumbles."""
+class LinfConcat(_engine.BoundConcat):
+    """Concatenation of intervals, the input box included, on which 0.7's fails."""
 
     def interval_propagate(self, *v: Any) -> Any:
         perturbations = [getattr(interval, "ptb", None) for interval in v]
@@ -449,13 +301,10 @@ class LinfConcat(BoundConcat):
         return super().interval_propagate(*v)
 
 
-class BatchReshape(BoundReshape):
-    """A reshape that keeps the batch dimension, whatever the batch.
+class BatchReshape(_engine.BoundReshape):
+    """A reshape that keeps the batch dimension, for any batch size.
 
-    0.3's trace of ``x.view(x.shape[0], -1)`` holds the size of the example batch as a constant.
-
-    Attributes:
-        traced_batch: that size.
+    In 0.3's trace of ``x.view(x.shape[0], -1)`` the size of the example batch, ``traced_batch``, is a constant.
     """
 
     traced_batch: int
@@ -467,12 +316,234 @@ class BatchReshape(BoundReshape):
         return super().forward(x, shape)
 
 
-_MEAN_POOL: dict[int, Callable[..., Tensor]] = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
-_MAX_POOL: dict[int, Callable[..., Tensor]] = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
+class BoundMaximumPool(MonotoneIntervals, _Windowed):
+    """Max pooling. CROWN bounds the maximum of a window from below by the element with the largest lower bound.
+
+    The same element bounds it from above if no other can exceed it, and otherwise the largest upper bound does (as in
+    DeepPoly, Singh et al. 2019).
+    """
+
+    def __init__(self, attr: Any, inputs: Any, output_index: int, options: Any) -> None:
+        super().__init__(attr, inputs, output_index, options)
+        self.requires_input_bounds = [0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        size, ceil_mode = self.attr["kernel_shape"], bool(self.attr.get("ceil_mode", 0))
+        return _MAX_POOL[self.rank](x, size, self.stride, self.padding, self.dilation, ceil_mode=ceil_mode)
+
+    def bound_backward(self, last_lA: Any, last_uA: Any, x: Any, **kwargs: Any) -> Any:
+        positions, inside = self._windows(x.lower.shape[2:], x.lower.device)
+        lower, upper = (end.flatten(2)[:, :, positions] for end in (x.lower, x.upper))
+        lower, upper = (end.masked_fill(~inside, -math.inf) for end in (lower, upper))
+        best, element = lower.max(-1)
+        others = upper.scatter(-1, element.unsqueeze(-1), -math.inf).amax(-1)
+        decided, largest = best >= others, upper.amax(-1)
+        chosen = positions.expand_as(lower).gather(-1, element.unsqueeze(-1)).squeeze(-1)
+
+        def one_side(last_A: Any, is_lower: bool) -> tuple[Any, Any]:
+            sign = 1 if is_lower else -1
+            rows = require_matrix(last_A, self).flatten(3)
+            from_above = (sign * rows).clamp(max=0) * sign
+            linear = torch.where(decided, rows, rows - from_above)
+            coefficients = rows.new_zeros(*rows.shape[:3], math.prod(x.lower.shape[2:]))
+            coefficients = coefficients.scatter_add(-1, chosen.expand_as(rows), linear)
+            bias = (from_above * torch.where(decided, torch.zeros_like(largest), largest)).flatten(2).sum(2)
+            return coefficients.unflatten(-1, x.lower.shape[2:]), bias
+
+        return _both_sides(one_side, last_lA, last_uA)
+
+    def _windows(self, space: Any, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Indices of each window's elements into the flattened space, and whether they are inside and not padding.
+
+        Both have shape (windows, elements).
+        """
+        positions = torch.zeros(1, 1, dtype=torch.int64, device=device)
+        inside = torch.ones(1, 1, dtype=torch.bool, device=device)
+        for d, size in enumerate(space):
+            first = torch.arange(int(self.output_shape[2 + d]), device=device) * self.stride[d] - self.padding[d]
+            index = first.unsqueeze(1) + torch.arange(self.attr["kernel_shape"][d], device=device) * self.dilation[d]
+            valid = (index >= 0) & (index < size)
+            index = index.clamp(0, size - 1)
+            positions = (positions[:, None, :, None] * size + index[None, :, None, :]).flatten(2).flatten(0, 1)
+            inside = (inside[:, None, :, None] & valid[None, :, None, :]).flatten(2).flatten(0, 1)
+        return positions, inside
+
+
+class BoundClamp(MonotoneIntervals, Bound):
+    """clip(a·x + b, low, high) with a > 0: ReLU6, Hardtanh, clamp and Hardsigmoid."""
+
+    def __init__(self, attr: Any, inputs: Any, output_index: int, options: Any, *, sigmoid: bool = False) -> None:
+        super().__init__(attr, inputs, output_index, options)
+        self.requires_input_bounds = [0]
+        self.slope: float = attr.get("alpha", 0.2) if sigmoid else 1.0
+        self.offset: float = attr.get("beta", 0.5) if sigmoid else 0.0
+        self.low: float = 0.0 if sigmoid else _limit(attr, "min", inputs, 1, -math.inf)
+        self.high: float = 1.0 if sigmoid else _limit(attr, "max", inputs, 2, math.inf)
+        self.low = min(self.low, self.high)  # As torch.clamp, if the lower limit is above the upper one.
+
+    def forward(self, x: Tensor, *_: Tensor) -> Tensor:
+        return (x if self.slope == 1 and self.offset == 0 else x * self.slope + self.offset).clamp(self.low, self.high)
+
+    def bound_backward(self, last_lA: Any, last_uA: Any, x: Any, **kwargs: Any) -> Any:
+        below, above = self._lines(x.lower * self.slope + self.offset, x.upper * self.slope + self.offset)
+
+        def one_side(last_A: Any, is_lower: bool) -> tuple[Any, Any]:
+            positive, negative = (below, above) if is_lower else (above, below)
+            up, down = require_matrix(last_A, self).clamp(min=0), last_A.clamp(max=0)
+            coefficients = up * positive[0] + down * negative[0]
+            shift = up * (positive[1] + positive[0] * self.offset) + down * (negative[1] + negative[0] * self.offset)
+            return coefficients * self.slope, shift.flatten(2).sum(2)
+
+        return _both_sides(one_side, last_lA, last_uA)
+
+    def _lines(self, lower: Tensor, upper: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Slope and intercept of a line below and of a line above clip(z, low, high), for z in [lower, upper].
+
+        The chord, if it is a bound. Otherwise a line through the kink: with two kinks, to the value at the other end;
+        with a single one, the flatter or the steeper piece, whichever leaves the smaller area.
+        """
+        at_lower, at_upper = (end.clamp(self.low, self.high) for end in (lower, upper))
+        low, high = lower.clamp(min=self.low), upper.clamp(max=self.high)  # Finite even if the function has no limit.
+        kinks = (lower < self.low) & (upper > self.low), (lower < self.high) & (upper > self.high)
+        chord = _quotient(at_upper - at_lower, upper - lower)
+        bent = torch.where(kinks[1], _quotient(high - low, upper - low), (upper - low > low - lower).to(lower))
+        below = torch.where(kinks[0], bent, chord)
+        below_at = torch.where(kinks[0], low, upper), torch.where(kinks[0], low, at_upper)
+        bent = torch.where(kinks[0], _quotient(high - low, high - lower), (high - lower > upper - high).to(lower))
+        above = torch.where(kinks[1], bent, chord)
+        above_at = torch.where(kinks[1], high, lower), torch.where(kinks[1], high, at_lower)
+        return (below, below_at[1] - below * below_at[0]), (above, above_at[1] - above * above_at[0])
+
+
+def _limit(attr: Any, name: str, inputs: Any, position: int, default: float) -> float:
+    """A limit of Clip: an attribute in older opsets, an input in newer ones."""
+    if name in attr or len(inputs) <= position:
+        return float(attr.get(name, default))
+    value = value_of(inputs[position])
+    return float(value) if value.numel() else default
+
+
+def _quotient(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """The quotient clamped to [0, 1], and 0 if the denominator is not positive; its gradient is finite everywhere."""
+    positive = denominator > 0
+    safe = torch.where(positive, denominator, torch.ones_like(denominator))
+    return torch.where(positive, numerator / safe, torch.zeros_like(numerator)).clamp(0, 1)
+
+
+class SharedParameter(_engine.BoundParams):
+    """A parameter whose ``requires_grad`` the engine does not change with the mode."""
+
+    def forward(self) -> Tensor:
+        return self.param
+
+
+class ComputedConstant:
+    """Mixin: a value computed from parameters, buffers and constants only; its interval is the value itself.
+
+    0.3 propagates intervals through products of constants as if they were data, which changes the weights.
+    """
+
+    def interval_propagate(self: Any, *v: Any) -> tuple[Tensor, Tensor]:
+        value = self.forward(*(interval[0] for interval in v))
+        return value, value
+
+    def __getattr__(self: Any, name: str) -> Any:
+        # CROWN reads the bounds of weights, which 0.3 stores for parameters only, and deletes those that it stored.
+        return evaluate(self) if name in ("lower", "upper") else super().__getattr__(name)  # type: ignore[misc]
+
+    def __delattr__(self, name: str) -> None:
+        if name not in ("lower", "upper") or name in vars(self):
+            super().__delattr__(name)
+
+
+@functools.cache
+def _computed(engine_class: Any) -> Any:
+    return type(f"Computed{engine_class.__name__}", (ComputedConstant, engine_class), {})
+
+
+class BoundConstantArithmetic(Bound):
+    """x + c, x − c, c − x, x·c or x/c, where c does not depend on the network's inputs: the affine map s·x + t.
+
+    Attributes:
+        operation: "Add", "Sub", "Mul" or "Div".
+        constant: the node of c, in a tuple, so that it is not registered as a child.
+        constant_first: c is the left operand.
+    """
+
+    operation: str
+    constant: tuple[Any]
+    constant_first: bool
+
+    @property
+    def is_shift(self) -> bool:
+        """Whether s = 1."""
+        return self.operation in ("Add", "Sub") and not (self.operation == "Sub" and self.constant_first)
+
+    def _scale_and_shift(self) -> tuple[Tensor | float, Tensor | float]:
+        c = evaluate(self.constant[0])
+        if self.operation == "Add":
+            return 1.0, c
+        if self.operation == "Sub":
+            return (-1.0, c) if self.constant_first else (1.0, -c)
+        return (c if self.operation == "Mul" else 1 / c), 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        c = evaluate(self.constant[0])
+        operation: Callable[..., Tensor] = getattr(torch, self.operation.lower())
+        return operation(c, x) if self.constant_first else operation(x, c)
+
+    def interval_propagate(self, *v: Any) -> tuple[Tensor, Tensor]:
+        if getattr(getattr(v[0], "ptb", None), "norm", math.inf) != math.inf:
+            raise NotImplementedError("arithmetic with a constant on an input box of another norm than l∞")
+        scale, shift = self._scale_and_shift()
+        one, other = (scale * end + shift for end in v[0])
+        if isinstance(scale, float):
+            return (one, other) if scale > 0 else (other, one)
+        return torch.minimum(one, other), torch.maximum(one, other)
+
+    def bound_backward(self, last_lA: Any, last_uA: Any, x: Any, **kwargs: Any) -> Any:
+        scale, shift = self._scale_and_shift()
+        output, source = tuple(self.output_shape[1:]), tuple(x.output_shape[1:])
+
+        def one_side(last_A: Any, _: bool) -> tuple[Any, Any]:
+            if isinstance(last_A, _engine.Patches):
+                return _through_patches(last_A, scale, shift, output, source)
+            bias = (last_A * shift).flatten(2).sum(2) if isinstance(shift, Tensor) else 0
+            return _sum_to(last_A * scale, source), bias
+
+        return _both_sides(one_side, last_lA, last_uA)
+
+
+def _through_patches(
+    last_A: Any, scale: Tensor | float, shift: Tensor | float, output: tuple[int, ...], source: tuple[int, ...]
+) -> tuple[Any, Any]:
+    """Coefficients stored as patches, which is exact if the scale is one number per channel."""
+    per_channel = torch.as_tensor(scale)
+    if last_A.identity or output != source or math.prod(per_channel.shape[-2:]) > 1:
+        raise NotImplementedError(
+            "CROWN through this arithmetic with coefficients stored as patches: build the BoundedModule with "
+            "bound_opts={'conv_mode': 'matrix'}"
+        )
+    if per_channel.ndim > 3:
+        per_channel = per_channel[0]
+    bias: Any = 0
+    if isinstance(shift, Tensor):
+        bias = last_A.matmul(shift.expand(last_A.patches.shape[1], *output)).transpose(0, 1)
+    return last_A.create_similar(last_A.patches * per_channel.to(last_A.patches)), bias
+
+
+def _sum_to(coefficients: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Undo broadcasting: (spec, batch, *broadcast) summed to (spec, batch, *shape)."""
+    missing = coefficients.ndim - 2 - len(shape)
+    if missing > 0:
+        coefficients = coefficients.flatten(2, 1 + missing).sum(2)
+    dims = [2 + d for d, size in enumerate(shape) if size == 1 and coefficients.shape[2 + d] != 1]
+    return coefficients.sum(dims, keepdim=True) if dims else coefficients
+
 
 CUSTOM_OPERATORS: dict[str, Callable[..., Any]] = {
-    "onnx::Conv": _engine_first(BoundConv, transposed=False),
-    "onnx::ConvTranspose": _engine_first(BoundConvTranspose, transposed=True),
+    "onnx::Conv": _engine_first(_engine.BoundConv, transposed=False),
+    "onnx::ConvTranspose": _engine_first(_engine.BoundConvTranspose, transposed=True),
     "onnx::AveragePool": BoundMeanPool,
     "onnx::GlobalAveragePool": GlobalMean,
     "onnx::MaxPool": BoundMaximumPool,
@@ -481,28 +552,55 @@ CUSTOM_OPERATORS: dict[str, Callable[..., Any]] = {
     "onnx::Clip": BoundClamp,
     "onnx::HardSigmoid": functools.partial(BoundClamp, sigmoid=True),
 }
-# Engine classes whose forward passes are right and whose bounds are not always, and what takes their place.
-ADJOINT = {cls: with_adjoint_bounds(cls) for cls in node_classes("ReduceMean", "ReduceSum", "Split", "Gather")}
+# Engine classes whose forward passes are right, and whose bounds are not always, and their replacements.
+ADJOINT: dict[Any, Any] = {
+    cls: type(f"Adjoint{cls.__name__}", (AdjointBounds, cls), {})
+    for cls in node_classes("ReduceMean", "ReduceSum", "Split", "Gather")
+}
+_REPLACEMENTS: dict[Any, Any] = {_engine.BoundParams: SharedParameter, _engine.BoundConcat: LinfConcat, **ADJOINT}
+if "C" not in inspect.signature(_engine.BoundMatMul.interval_propagate).parameters:
+    _REPLACEMENTS[_engine.BoundMatMul] = MarginMatMul
 
 
-def _keeps_batch(node: Any, batch: int) -> bool:
-    """Whether a reshape's first dimension was the batch before and after, in the trace."""
-    return bool(node.input_shape[0] == batch and node.output_shape[0] == batch)
+def adopt(bounded: Any, model: nn.Module) -> None:
+    """Replace the nodes of ``bounded``, built from ``model``, by the classes of this package where necessary.
+
+    Raises:
+        NotImplementedError: An operand depends on the inputs by their shape alone (``expand_as``), for which the bounds
+            of both releases are wrong; or ``bound_opts`` omit a part of BatchNorm.
+    """
+    nodes, traced_batch = list(bounded._modules.values()), len(bounded.example[0])
+    for node in nodes:
+        if isinstance(node, BoundClamp | ConstantPad):
+            _leave_one_input(node, node.inputs[0])  # They have read the others, for which the engine has no bounds.
+        elif type(node) is _engine.BoundReshape and node.input_shape[0] == traced_batch == node.output_shape[0]:
+            node.__class__, node.traced_batch = BatchReshape, traced_batch
+        else:
+            node.__class__ = _REPLACEMENTS.get(type(node), type(node))
+    _adopt_constants(nodes)
+    adopt_batchnorm(bounded, model, ViewedBatchNorm)
 
 
-def adopt_operators(bounded: Any) -> None:
-    """Put the classes above in place of the engine's, where they are needed."""
-    traced_batch = len(bounded.example[0])
-    takes_margins = "C" in inspect.signature(BoundMatMul.interval_propagate).parameters
-    for node in bounded._modules.values():
-        if type(node) is BoundMatMul and not takes_margins:
-            node.__class__ = MarginMatMul
-        elif type(node) is BoundConcat:
-            node.__class__ = LinfConcat
-        elif isinstance(node, BoundClamp | ConstantPad):
-            leave_one_input(node, node.inputs[0])  # They have read the others, of which the engine has no bounds.
-        elif type(node) in ADJOINT:
-            node.__class__ = ADJOINT[type(node)]
-        elif type(node) is BoundReshape and _keeps_batch(node, traced_batch):
-            node.__class__ = BatchReshape
-            node.traced_batch = traced_batch
+def _adopt_constants(nodes: list[Any]) -> None:
+    of_data = reached_from_inputs(nodes, through_shapes=True)
+    of_values = reached_from_inputs(nodes, through_shapes=False)
+    for node in nodes:
+        if node.inputs and id(node) not in of_data:
+            kind: Any = type(node)
+            node.__class__ = _computed(kind)
+        operation = _ARITHMETIC.get(type(node))
+        values = [id(source) in of_values for source in node.inputs]
+        if operation is None or len(values) != 2 or sum(values) != 1 or (operation == "Div" and not values[0]):
+            continue
+        data, constant = node.inputs if values[0] else reversed(node.inputs)
+        if id(constant) in of_data:
+            raise NotImplementedError(
+                "an operand of a sum or product is expanded to the shape of the input (expand_as, or a shape read in "
+                "Python): use broadcasting instead"
+            )
+        node.__class__ = BoundConstantArithmetic
+        node.operation, node.constant, node.constant_first = operation, (constant,), not values[0]
+        _leave_one_input(node, data)
+        # The engine set these for an operator of two perturbed operands.
+        node.requires_input_bounds = []
+        node.nonlinear = node.splittable = node.patches_start = False

@@ -1,77 +1,56 @@
-"""Arithmetic as its dtype promises: what is gained in speed by rounding coarser is switched off.
-
-What is set here is the whole process's, also that of its other threads. It is set and restored under one lock, so that
-threads that bound networks at the same time take turns, and leave everything as they found it.
-"""
+"""Settings of the process's arithmetic, changed under one lock, so threads that bound networks take turns."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 
-# Rounding that bounds may be off by, relative to the size of what is bounded.
+# Rounding errors of bounds, relative to the size of the values.
 SLACK = {torch.float32: 1e-4, torch.float64: 1e-9}
-_backends: Any = torch.backends  # Their types leave parts out.
-# Whatever may do float32 products in TF32 or bfloat16, on the GPU and on the CPU.
-_COARSE: tuple[Any, ...] = (
-    _backends.cuda.matmul,
-    _backends.cudnn.conv,
-    _backends.cudnn.rnn,
-    _backends.mkldnn.matmul,
-    _backends.mkldnn.conv,
-    _backends.mkldnn.rnn,
-)
-_ONE_AT_A_TIME = threading.RLock()
+_backends: Any = torch.backends  # Its type stubs are incomplete.
+_ON_GPU: tuple[Any, ...] = (_backends.cuda.matmul, _backends.cudnn.conv)
+# The backends that may compute float32 products in TF32 or bfloat16, on the GPU and on the CPU.
+_ON_CPU = (_backends.mkldnn.matmul, _backends.mkldnn.conv, _backends.mkldnn.rnn)
+_COARSE = (*_ON_GPU, _backends.cudnn.rnn, *_ON_CPU)
+_LOCK = threading.RLock()
+
+
+@contextmanager
+def _float32_products(backends: Sequence[Any], precision: str) -> Iterator[None]:
+    with _LOCK:
+        before = [backend.fp32_precision for backend in backends]
+        try:
+            for backend in backends:
+                backend.fp32_precision = precision
+            yield
+        finally:
+            for backend, setting in zip(backends, before, strict=True):
+                backend.fp32_precision = setting
 
 
 @contextmanager
 def exact_arithmetic(device: torch.device) -> Iterator[None]:
-    """Eager, without autocast, TF32 or bfloat16 products, whatever the process was set to; restored afterwards.
-
-    What is left is the rounding of the tensors' own dtype.
-    """
-    with _ONE_AT_A_TIME, ExitStack() as stack:
-        before = [backend.fp32_precision for backend in _COARSE]
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
-        for kind in {"cpu", device.type}:
-            stack.enter_context(torch.autocast(kind, enabled=False))
-        try:
-            for backend in _COARSE:
-                backend.fp32_precision = "ieee"
-            yield
-        finally:
-            for backend, precision in zip(_COARSE, before, strict=True):
-                backend.fp32_precision = precision
+    """Run eagerly, without autocast, TF32 or bfloat16 products, and restore the process's settings on exit."""
+    on_cpu, on_device = torch.autocast("cpu", enabled=False), torch.autocast(device.type, enabled=False)
+    with _float32_products(_COARSE, "ieee"), torch.compiler.set_stance("force_eager"), on_cpu, on_device:
+        yield
 
 
-@contextmanager
-def products_in_tf32(allowed: bool) -> Iterator[None]:
-    """Float32 products on a GPU with their inputs rounded to TF32, or not, whatever the process was set to."""
-    on_gpu = [_backends.cuda.matmul, _backends.cudnn.conv]
-    with _ONE_AT_A_TIME:
-        before = [backend.fp32_precision for backend in on_gpu]
-        try:
-            for backend in on_gpu:
-                backend.fp32_precision = "tf32" if allowed else "ieee"
-            yield
-        finally:
-            for backend, precision in zip(on_gpu, before, strict=True):
-                backend.fp32_precision = precision
+def products_in_tf32(allowed: bool) -> AbstractContextManager[None]:
+    """Round the inputs of float32 products on a GPU to TF32, or not, and restore the process's settings on exit."""
+    return _float32_products(_ON_GPU, "tf32" if allowed else "ieee")
 
 
 @contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Let tensors that are made without a dtype be of ``dtype``, if that is one of floating-point numbers."""
-    if not dtype.is_floating_point:
-        yield
-        return
-    with _ONE_AT_A_TIME:
+    """Create tensors without a given dtype in ``dtype``, if that is a floating-point dtype."""
+    with _LOCK:
         before = torch.get_default_dtype()
-        torch.set_default_dtype(dtype)
+        torch.set_default_dtype(dtype if dtype.is_floating_point else before)
         try:
             yield
         finally:

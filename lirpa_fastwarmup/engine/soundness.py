@@ -1,56 +1,56 @@
-"""Checks of bounds against values that the network attains: margins, and every bounded node."""
+"""Checks that bounds contain what the network attains: margins, the values of every node, linear relaxations."""
 
 from __future__ import annotations
 
+import inspect
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lirpa_fastwarmup.boxes import Epsilon, InputRange, broadcast_to_batch
-from lirpa_fastwarmup.engine.bounds import input_box
+from lirpa_fastwarmup.engine.bounds import MarginBounds, bounded_inputs, input_box
 from lirpa_fastwarmup.engine.graph import read_graph
-from lirpa_fastwarmup.engine.methods import MarginBounds, bounded_inputs
+from lirpa_fastwarmup.engine.operators import OPERATORS, operator_of
 from lirpa_fastwarmup.engine.precision import SLACK
-from lirpa_fastwarmup.engine.relaxations import wrong_relaxations
 
 PROBED = 16  # Samples of a batch whose bounds are checked in full.
-_PROBED_BY = {"CROWN": 8, "alpha-CROWN": 4}  # Of these, where a method is expensive.
-_NARROW = 1 / 16  # Of the radius: bounds over so small a box are nearly attained, and a mistake in them shows.
-# Rounding that bounds may be off by where there is no box, and the bounds are the network's own arithmetic.
-_POINT_SLACK = {torch.float32: 1e-5, torch.float64: 1e-12}
-_CORNERS = 2  # Random corners, beside those that gradients point to.
+_PROBED_BY = {"CROWN": 8, "alpha-CROWN": 4}  # Fewer where a method is expensive.
+_NARROW = 1 / 16  # Of the radius: bounds over so small a box are nearly attained, so that errors in them show.
+_POINT_SLACK = {torch.float32: 1e-5, torch.float64: 1e-12}  # At radius 0 bounds are the network's own arithmetic.
+_CORNERS = 2  # Random corners, in addition to the corners that gradients point to.
+_ELEMENTS = 8  # Outputs of a node per sample whose relaxations are checked.
+
+Finding = tuple[int, str]  # A sample's index in the batch, and what is wrong with it.
 
 
 class UnsoundBoundError(Exception):
-    """A value attained in a box lies outside its bounds: the engine is wrong, and no certificate can be believed.
+    """A value attained in a box lies outside its bounds: the engine is wrong, and no certificate can be trusted.
 
-    Attributes:
-        contradictions: what was found, one sentence each.
-        result: all that was computed nevertheless.
+    ``contradictions`` holds what was found, one sentence each, and ``result`` what was computed nevertheless.
     """
 
     def __init__(self, contradictions: Sequence[str], result: object = None) -> None:
         more = f" (and {len(contradictions) - 1} more)" if len(contradictions) > 1 else ""
         super().__init__(
-            f"the bounds are not sound, and no certificate of this verification can be believed: {contradictions[0]}"
-            f"{more}. Compare with the other release of auto_LiRPA; lirpa-fastwarmup info names the one in use"
+            f"the bounds are not sound, and no certificate of this verification can be trusted: {contradictions[0]}"
+            f"{more}. Compare with the other release of auto_LiRPA; lirpa-fastwarmup info prints the one in use"
         )
         self.contradictions = list(contradictions)
         self.result = result
 
 
 def class_margins(logits: Tensor, labels: Tensor) -> Tensor:
-    """z_y − z_j for every class j ≠ y, shape (batch, classes − 1); written out, as margin_matrix is being checked."""
+    """z_y − z_j for every class j ≠ y, shape (batch, classes − 1); independent of margin_matrix, which it checks."""
     own = labels.unsqueeze(1)
     others = torch.ones_like(logits, dtype=torch.bool).scatter(1, own, False)
     return logits.gather(1, own) - logits[others].view(len(logits), -1)
 
 
 def corners_of(x: Tensor, eps: Epsilon, input_range: InputRange | None) -> tuple[Tensor, Tensor]:
-    """The lowest and the highest corner of each box; written out, as box_ends is being checked."""
+    """The lowest and the highest corner of each box; independent of box_ends, which it checks."""
     radius = broadcast_to_batch(eps, x, "eps")
     lower, upper = x - radius, x + radius
     if input_range is None:
@@ -59,14 +59,23 @@ def corners_of(x: Tensor, eps: Epsilon, input_range: InputRange | None) -> tuple
     return torch.maximum(lower, low.expand_as(x)), torch.minimum(upper, high.expand_as(x))
 
 
-def contradicted(lower: Tensor, attained: Tensor) -> Tensor:
-    """Which samples have a margin, attained at a point of the box, below its lower bound; shape (batch,).
+def tolerance(bound: Tensor, value: Tensor) -> Tensor:
+    """What rounding explains, per element: relative to the element, and a few ulp of the largest in its row."""
+    size = torch.maximum(bound.abs(), value.abs())
+    largest = _rows(size).amax(1).view(-1, *[1] * (size.ndim - 1))
+    return SLACK[bound.dtype] * (1 + size) + 8 * torch.finfo(bound.dtype).eps * largest
 
-    Args:
-        lower: lower bounds on the margins, shape (batch, classes − 1).
-        attained: margins at a point of each box, same shape.
-    """
+
+def contradicted(lower: Tensor, attained: Tensor) -> Tensor:
+    """Whether a margin of each sample, attained in its box, lies below its lower bound; (batch, classes − 1) both."""
     return (attained < lower - tolerance(lower, attained)).any(1)
+
+
+def per_sample(eps: Epsilon, x: Tensor) -> Callable[[Tensor], Epsilon]:
+    """A function from indices into the batch ``x`` to their radii, as ``eps`` may hold one per sample (batch, 1, …)."""
+    if isinstance(eps, Tensor) and eps.ndim == x.ndim and len(eps) == len(x):
+        return lambda samples: eps[samples]
+    return lambda samples: eps
 
 
 def find_contradictions(
@@ -79,117 +88,96 @@ def find_contradictions(
     *,
     points: Tensor | None = None,
     most: int = PROBED,
-) -> list[tuple[int, str]]:
-    """Bound the margins of some of a batch's samples over several boxes, and compare with values that are attained.
+) -> list[Finding]:
+    """Bound the margins of some samples of a batch over several boxes, and compare with values attained in them.
 
-    The boxes are those of the batch, smaller ones, and boxes of radius 0, where bounds must be the margins themselves:
-    a wrong sign in one weight of thousands, which the slack of a real box hides, shows there.
+    The boxes are the given ones, smaller ones, and boxes of radius 0, where the bounds must equal the margins: these
+    show a wrong sign in one weight of thousands, which the slack of a real box hides.
 
     Args:
-        network: computes the bounds.
+        network: computes the bounds by ``method``.
         x, y: samples ``(batch, *input)``, in the network's dtype, and their labels.
         eps: radius of the boxes; may have one value per sample, shape (batch, 1, …).
-        method: the bounding method.
-        input_range: lowest and highest valid input.
-        points: a point of each box to look at beside those that are searched for.
-        most: how many samples to look at; expensive methods are asked for fewer.
-
-    Returns:
-        Pairs of a sample's place in the batch and what was found.
+        points: a point of each box to check in addition to the searched ones.
+        most: how many samples to check; expensive methods check fewer.
     """
-    some = _spread_out(len(y), min(most, _PROBED_BY.get(method, PROBED))).to(y.device)
+    most = min(most, _PROBED_BY.get(method, PROBED))
+    some = torch.arange(0, len(y), -(-len(y) // most), device=y.device)  # Evenly spaced.
     eps = per_sample(eps, x)(some)
     x, y = x[some], y[some]
-    given = [] if points is None else [points[some]]
     found = []
-    for radius, looked_at in ((eps, given), (eps * _NARROW, [])):
+    for radius, given in ((eps, [] if points is None else [points[some]]), (eps * _NARROW, [])):
         margins = network.lower(input_box(x, radius, input_range), y, method)
         bounded = network.bounded(method)
         wrong = wrong_relaxations(bounded, len(y)) if method in ("CROWN-IBP", "CROWN") else []
-        wrong += escapes(bounded, margins, y, *corners_of(x, radius, input_range), points=looked_at)
+        wrong += escapes(bounded, margins, y, *corners_of(x, radius, input_range), points=given)
         found += [(place, f"{text}, by {method}") for place, text in wrong]
-    found += _off_the_point(network, x, y, method, input_range)
-    return [(int(some[place]), text) for place, text in found]
-
-
-def per_sample(eps: Epsilon, x: Tensor) -> Callable[[Tensor], Epsilon]:
-    """What gives the radii of some samples of the batch ``x``, where ``eps`` has one for each, shape (batch, 1, …)."""
-    if isinstance(eps, Tensor) and eps.ndim == x.ndim and len(eps) == len(x):
-        return lambda samples: eps[samples]
-    return lambda samples: eps
-
-
-def _spread_out(count: int, most: int) -> Tensor:
-    """At most ``most`` of the numbers below ``count``, evenly spaced."""
-    return torch.arange(0, count, -(-count // most))
-
-
-@torch.no_grad()
-def _off_the_point(
-    network: MarginBounds, x: Tensor, y: Tensor, method: str, input_range: InputRange | None
-) -> list[tuple[int, str]]:
-    margins = class_margins(network.model(x), y)
-    lower = network.lower(input_box(x, 0.0, input_range), y, method)
-    scale = 1 + torch.maximum(lower.abs(), margins.abs()).amax(1, keepdim=True)
-    off = ((lower - margins).abs() > _POINT_SLACK[lower.dtype] * scale).any(1)
+    with torch.no_grad():
+        margins, lower = class_margins(network.model(x), y), network.lower(input_box(x, 0.0, input_range), y, method)
+        scale = 1 + torch.maximum(lower.abs(), margins.abs()).amax(1, keepdim=True)
+        off = ((lower - margins).abs() > _POINT_SLACK[lower.dtype] * scale).any(1)
     text = f"has other margins than {method} gives the box of radius 0 around it"
-    return [(place, text) for place in off.nonzero().flatten().tolist()]
-
-
-def tolerance(bound: Tensor, value: Tensor) -> Tensor:
-    """What rounding explains, per element: relative to the element, and a few ulp of the largest in its row."""
-    size = torch.maximum(bound.abs(), value.abs())
-    largest = _rows(size).amax(1).view(-1, *[1] * (size.ndim - 1))
-    return SLACK[bound.dtype] * (1 + size) + 8 * torch.finfo(bound.dtype).eps * largest
-
-
-@dataclass(frozen=True)
-class _Held:
-    """A node with the bounds that a pass left at it, which the next pass clears."""
-
-    node: Any
-    lower: Tensor
-    upper: Tensor
+    found += [(place, text) for place in off.nonzero().flatten().tolist()]
+    return [(int(some[place]), text) for place, text in found]
 
 
 def escapes(
     bounded: Any, margins: Tensor, y: Tensor, lower: Tensor, upper: Tensor, *, points: Iterable[Tensor] = ()
-) -> list[tuple[int, str]]:
+) -> list[Finding]:
     """Values of nodes and margins, attained in a box, outside the bounds of the last pass over that box.
 
-    Looked at are the given points, random corners, and for every pre-activation and the margins the two corners that
-    the gradient of one element per sample points to: of the element that comes closest to its bounds in every other
-    sample, of a random one in the others.
+    Checks the given points, the centre, random corners, and for every pre-activation and the margins the two corners
+    that the gradient of one element per sample points to.
 
-    Args:
-        bounded: a BoundedModule, in evaluation mode; its last pass bounded the boxes.
-        margins: that pass's lower bounds on the margins, (batch, classes − 1).
-        y: labels (batch,).
-        lower, upper: the lowest and highest corner of each box, ``(batch, *input)``.
-        points: points of the boxes, each of their shape, to look at beside those that are searched for.
-
-    Returns:
-        Pairs of a sample's place and what lies outside its bounds.
+    ``bounded`` is in evaluation mode; its last pass bounded the boxes from ``lower`` to ``upper`` and gave the lower
+    bounds ``margins`` for the labels ``y``.
     """
     search = _Search(bounded, margins, y, lower, upper)
-    for point in (*points, *search.corners()):
-        search.visit(point)
-    for point in search.extremes():
+    for point in itertools.chain(points, search.corners(), search.extremes()):
         search.visit(point)
     return search.found
 
 
+class _BoundedNode:
+    """A node with the bounds of the last pass, which the next pass clears, and the range of values seen so far."""
+
+    def __init__(self, node: Any) -> None:
+        self.node, self.lower, self.upper = node, node.lower.detach(), node.upper.detach()
+        self.lowest = torch.full_like(self.lower, torch.inf)
+        self.highest = torch.full_like(self.upper, -torch.inf)
+
+    def escaped(self) -> Tensor:
+        """The samples whose current value lies outside the bounds; the value extends the range seen."""
+        value = self.node.forward_value
+        self.lowest, self.highest = torch.minimum(self.lowest, value), torch.maximum(self.highest, value)
+        low = value < self.lower - tolerance(self.lower, value)
+        high = value > self.upper + tolerance(self.upper, value)
+        return _rows(low | high).any(1).nonzero().flatten()
+
+    def elements(self, generator: torch.Generator) -> Tensor:
+        """One element per sample: the one whose values fill most of its bounds, or a random one, by turns."""
+        width = _rows(self.upper - self.lower)
+        filled = _rows(self.highest - self.lowest) / width.clamp(min=torch.finfo(width.dtype).tiny)
+        fullest = torch.where(width > 0, filled, torch.zeros_like(filled)).argmax(1)
+        drawn = torch.randint(width.shape[1], (len(width),), generator=generator).to(fullest.device)
+        return torch.where(torch.arange(len(width), device=fullest.device) % 2 == 1, drawn, fullest)
+
+
+def _is_bounded(node: Any, batch: int) -> bool:
+    """Whether the last pass bounded ``node`` for every sample."""
+    lower, upper = getattr(node, "lower", None), getattr(node, "upper", None)
+    if not (node.perturbed and isinstance(lower, Tensor) and isinstance(upper, Tensor) and node.inputs):
+        return False
+    return lower.is_floating_point() and lower.shape == upper.shape == torch.Size((batch, *node.output_shape[1:]))
+
+
 class _Search:
     def __init__(self, bounded: Any, margins: Tensor, y: Tensor, lower: Tensor, upper: Tensor) -> None:
-        self.bounded, self.y, self.lower, self.upper = bounded, y, lower, upper
+        self.bounded, self.margins, self.y, self.lower, self.upper = bounded, margins, y, lower, upper
         self.graph = read_graph(bounded)
-        self.held = list(_held(self.graph.nodes, len(y)))
-        self.margins = margins
-        self.found: list[tuple[int, str]] = []
+        self.nodes = [_BoundedNode(node) for node in self.graph.nodes if _is_bounded(node, len(y))]
+        self.found: list[Finding] = []
         self.generator = torch.Generator().manual_seed(0)
-        # Of every node's elements, the share of its bounds that values have filled so far.
-        self.lowest = [torch.full_like(held.lower, torch.inf) for held in self.held]
-        self.highest = [torch.full_like(held.upper, -torch.inf) for held in self.held]
 
     def corners(self) -> Iterator[Tensor]:
         yield (self.lower + self.upper) / 2
@@ -204,36 +192,21 @@ class _Search:
         self.bounded.forward(point)
         for sample in contradicted(self.margins, attained).nonzero().flatten():
             self.found.append((int(sample), "has a margin below its lower bound at a point of its box"))
-        for place, held in enumerate(self.held):
-            value = held.node.forward_value
-            self.lowest[place] = torch.minimum(self.lowest[place], value)
-            self.highest[place] = torch.maximum(self.highest[place], value)
-            low = value < held.lower - tolerance(held.lower, value)
-            high = value > held.upper + tolerance(held.upper, value)
-            for sample in _rows(low | high).any(1).nonzero().flatten():
-                self.found.append((int(sample), f"has a value outside its bounds {self.graph.place_of(held.node)}"))
+        for node in self.nodes:
+            for sample in node.escaped():
+                self.found.append((int(sample), f"has a value outside its bounds {self.graph.place_of(node.node)}"))
 
     def extremes(self) -> Iterator[Tensor]:
         """The corners that signed gradients at the centre point to."""
-        read = {id(node) for node in bounded_inputs(self.bounded)}
-        places = [place for place, held in enumerate(self.held) if id(held.node) in read]
+        relaxed = {id(node) for node in bounded_inputs(self.bounded)}
         centre = ((self.lower + self.upper) / 2).requires_grad_(True)
         with torch.enable_grad():
             margins = class_margins(self.bounded.forward(centre), self.y)
-        values = [self.held[place].node.forward_value for place in places]  # Visits replace them.
-        for place, value in zip(places, values, strict=True):
-            yield from self._towards(centre, value, self._elements(place))
+        nodes = [node for node in self.nodes if id(node.node) in relaxed]
+        values = [node.node.forward_value for node in nodes]  # Visits replace them.
+        for node, value in zip(nodes, values, strict=True):
+            yield from self._towards(centre, value, node.elements(self.generator))
         yield from self._towards(centre, margins, (margins - self.margins).argmin(1))
-
-    def _elements(self, place: int) -> Tensor:
-        """One element per sample, by its place in the flattened node."""
-        held = self.held[place]
-        width = _rows(held.upper - held.lower)
-        filled = _rows(self.highest[place] - self.lowest[place]) / width.clamp(min=torch.finfo(width.dtype).tiny)
-        chosen = torch.where(width > 0, filled, torch.zeros_like(filled)).argmax(1)
-        drawn = torch.randint(width.shape[1], (len(width),), generator=self.generator).to(chosen.device)
-        other = torch.arange(len(width), device=chosen.device) % 2 == 1
-        return torch.where(other, drawn, chosen)
 
     def _towards(self, centre: Tensor, values: Tensor, elements: Tensor) -> Iterator[Tensor]:
         with torch.enable_grad():
@@ -244,16 +217,72 @@ class _Search:
             yield torch.where(gradient > 0, self.lower, self.upper)
 
 
-def _held(nodes: Sequence[Any], batch: int) -> Iterator[_Held]:
-    """The nodes that the last pass bounded, with their bounds for every sample."""
-    for node in nodes:
-        lower, upper = getattr(node, "lower", None), getattr(node, "upper", None)
-        if not (node.perturbed and isinstance(lower, Tensor) and isinstance(upper, Tensor) and node.inputs):
-            continue
-        if lower.is_floating_point() and lower.shape == upper.shape == torch.Size((batch, *node.output_shape[1:])):
-            yield _Held(node, lower.detach(), upper.detach())
-
-
 def _rows(values: Tensor) -> Tensor:
-    """One row a sample, also where a sample has one value without a dimension."""
+    """One row per sample, also where a sample is a single value without a dimension."""
     return values.reshape(len(values), -1)
+
+
+@torch.no_grad()
+def wrong_relaxations(bounded: Any, batch: int) -> list[Finding]:
+    """Linear relaxations of nodes with one argument that a point between the argument's bounds contradicts.
+
+    In the bounds of a whole network, the slack of the other nodes hides a relaxation that is slightly wrong. The last
+    pass, over ``batch`` samples, must be CROWN-IBP or CROWN; slopes that alpha-CROWN has optimised are not checked.
+    """
+    graph = read_graph(bounded)
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for node in graph.nodes:
+        if _is_relaxed(node, batch):
+            wrong = _wrong_samples(node, graph.nodes[-1], batch, generator)
+            text = f"has a linear relaxation on the wrong side of its function {graph.place_of(node)}"
+            found += [(sample, text) for sample in wrong.nonzero().flatten().tolist()]
+    return found
+
+
+def _is_relaxed(node: Any, batch: int) -> bool:
+    if operator_of(node) not in OPERATORS:  # An operator of the user may need other arguments, and is untested anyway.
+        return False
+    if list(getattr(node, "requires_input_bounds", ())) != [0] or getattr(node, "opt_stage", None) in ("opt", "reuse"):
+        return False
+    source = node.inputs[0]
+    ends = getattr(source, "lower", None), getattr(source, "upper", None)
+    return bool(source.perturbed) and all(isinstance(end, Tensor) and len(end) == batch for end in ends)
+
+
+def _wrong_samples(node: Any, last: Any, batch: int, generator: torch.Generator) -> Tensor:
+    source = node.inputs[0]
+    shape = torch.Size(node.output_shape[1:])
+    elements = _checked_elements(source.lower, source.upper, shape.numel(), generator)
+    rows = source.lower.new_zeros(len(elements), batch, shape.numel())
+    rows = rows.scatter(2, elements.unsqueeze(2), 1.0).unflatten(2, shape)
+    # The engine's own activations store slopes per node that the pass starts from.
+    options = {"start_node": last} if "start_node" in inspect.signature(node.bound_backward).parameters else {}
+    [(below, above), *_], below_bias, above_bias = node.bound_backward(rows, rows.clone(), *node.inputs, **options)
+    wrong = torch.zeros(batch, dtype=torch.bool, device=rows.device)
+    for point in _points(source.lower.expand_as(below), source.upper.expand_as(below), below, above, generator):
+        outputs = node.forward(point.flatten(0, 1)).reshape(elements.numel(), -1)
+        value = outputs.gather(1, elements.reshape(-1, 1)).view_as(elements)
+        for sign, slopes, bias in ((1, below, below_bias), (-1, above, above_bias)):
+            terms = (slopes * point).reshape(*elements.shape, -1)
+            scale = 1 + torch.maximum(value.abs(), terms.abs().sum(2) + torch.as_tensor(bias).abs())
+            wrong |= (sign * (terms.sum(2) + bias - value) > SLACK[rows.dtype] * scale).any(0)
+    return wrong
+
+
+def _checked_elements(lower: Tensor, upper: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Indices of outputs (elements, batch): random ones, and the widest inputs' where each output has its own."""
+    drawn = torch.randint(count, (_ELEMENTS, len(lower)), generator=generator).to(lower.device)
+    if lower[0].numel() == count:
+        widest = min(_ELEMENTS // 2, count)
+        drawn[:widest] = _rows(upper - lower).topk(widest, 1).indices.T
+    return drawn
+
+
+def _points(lower: Tensor, upper: Tensor, below: Tensor, above: Tensor, generator: torch.Generator) -> Iterator[Tensor]:
+    """The ends, the corners where the lines are highest and lowest, and points in between."""
+    yield from (lower, upper, torch.where(below > 0, upper, lower), torch.where(above > 0, lower, upper))
+    for fraction in (0.25, 0.5, 0.75):
+        yield lower + (upper - lower) * fraction
+    for _ in range(2):
+        yield lower + (upper - lower) * torch.rand(lower.shape, generator=generator).to(lower)

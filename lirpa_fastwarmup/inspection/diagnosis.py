@@ -1,70 +1,63 @@
-"""What is wrong with a network, told from the figures of its layers, each with the remedy that the recipe has for it.
+"""Findings: what is wrong with a network according to the statistics of its layers, each with the recipe's remedy.
 
-The limits leave networks in peace that this recipe trained well: CNN-7 on MNIST and CIFAR-10 ends with bounds that grow
-1.0 to 1.3 times per layer, 40 to 64 % of a layer always inactive, and ratios ρ and s of 0.49 to 2.0.
+Networks that this recipe trained well cause no finding: bounds of the CNN-7 on MNIST and CIFAR-10 grow 1.0 to 1.3 times
+per layer, 40 to 64 % of a layer is always inactive, and the ratios ρ and s lie between 0.49 and 2.0.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 
-from lirpa_fastwarmup.inspection.statistics import Finding, Inspection, ReluStatistics
+from lirpa_fastwarmup.inspection.statistics import AffineStatistics, Finding, Inspection, ReluStatistics
 
-_GROWTH = 2.0  # Times per layer.
-_TOTAL_GROWTH = 10.0  # A single layer may widen, after normalisation by a small deviation.
-_ONE_STATE = 0.9
-_DEAD = 0.5
-_UNSTABLE = 0.9
-_BALANCE = 0.1
-_STABLE_ENOUGH = 0.25  # Of fewer stable neurons, ratios say little.
-_SPREAD = 1e-4
-_SPREAD_TO_GAP = 1e-3
+_GROWTH = 2.0  # Per layer.
+_TOTAL_GROWTH = 10.0  # A single layer may widen bounds, after normalisation by a small deviation.
+# Total growth with the IBP initialisation in training mode, 32×32 inputs, ε = 8/255, at width 8, 16, 32, 64: CNN-7 2e6,
+# 9e6, 5e7, 3e8; Wide-ResNet 5e7, 3e8, 2e9, 3e10; ResNeXt 9e8, 2e10, 7e11, 2e13. Eight basic blocks, as in ResNet-18,
+# reach 8e14, 2e17, 3e19 at width 8, 16, 32; the ResNeXt for 64×64 inputs, of twice the depth, 1e15 at width 8.
+_TOO_DEEP = 1e14
+_ONE_STATE, _DEAD, _UNSTABLE, _BALANCE = 0.9, 0.5, 0.9, 0.1
+_STABLE_ENOUGH = 0.25  # With fewer stable neurons, the ratios mean little.
+_SPREAD, _SPREAD_TO_GAP = 1e-4, 1e-3
 
 
 def findings(found: Inspection) -> tuple[Finding, ...]:
-    """What is wrong, the gravest first; where numbers are not finite, that alone."""
+    """The problems of a network, the most serious first; only "not finite" if some numbers are not."""
     broken = _not_finite(found)
     if broken:
         return (broken,)
-    checks: Sequence[Callable[[Inspection], Finding | None]] = (
-        *(_exploded, _inactive, _active, _constant, _imbalanced, _unstable, _without_batchnorm),
-    )
-    return tuple(verdict for verdict in (check(found) for check in checks) if verdict)
+    checks = (_exploded, _inactive, _active, _constant, _imbalanced, _unstable, _without_batchnorm)
+    return tuple(finding for finding in (check(found) for check in checks) if finding)
 
 
 def _not_finite(found: Inspection) -> Finding | None:
-    weights = [layer.name for layer in found.affine if not math.isfinite(layer.weight_std or 0.0)]
+    kind = "not finite"
+    weights = _names(layer for layer in found.affine if not math.isfinite(layer.weight_std or 0.0))
     if weights:
-        return Finding(
-            "not finite",
-            tuple(weights),
-            f"weights of {_names(weights)} are NaN or infinite: go back to an earlier checkpoint, and lower the "
-            "learning rate or clip gradients",
-        )
+        text = f"weights of {_listed(weights)} are NaN or infinite: return to an earlier checkpoint, and lower the "
+        return Finding(kind, weights, text + "learning rate or clip gradients")
     layers = [layer for layer in found.relus if not math.isfinite(layer.half_width)]
     if not layers:
         return None
-    return Finding(
-        "not finite",
-        tuple(layer.name for layer in layers),
-        f"bounds at layer {layers[0].name} have half-width {layers[0].half_width}, beyond what floating-point numbers "
-        "hold: call ibp_init_ before training, or take a smaller eps",
+    text = (
+        f"bounds of layer {layers[0].name} have half-width {layers[0].half_width}, outside the floating-point range: "
     )
+    text += "call ibp_init_ before training, use fewer layers, or reduce eps"
+    return Finding(kind, _names(layers), text)
 
 
 def _constant(found: Inspection) -> Finding | None:
     output = found.output
     if output is None or found.samples < 2 or output.spread > max(_SPREAD, _SPREAD_TO_GAP * output.gap):
         return None
-    return Finding(
-        "constant outputs",
-        (),
-        f"outputs differ by {output.spread:.2g} between the samples, where the predicted class leads by "
-        f"{output.gap:.2g}: the network is constant. After training it has collapsed: train anew from ibp_init_, with "
-        "full BatchNorm, and let ε grow over more epochs (ramp_length). Before training, a signal passes "
-        "IBP-initialised weights with BatchNorm in training mode only",
+    text = (
+        f"outputs differ by {output.spread:.2g} between the samples, and the predicted class leads by "
+        f"{output.gap:.2g}: the network is constant. After training, it has collapsed: retrain from ibp_init_ with "
+        "full BatchNorm and a longer ramp of ε (ramp_length). Before training, IBP-initialised weights pass a signal "
+        "only with BatchNorm in training mode"
     )
+    return Finding("constant outputs", (), text)
 
 
 def _exploded(found: Inspection) -> Finding | None:
@@ -72,28 +65,35 @@ def _exploded(found: Inspection) -> Finding | None:
     if not (growth > _GROWTH and found.relus[-1].growth > _TOTAL_GROWTH):
         return None
     kind, last = "exploded bounds", found.relus[-1]
-    text = f"bounds grow {growth:.3g}× per layer, {last.growth:.3g}× from the input to layer {last.name}"
     hidden = [layer for layer in found.affine if not layer.classification and layer.expected_gain]
     gains = [layer.expected_gain or 1.0 for layer in hidden]
     expected = math.exp(math.fsum(map(math.log, gains)) / max(1, len(gains)))
-    text += f"; the weights alone account for {expected:.3g}× per layer"
+    text = (
+        f"bounds grow {growth:.3g}× per layer, {last.growth:.3g}× from the input to layer {last.name}; the weights "
+        f"alone account for {expected:.3g}× per layer"
+    )
     if expected > _GROWTH:
         widest = max(hidden, key=lambda layer: layer.ratio or 0.0)
         text += (
-            f" (those of {widest.name or 'the network'} have {widest.ratio:.3g}× the deviation of the IBP "
+            f" (weights of {widest.name or 'the network'} have {widest.ratio:.3g}× the deviation of the IBP "
             "initialisation): call ibp_init_ before training"
+        )
+    elif last.growth > _TOO_DEEP:
+        text += (
+            f". The network is too deep ({len(found.relus)} ReLU layers): a warmup with the tightness regulariser does "
+            "not reduce such growth. Use fewer layers, a larger reg_weight with a longer ramp (ramp_length), or a "
+            "smaller eps"
         )
     elif found.training:
         kind = "wide bounds"
-        text = (
-            f"before the warmup as it should be. The weights alone widen bounds {expected:.3g}× per layer; BatchNorm, "
-            f"which divides by the deviation of the batch, makes that {growth:.3g}×, {last.growth:.3g}× from the input "
-            f"to layer {last.name}. The tightness regulariser brings it down; if it lasts, raise reg_weight or let ε "
-            "grow over more epochs (ramp_length)"
+        text += (
+            ", and BatchNorm, which divides by the deviation of the batch, for the rest. This is expected before the "
+            "warmup; the tightness regulariser reduces it. If it lasts, raise reg_weight or let ε grow over more "
+            "epochs (ramp_length)"
         )
     else:
-        text += ": train with the tightness regulariser (ShortWarmup), with a larger reg_weight if that was so already"
-    return Finding(kind, tuple(layer.name for layer in found.relus if layer.gain > _GROWTH), text)
+        text += ": train with the tightness regulariser (ShortWarmup), with a larger reg_weight if it was already on"
+    return Finding(kind, _names(layer for layer in found.relus if layer.gain > _GROWTH), text)
 
 
 def _inactive(found: Inspection) -> Finding | None:
@@ -101,15 +101,13 @@ def _inactive(found: Inspection) -> Finding | None:
     if not layers:
         return None
     worst = max(layers, key=lambda layer: (layer.dead, layer.always_inactive))
-    remedy = "raise reg_weight, or let ε grow over more epochs (ramp_length)"
-    if _lacks_batchnorm(found, layers):
-        remedy = "insert_batchnorm, or raise reg_weight"
-    return Finding(
-        "inactive ReLUs",
-        tuple(layer.name for layer in layers),
-        f"{worst.always_inactive:.0%} of layer {worst.name} is always inactive, and {worst.dead:.0%} of its units in "
-        f"every sample{_and_others(layers)}: {remedy}; large negative biases do the same",
+    longer_ramp = "raise reg_weight, or let ε grow over more epochs (ramp_length)"
+    remedy = "insert_batchnorm, or raise reg_weight" if _lacks_batchnorm(found, layers) else longer_ramp
+    text = (
+        f"{worst.always_inactive:.0%} of layer {worst.name} is always inactive, and {worst.dead:.0%} of its units are "
+        f"in every sample{_and_others(layers)}: {remedy}; also look for large negative biases"
     )
+    return Finding("inactive ReLUs", _names(layers), text)
 
 
 def _active(found: Inspection) -> Finding | None:
@@ -117,75 +115,69 @@ def _active(found: Inspection) -> Finding | None:
     if not layers:
         return None
     worst = max(layers, key=lambda layer: layer.always_active)
-    return Finding(
-        "active ReLUs",
-        tuple(layer.name for layer in layers),
-        f"{worst.always_active:.0%} of layer {worst.name} is always active{_and_others(layers)}, so that it is linear "
-        "on these inputs: look for large positive biases, or "
-        + ("insert_batchnorm" if _lacks_batchnorm(found, layers) else "raise reg_weight"),
+    remedy = "insert_batchnorm" if _lacks_batchnorm(found, layers) else "raise reg_weight"
+    text = (
+        f"{worst.always_active:.0%} of layer {worst.name} is always active{_and_others(layers)} and therefore linear "
     )
+    text += f"on these inputs: look for large positive biases, or {remedy}"
+    return Finding("active ReLUs", _names(layers), text)
 
 
 def _imbalanced(found: Inspection) -> Finding | None:
-    layers = [
-        layer
-        for layer in found.relus
-        if layer.balance < _BALANCE
-        and layer.always_active + layer.always_inactive >= _STABLE_ENOUGH
-        and max(layer.always_active, layer.always_inactive) < _ONE_STATE  # That has a verdict of its own.
-    ]
+    stable = [layer for layer in found.relus if layer.always_active + layer.always_inactive >= _STABLE_ENOUGH]
+    # Layers in one state are reported by other checks.
+    mixed = [layer for layer in stable if max(layer.always_active, layer.always_inactive) < _ONE_STATE]
+    layers = [layer for layer in mixed if layer.balance < _BALANCE]
     if not layers:
         return None
     worst = min(layers, key=lambda layer: layer.balance)
     remedy = "insert_batchnorm, or raise" if _lacks_batchnorm(found, layers) else "raise"
-    return Finding(
-        "imbalanced ReLUs",
-        tuple(layer.name for layer in layers),
+    text = (
         f"active and inactive neurons of layer {worst.name} are out of balance{_and_others(layers)}: ρ = "
-        f"{worst.mean_ratio:.2g} and s = {worst.variance_ratio:.2g}, where the regulariser asks for 0.5 to 2: {remedy} "
-        "reg_weight",
+        f"{worst.mean_ratio:.2g} and s = {worst.variance_ratio:.2g}; the regulariser aims at 0.5 to 2: {remedy} "
+        "reg_weight"
     )
+    return Finding("imbalanced ReLUs", _names(layers), text)
 
 
 def _unstable(found: Inspection) -> Finding | None:
     layers = [layer for layer in found.relus if layer.unstable >= _UNSTABLE]
-    if not layers or _exploded(found):  # Which says why.
+    if not layers or _exploded(found):  # That finding names the cause.
         return None
     worst = max(layers, key=lambda layer: layer.half_width / max(layer.distance, 1e-300))
-    remedy = "Before training that is to be expected; after it, train with this eps, or take a smaller one"
+    remedy = "This is expected before training; after it, train with this eps, or reduce it"
     if _lacks_batchnorm(found, layers):
         remedy = "Without BatchNorm the signal shrinks from layer to layer: insert_batchnorm before training"
-    return Finding(
-        "unstable ReLUs",
-        tuple(layer.name for layer in layers),
-        f"{worst.unstable:.0%} of layer {worst.name} is unstable{_and_others(layers)}: bounds have half-width "
-        f"{worst.half_width:.3g}, and their centres a distance of {worst.distance:.3g} from 0. {remedy}",
+    text = (
+        f"{worst.unstable:.0%} of layer {worst.name} is unstable{_and_others(layers)}: its bounds have half-width "
+        f"{worst.half_width:.3g}, and their centres lie {worst.distance:.3g} from 0 on average. {remedy}"
     )
+    return Finding("unstable ReLUs", _names(layers), text)
 
 
 def _without_batchnorm(found: Inspection) -> Finding | None:
     hidden = [layer for layer in found.affine if not layer.classification]
-    lacking = [layer.name for layer in hidden if not layer.batchnorm]
+    lacking = _names(layer for layer in hidden if not layer.batchnorm)
     if not lacking:
         return None
-    return Finding(
-        "no BatchNorm",
-        tuple(lacking),
-        f"{len(lacking)} of {len(hidden)} hidden layers have no BatchNorm ({_names(lacking)}), which keeps ReLUs "
-        "balanced: insert_batchnorm before training",
-    )
+    text = f"{len(lacking)} of {len(hidden)} hidden layers lack BatchNorm ({_listed(lacking)}), which keeps ReLUs "
+    return Finding("no BatchNorm", lacking, text + "balanced: insert_batchnorm before training")
 
 
 def _lacks_batchnorm(found: Inspection, layers: Sequence[ReluStatistics]) -> bool:
-    names = {layer.name for layer in layers}
+    names = _names(layers)
     return any(layer.name in names and not layer.batchnorm for layer in found.affine)
 
 
 def _and_others(layers: Sequence[ReluStatistics]) -> str:
     others = len(layers) - 1
-    return f" (and {others} more layer{'s' * (others > 1)} like it)" if others else ""
+    return f" (and {others} more layer{'s' * (others > 1)})" if others else ""
 
 
-def _names(names: Sequence[str]) -> str:
+def _names(layers: Iterable[ReluStatistics | AffineStatistics]) -> tuple[str, ...]:
+    return tuple(layer.name for layer in layers)
+
+
+def _listed(names: Sequence[str]) -> str:
     shown = ", ".join(names[:3])
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

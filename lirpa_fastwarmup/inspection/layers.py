@@ -1,33 +1,24 @@
-"""A bounded network looked at over one batch: widths of bounds, states of ReLUs, weights."""
+"""The inspection of a bounded network over one batch: widths of bounds, states of ReLUs, weights."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lirpa_fastwarmup.boxes import (
-    Epsilon,
-    InputRange,
-    check_input_shapes,
-    check_radius,
-    inputs_error,
-    inputs_fit,
-)
+from lirpa_fastwarmup.boxes import Epsilon, InputRange, check_input_shapes, check_radius, inputs_error, inputs_fit
+from lirpa_fastwarmup.engine import graph
 from lirpa_fastwarmup.engine.bounds import ibp_margins, input_box, proved
-from lirpa_fastwarmup.engine.graph import AffineLayer, NetworkGraph, read_graph, weight_of
-from lirpa_fastwarmup.engine.layers import LayerBounds, input_half_width, outputs_of_batch, relu_bounds, relus_read
 from lirpa_fastwarmup.engine.module import BoundedModule
 from lirpa_fastwarmup.engine.precision import exact_arithmetic
 from lirpa_fastwarmup.inspection.diagnosis import findings
 from lirpa_fastwarmup.inspection.statistics import AffineStatistics, Inspection, OutputStatistics, ReluStatistics
 from lirpa_fastwarmup.recipe.initialization import ibp_std
-from lirpa_fastwarmup.recipe.moments import state_moments
+from lirpa_fastwarmup.recipe.regularizers import state_moments
 
 
 @torch.no_grad()
@@ -38,25 +29,34 @@ def inspect(
     *,
     input_range: InputRange | None = (0.0, 1.0),
 ) -> Inspection:
-    """Look at the interval bounds of ``bounded`` over the boxes around ``x``, and at its weights, layer by layer.
+    """Compute statistics of interval bounds over the boxes around ``x``, and of weights, for each layer.
 
-    The network is looked at in the mode that it is in. In training mode BatchNorm takes the statistics of ``x``, as a
-    training step does: so look before and during training. In evaluation mode it takes its running ones, as a
-    certificate does. Nothing of the network changes; the bounds of its last pass are those of this one afterwards.
+    BatchNorm uses the statistics of ``x`` in training mode, as a training step does, and its running statistics in
+    evaluation mode, as certificates do. Nothing changes, except that the network holds the bounds of this pass.
 
     Args:
         bounded: the network.
-        x: inputs ``(batch, *input)``, or a tuple of them for a network of several inputs. A BoundedTensor brings a box
-            of its own.
+        x: inputs ``(batch, *input)``, or a tuple of them for a network of several inputs. A BoundedTensor brings its
+            own box.
         eps: radius of the box, in units of the input.
         input_range: lowest and highest valid input, to which the box is clipped; ``None`` for unclipped data.
 
+    Returns:
+        The statistics of each layer and the findings, which name problems and their remedies.
+
     Raises:
-        TypeError: ``bounded`` is no :class:`lirpa_fastwarmup.BoundedModule`.
-        ValueError: the batch is empty, or of one sample while BatchNorm is in training mode; the inputs are not as
-            many, or of other shapes, than the network was wrapped for; ``eps`` is 0 (all widths would be 0), negative,
+        TypeError: ``bounded`` is not a :class:`lirpa_fastwarmup.BoundedModule`.
+        ValueError: the batch is empty, or has one sample while BatchNorm is in training mode; number or shapes of the
+            inputs differ from those that the network was wrapped with; ``eps`` is 0 (all widths would be 0), negative,
             not finite or wider than the input range; ``x`` lies outside its range.
         NotImplementedError: Dropout is in training mode.
+
+    Example:
+        >>> bounded = fw.BoundedModule(net, x)
+        >>> found = fw.inspect(bounded, x, eps=8 / 255)
+        >>> print(found)  # Tables of the layers, then the findings.
+        >>> [finding.kind for finding in found.findings]
+        ['exploded bounds', 'no BatchNorm']
     """
     if not isinstance(bounded, BoundedModule):
         raise TypeError(
@@ -68,17 +68,17 @@ def inspect(
     _check_inputs(bounded, tensors)
     boxes = tuple(one if hasattr(one, "ptb") else _box(one, eps, input_range) for one in tensors)
     with exact_arithmetic(boxes[0].device), torch.autocast(boxes[0].device.type, enabled=False):
-        outputs = outputs_of_batch(bounded, tuple(torch.as_tensor(one) for one in tensors))
+        outputs = graph.outputs_of_batch(bounded, tuple(torch.as_tensor(one) for one in tensors))
         output = _bound(bounded, boxes, outputs)
-    graph = read_graph(bounded)
-    at_input = float(input_half_width(bounded)) if graph.first_sources else math.nan
+    network = graph.read_graph(bounded)
+    at_input = float(graph.input_half_width(bounded)) if network.first_sources else math.nan
     found = Inspection(
         eps=float(torch.as_tensor(eps).max()),
         samples=len(tensors[0]),
         training=bounded.training,
         input_half_width=at_input,
-        relus=_relu_figures(relu_bounds(bounded), relus_read(bounded), at_input) if graph.relus else (),
-        affine=tuple(_affine_figures(graph, layer) for layer in graph.affine),
+        relus=_relu_statistics(bounded, at_input) if network.relus else (),
+        affine=tuple(_affine_statistics(network, layer) for layer in network.affine),
         output=output,
     )
     return dataclasses.replace(found, findings=findings(found))
@@ -88,7 +88,7 @@ def _check_inputs(bounded: BoundedModule, tensors: tuple[Tensor, ...]) -> None:
     check_input_shapes(tensors, bounded.example)
     samples = min(len(one) for one in tensors)
     if samples == 0:
-        raise ValueError("there is nothing to inspect: the batch is empty. Pass a batch of real inputs")
+        raise ValueError("the batch is empty: pass a batch of real inputs")
     if samples == 1 and any(isinstance(m, _BatchNorm) and m.training for m in bounded.wrapped.modules()):
         raise ValueError(
             "one sample has no statistics for BatchNorm in training mode: pass more, or call bounded.eval()"
@@ -96,13 +96,13 @@ def _check_inputs(bounded: BoundedModule, tensors: tuple[Tensor, ...]) -> None:
 
 
 def _box(x: Tensor, eps: Epsilon, input_range: InputRange | None) -> Any:
-    if not bool(inputs_fit(x, input_range)):  # On any device: figures are read from it anyway.
+    if not bool(inputs_fit(x, input_range)):  # Waits for the device, as reading the statistics does.
         raise inputs_error(x, input_range)
     return input_box(x, eps, input_range)
 
 
 def _bound(bounded: BoundedModule, boxes: tuple[Any, ...], outputs: Tensor) -> OutputStatistics | None:
-    """Bound every layer, in one pass, and tell of the outputs if they are those of a classifier with one input."""
+    """Bound every layer in one pass; return the statistics of the outputs of a classifier with one input."""
     if len(boxes) > 1 or outputs.ndim != 2 or outputs.shape[1] < 2:
         bounded.compute_bounds(x=boxes, method="IBP", reuse_statistics=True)
         return None
@@ -116,47 +116,37 @@ def _bound(bounded: BoundedModule, boxes: tuple[Any, ...], outputs: Tensor) -> O
     )
 
 
-def _relu_figures(
-    layers: Sequence[LayerBounds], read: Sequence[Sequence[int]], at_input: float
-) -> tuple[ReluStatistics, ...]:
-    figures: list[ReluStatistics] = []
-    # One transfer from the device for all layers.
-    for layer, above, values in zip(layers, read, torch.stack([_sums(one) for one in layers]).tolist(), strict=True):
+def _relu_statistics(bounded: BoundedModule, at_input: float) -> tuple[ReluStatistics, ...]:
+    layers, found = graph.relu_bounds(bounded), list[ReluStatistics]()
+    moments = torch.stack([_sums(layer) for layer in layers]).tolist()  # One transfer from the device for all layers.
+    for layer, above, values in zip(layers, graph.relus_read(bounded), moments, strict=True):
         half_width, active, inactive, dead, distance, *sums = values
-        before = math.fsum(figures[place].half_width for place in above) / len(above) if above else at_input
-        figures.append(
-            ReluStatistics(
-                name=layer.name,
-                neurons=math.prod(layer.lower.shape[1:]),
-                half_width=half_width,
-                gain=_ratio(half_width, before),
-                growth=_ratio(half_width, at_input),
-                always_active=active,
-                always_inactive=inactive,
-                unstable=max(0.0, 1.0 - active - inactive),
-                dead=dead,
-                mean_ratio=_ratio(sums[0], -sums[2]),
-                variance_ratio=_ratio(sums[1], sums[3]),
-                distance=distance,
-            )
+        before = math.fsum(found[place].half_width for place in above) / len(above) if above else at_input
+        gain, growth = _ratio(half_width, before), _ratio(half_width, at_input)
+        unstable = max(0.0, 1.0 - active - inactive)
+        ratios = _ratio(sums[0], -sums[2]), _ratio(sums[1], sums[3])
+        size = layer.name, math.prod(layer.lower.shape[1:])
+        found.append(
+            ReluStatistics(*size, half_width, gain, growth, active, inactive, unstable, dead, *ratios, distance)
         )
-    return tuple(figures)
+    return tuple(found)
 
 
-def _sums(layer: LayerBounds) -> Tensor:
-    """Mean half-width, shares of active, inactive and dead, mean |c|, and the sums of ρ and s, in double precision."""
+def _sums(layer: graph.LayerBounds) -> Tensor:
+    """Mean half-width, fractions active, inactive and dead, mean |c|, and the sums of ρ and s, in float64."""
     lower, upper = layer.lower, layer.upper
     highest = upper.amax([0, *range(2, upper.ndim)])
     active, inactive = state_moments(lower, upper)
-    figures = [
+    values = [
         (upper - lower).mean(dtype=torch.float64) / 2,
         (lower > 0).sum() / lower.numel(),
         (upper <= 0).sum() / upper.numel(),
         (highest <= 0).sum() / highest.numel(),
         torch.lerp(lower, upper, 0.5).abs().mean(dtype=torch.float64),
-        *(active.total, active.spread, inactive.total, inactive.spread),
+        *active,
+        *inactive,
     ]
-    return torch.stack([figure.double() for figure in figures])
+    return torch.stack([value.double() for value in values])
 
 
 def _ratio(above: float, below: float) -> float:
@@ -165,16 +155,16 @@ def _ratio(above: float, below: float) -> float:
     return above / below
 
 
-def _affine_figures(graph: NetworkGraph, layer: AffineLayer) -> AffineStatistics:
-    weight = weight_of(layer).double()
-    # What an affine layer reads from ReLUs is half as wide as their inputs are: half of them are off.
-    passed = 0.5 if graph.read_by(layer) else 1.0
+def _affine_statistics(network: graph.NetworkGraph, layer: graph.AffineLayer) -> AffineStatistics:
+    weight = graph.weight_of(layer).double()
+    # ReLU outputs are half as wide as pre-activations, because half of the ReLUs are inactive.
+    passed = 0.5 if network.read_by(layer) else 1.0
     return AffineStatistics(
         name=layer.name,
         fan_in=layer.fan_in,
         weight_std=float(weight.std(correction=0)) if layer.plain else None,
-        ibp_std=ibp_std(layer, graph.reads_relu_of_sum(layer)),
+        ibp_std=ibp_std(layer, network.reads_relu_of_sum(layer)),
         expected_gain=passed * layer.fan_in * float(weight.abs().mean()) if layer.plain else None,
-        batchnorm=graph.has_batchnorm(layer),
-        classification=any(layer is last for last in graph.classification_layers()),
+        batchnorm=network.has_batchnorm(layer),
+        classification=any(layer is last for last in network.classification_layers()),
     )

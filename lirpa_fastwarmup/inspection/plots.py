@@ -1,12 +1,14 @@
-"""Pictures of bounds, of training and of certificates (matplotlib comes with the extra ``plots``).
+"""Plots of bounds, training and certificates (the extra ``plots`` installs matplotlib).
 
-Every ``draw_`` function draws into an Axes that it is given. Colours are told apart by the colour-blind; line styles,
-markers and hatching tell the same apart in grey.
+Every ``draw_`` function draws into the given Axes. The palette suits the colour-blind; line styles, markers and
+hatching distinguish the series in grey too.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,9 +20,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Okabe and Ito's palette.
-_BLACK, _BLUE, _ORANGE, _GREEN, _PURPLE, _SKY, _AMBER = (
-    *("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"),
-)
+_BLACK, _BLUE, _ORANGE, _GREEN, _PURPLE = "#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7"
+_SKY, _AMBER = "#56B4E9", "#E69F00"
 _SERIES: tuple[dict[str, Any], ...] = (
     {"color": _BLUE, "linestyle": "-", "marker": "o"},
     {"color": _ORANGE, "linestyle": "--", "marker": "s"},
@@ -35,20 +36,25 @@ _STATES: tuple[tuple[str, str, dict[str, Any], str], ...] = (
     ("unstable", "unstable", _SERIES[2], "...."),
     ("always_inactive", "always inactive", _SERIES[1], "////"),
 )
+# Columns of a history: name, label, colour, line style, marker.
+_LOSSES = (
+    ("loss", "objective", _BLACK, "-", ""),
+    ("robust_loss", "robust cross-entropy", _ORANGE, "--", ""),
+    ("clean_loss", "clean cross-entropy", _BLUE, ":", ""),
+)
+_REGULARISERS = (("tightness", "tightness", _GREEN, "-", "o"), ("relu_balance", "ReLU balance", _PURPLE, "-", "s"))
+_VERIFIED = ("verified_error", "verified error (IBP, at the target ε)", _ORANGE, "--", "")
+_STANDARD = ("standard_error", "standard error", _BLUE, "-", "")
 
 History = Sequence[Mapping[str, float]]
 
 
 def new_figure(**arguments: Any) -> Figure:
-    """A matplotlib Figure that needs no display, laid out so that nothing is cut off.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-    """
+    """A matplotlib Figure that needs no display, with constrained layout; raises ImportError without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("pictures need matplotlib: pip install 'lirpa_fastwarmup[plots]'") from error
+        raise ImportError("plots need matplotlib: pip install 'lirpa_fastwarmup[plots]'") from error
     return Figure(layout="constrained", **arguments)
 
 
@@ -56,11 +62,11 @@ def new_figure(**arguments: Any) -> Figure:
 
 
 def draw_bound_growth(axes: Axes, networks: Mapping[str, Inspection], *, formula: bool = False) -> None:
-    """Δ_i/Δ_0 over the ReLU layers of several networks, by name (as figure 1 of Shi et al., NeurIPS 2021).
+    """Draw Δ_i/Δ_0 over the ReLU layers of several networks (as figure 1 of Shi et al., NeurIPS 2021).
 
     Args:
-        axes: to draw into.
-        networks: their inspections, by the names to call them.
+        axes: the Axes to draw into.
+        networks: inspections by the names of their networks.
         formula: also draw the product of the layers' expected gains, as thin lines with crosses. The formula assumes a
             sequential network without BatchNorm.
 
@@ -69,12 +75,14 @@ def draw_bound_growth(axes: Axes, networks: Mapping[str, Inspection], *, formula
     """
     deepest = max((len(one.relus) for one in networks.values()), default=0)
     if not deepest:
-        raise ValueError("there are no ReLU layers whose bounds could be drawn")
+        raise ValueError("the networks have no ReLU layers to draw")
     for series, (name, found) in zip(_cycled(len(networks)), networks.items(), strict=True):
         growth = [1.0, *(layer.growth for layer in found.relus)]
         axes.plot(range(len(growth)), growth, **series, markersize=5, label=name)
         if formula:
-            expected = _expected_growth(found)
+            gains = {layer.name: layer.expected_gain or math.nan for layer in found.affine}
+            factors = (gains.get(layer.name, math.nan) for layer in found.relus)
+            expected = list(itertools.accumulate(factors, operator.mul, initial=1.0))
             style = {"color": series["color"], "linewidth": 0.9, "marker": "x", "markersize": 9}
             axes.plot(range(len(expected)), expected, **style, label=f"{name}, formula")
     axes.set_yscale("log")
@@ -82,33 +90,20 @@ def draw_bound_growth(axes: Axes, networks: Mapping[str, Inspection], *, formula
     _finish(axes)
 
 
-def _expected_growth(found: Inspection) -> list[float]:
-    gains = {layer.name: layer.expected_gain for layer in found.affine}
-    growth = [1.0]
-    for layer in found.relus:
-        growth.append(growth[-1] * (gains.get(layer.name) or math.nan))
-    return growth
-
-
 def draw_states_by_layer(axes: Axes, found: Inspection) -> None:
-    """Shares of always-active, unstable and always-inactive neurons in each ReLU layer, as bars.
-
-    Raises:
-        ValueError: the network has no ReLU.
-    """
+    """Draw the fractions of neurons by state as a bar per ReLU layer; raises ValueError if there is none."""
     if not found.relus:
-        raise ValueError("the network has no ReLU layers, whose states could be drawn")
+        raise ValueError("the network has no ReLU layers to draw")
     places = range(len(found.relus))
     left = [0.0] * len(found.relus)
     for name, label, series, hatch in _STATES:
-        shares = [100 * getattr(layer, name) for layer in found.relus]
-        axes.barh(places, shares, left=left, color=series["color"], hatch=hatch, edgecolor="white", label=label)
-        left = [sum(pair) for pair in zip(left, shares, strict=True)]
+        percent = [100 * getattr(layer, name) for layer in found.relus]
+        axes.barh(places, percent, left=left, color=series["color"], hatch=hatch, edgecolor="white", label=label)
+        left = [sum(pair) for pair in zip(left, percent, strict=True)]
     axes.set_yticks(places, [layer.name or "(the network)" for layer in found.relus])
     axes.invert_yaxis()  # The first layer on top.
     axes.set(xlabel="neurons (%)", ylabel="ReLU layer", xlim=(0, 100))
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize="small", frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    _finish(axes, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
 
 
 # Training.
@@ -118,46 +113,34 @@ def _column(history: History, name: str) -> list[float]:
     return [row.get(name, math.nan) for row in history]
 
 
-def layers_of(history: History) -> list[str]:
-    """The ReLU layers that a history tells of.
-
-    Raises:
-        ValueError: it tells of none.
-    """
+def _relu_layers(history: History) -> list[str]:
     names = [name.partition("/")[2] for name in history[-1] if name.startswith("always_active/")] if history else []
     if not names:
-        raise ValueError(
-            "this history has no figures of ReLU layers: the network has none, or an earlier version wrote it"
-        )
+        reason = "the network has none, or an earlier version wrote it"
+        raise ValueError(f"the history has no statistics of ReLU layers: {reason}")
     return names
 
 
 def draw_relu_states(axes: Axes, history: History, layer: str | None = None) -> None:
-    """Shares of neurons by state over the epochs, of one layer or the mean over all (as figure 2 of Shi et al.).
+    """Draw the fractions of neurons by state over the epochs, of ``layer`` or the mean (as figure 2 of Shi et al.).
 
-    Raises:
-        ValueError: the history tells of no such layer.
+    Raises ValueError if the history has no such layer.
     """
-    names = layers_of(history)
+    names = _relu_layers(history)
     if layer is not None and layer not in names:
-        raise ValueError(f"the history tells of no ReLU layer {layer!r}; it has {', '.join(names)}")
+        raise ValueError(f"the history has no ReLU layer {layer!r}; it has {', '.join(names)}")
     chosen = names if layer is None else [layer]
-    epochs = _column(history, "epoch")
     for state, label, series, _ in _STATES:
-        shares = [_column(history, f"{state}/{name}") for name in chosen]
-        means = [100 * math.fsum(values) / len(chosen) for values in zip(*shares, strict=True)]
-        axes.plot(epochs, means, **series, markersize=3, label=label)
+        fractions = [_column(history, f"{state}/{name}") for name in chosen]
+        means = [100 * math.fsum(values) / len(chosen) for values in zip(*fractions, strict=True)]
+        axes.plot(_column(history, "epoch"), means, **series, markersize=3, label=label)
     axes.set(xlabel="epoch", ylabel="neurons (%)", ylim=(0, 100))
     _finish(axes)
 
 
 def draw_growth_over_training(axes: Axes, history: History) -> None:
-    """Δ_i/Δ_0 of every ReLU layer over the epochs.
-
-    Raises:
-        ValueError: the history tells of no ReLU layer.
-    """
-    names = layers_of(history)
+    """Draw Δ_i/Δ_0 of every ReLU layer over the epochs; raises ValueError if there is none."""
+    names = _relu_layers(history)
     epochs = _column(history, "epoch")
     for series, name in zip(_cycled(len(names)), names, strict=True):
         axes.plot(epochs, _column(history, f"growth/{name}"), **series, markersize=3, label=name or "(the network)")
@@ -167,42 +150,34 @@ def draw_growth_over_training(axes: Axes, history: History) -> None:
 
 
 def draw_losses(axes: Axes, history: History) -> None:
-    """The losses over the epochs, and the regularisers while they are on."""
-    epochs = _column(history, "epoch")
-    for name, label, color, style in (
-        ("loss", "objective", _BLACK, "-"),
-        ("robust_loss", "robust cross-entropy", _ORANGE, "--"),
-        ("clean_loss", "clean cross-entropy", _BLUE, ":"),
-    ):
-        values = _column(history, name)
-        axes.plot(epochs, values, color=color, linestyle=style, marker=_lone(values), label=label)
-    for name, label, color, marker in (
-        ("tightness", "tightness", _GREEN, "o"),
-        ("relu_balance", "ReLU balance", _PURPLE, "s"),
-    ):
-        values = _column(history, name)
-        if not all(map(math.isnan, values)):  # A run without regularisers has nothing to show of them.
-            axes.plot(epochs, values, color=color, marker=marker, markersize=3, linewidth=0.8, label=label)
+    """Draw the losses over the epochs, and the regularisers that were on."""
+    _draw_columns(axes, history, _LOSSES)
+    known = [column for column in _REGULARISERS if not all(map(math.isnan, _column(history, column[0])))]
+    _draw_columns(axes, history, known, markersize=3, linewidth=0.8)
     axes.set(xlabel="epoch", ylabel="mean over the training set")
     axes.set_ylim(bottom=-0.02)
     _finish(axes)
 
 
 def draw_errors(axes: Axes, history: History) -> None:
-    """Standard error and verified error at the target ε, on the test set."""
-    epochs = _column(history, "epoch")
-    for name, color, style, label in (
-        ("verified_error", _ORANGE, "--", "verified error (IBP, at the target ε)"),
-        ("standard_error", _BLUE, "-", "standard error"),
-    ):
-        errors = [100 * value for value in _column(history, name)]
-        axes.plot(epochs, errors, color=color, linestyle=style, marker=_lone(errors), label=label)
+    """Draw the standard error and the verified error at the target ε, on the test set."""
+    _draw_columns(axes, history, (_VERIFIED, _STANDARD), scale=100)
     axes.set(xlabel="epoch", ylabel="error on the test set (%)", ylim=(0, 102))
     _finish(axes)
 
 
+def _draw_columns(
+    axes: Axes, history: History, columns: Sequence[tuple[str, str, str, str, str]], *, scale: float = 1, **style: Any
+) -> None:
+    single = "o" if len(history) == 1 else ""  # A curve of one point would be invisible without a marker.
+    for name, label, color, linestyle, marker in columns:
+        values = [scale * value for value in _column(history, name)]
+        look: dict[str, Any] = {"color": color, "linestyle": linestyle, "marker": marker or single, "label": label}
+        axes.plot(_column(history, "epoch"), values, **look, **style)
+
+
 def draw_errors_of_runs(axes: Axes, histories: Mapping[str, History], column: str = "verified_error") -> None:
-    """One error of several runs over the epochs, by the runs' names: "verified_error" or "standard_error"."""
+    """Draw one error, "verified_error" or "standard_error", of several runs (by name) over the epochs."""
     for series, (name, history) in zip(_cycled(len(histories)), histories.items(), strict=True):
         errors = [100 * value for value in _column(history, column)]
         axes.plot(_column(history, "epoch"), errors, **series, markersize=3, label=name)
@@ -211,19 +186,14 @@ def draw_errors_of_runs(axes: Axes, histories: Mapping[str, History], column: st
 
 
 def draw_radius(axes: Axes, history: History) -> None:
-    """The radius ε at the end of each epoch."""
-    values = _column(history, "eps")
-    axes.plot(_column(history, "epoch"), values, color=_BLACK, marker=_lone(values))
+    """Draw the radius ε at the end of each epoch."""
+    _draw_columns(axes, history, [("eps", "ε", _BLACK, "-", "")])
     axes.set(xlabel="epoch", ylabel="ε (input units)")
     axes.set_ylim(bottom=0)
 
 
 def save_training_curves(history: History, path: Path, *, title: str) -> None:
-    """Draw errors, losses and ε of a run into one picture.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-    """
+    """Write errors, losses and ε of a run as one picture; raises ImportError without matplotlib."""
     figure = new_figure(figsize=(12, 3.8))
     axes = figure.subplots(1, 3, width_ratios=(2, 2, 1.2))
     for panel, draw in zip(axes, (draw_errors, draw_losses, draw_radius), strict=True):
@@ -234,7 +204,7 @@ def save_training_curves(history: History, path: Path, *, title: str) -> None:
 
 
 def count_epochs(axes: Axes) -> None:
-    """Whole numbers along the epochs, and no frame where there is no axis."""
+    """Label the horizontal axis with whole numbers, and remove the frame without an axis."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.locator_params(axis="x", integer=True)
 
@@ -243,17 +213,14 @@ def count_epochs(axes: Axes) -> None:
 
 
 def draw_margins(axes: Axes, margins: Sequence[float], *, bins: int = 40) -> None:
-    """A histogram of the samples' verified margins: lower bounds on min_j z_y − z_j over the box; above 0 is certified.
+    """Draw a histogram of verified margins, the lower bounds on min_j z_y − z_j over the box; NaN is left out.
 
-    Margins that are NaN (no bound) are left out.
-
-    Raises:
-        ValueError: no margin is known.
+    Raises ValueError if no margin is known.
     """
     known = sorted(margin for margin in margins if math.isfinite(margin))
     if not known:
         raise ValueError("no verified margin is known: run verify with a bounding method")
-    # The far tail of what is not certified would squeeze the rest together.
+    # A long tail of samples that are not certified would hide the shape of the rest.
     low = max(known[0], -3 * max(abs(known[-1]), 1e-12)) if known[0] < 0 else 0.0
     width = max(known[-1] - low, 1e-12) / bins
     first = math.floor(low / width)
@@ -263,48 +230,34 @@ def draw_margins(axes: Axes, margins: Sequence[float], *, bins: int = 40) -> Non
         ([margin for margin in known if margin > 0], "certified", _BLUE, ""),
     ):
         if chosen:
-            name = f"{label} ({len(chosen):,})"
-            axes.hist(chosen, bins=edges, color=color, hatch=hatch, edgecolor="white", label=name)
+            label += f" ({len(chosen):,})"
+            axes.hist(chosen, bins=edges, color=color, hatch=hatch, edgecolor="white", label=label)
     axes.axvline(0, color=_BLACK, linewidth=1)
     further = sum(margin < low for margin in known)
-    axes.set(
-        xlabel="verified margin (logits)" + (f"; {further:,} further left, at the edge" if further else ""),
-        ylabel="samples",
-    )
+    tail = f"; {further:,} further left, at the edge" if further else ""
+    axes.set(xlabel=f"verified margin (logits){tail}", ylabel="samples")
     _finish(axes)
 
 
 def draw_errors_over_eps(axes: Axes, results: Sequence[Mapping[str, Any]]) -> None:
-    """Standard, PGD and verified error over ε, with 95 % intervals: the ``results`` of a ``verification.json``.
+    """Draw errors over ε with 95 % intervals, from the ``results`` of a ``verification.json``.
 
-    Raises:
-        ValueError: there are none at a radius that is one number.
+    Raises ValueError if no result has a radius that is one number.
     """
     chosen = sorted((one for one in results if isinstance(one["eps"], int | float)), key=lambda one: float(one["eps"]))
     if not chosen:
-        raise ValueError("there are no results at a radius that is one number")
-    for name, label, series in (
-        ("verified_error", "verified error", _SERIES[1]),
-        ("pgd_error", "PGD error", _SERIES[2]),
-        ("standard_error", "standard error", _SERIES[0]),
-    ):
-        points = [(one["eps"], one[name]) for one in chosen if one[name] is not None]
-        if not points:
-            continue
-        values = [100 * share["value"] for _, share in points]
-        ends = [[100 * end for end in share["interval_95"]] for _, share in points]
-        below = [value - low for value, (low, _) in zip(values, ends, strict=True)]
-        above = [high - value for value, (_, high) in zip(values, ends, strict=True)]
-        radii = [eps for eps, _ in points]
-        axes.errorbar(radii, values, yerr=(below, above), **series, markersize=4, capsize=3, label=label)
+        raise ValueError("no result has a radius that is one number")
+    for name, series in (("verified_error", _SERIES[1]), ("pgd_error", _SERIES[2]), ("standard_error", _SERIES[0])):
+        known = [(one["eps"], one[name]["value"], *one[name]["interval_95"]) for one in chosen if one[name] is not None]
+        if known:
+            radii, values, low, high = zip(*known, strict=True)
+            below, above = ([100 * abs(a - b) for a, b in zip(values, ends, strict=True)] for ends in (low, high))
+            label = name.replace("_", " ").replace("pgd", "PGD")
+            style = {**series, "markersize": 4, "capsize": 3, "label": label}
+            axes.errorbar(radii, [100 * value for value in values], yerr=(below, above), **style)
     axes.set(xlabel="ε (input units)", ylabel="error (%)")
     axes.set_ylim(bottom=0)
     _finish(axes)
-
-
-def _lone(values: Sequence[float]) -> str:
-    """A marker for a curve of one point, which would not be seen otherwise."""
-    return "o" if len(values) == 1 else ""
 
 
 def _cycled(count: int) -> list[dict[str, Any]]:

@@ -1,36 +1,36 @@
-"""What an inspection comes to: figures of each layer, as a table, as CSV and as Markdown."""
+"""The result of an inspection: statistics of each layer, as text, Markdown, HTML and CSV."""
 
 from __future__ import annotations
 
 import dataclasses
+import html
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lirpa_fastwarmup.inspection.table import as_markdown, as_text
 from lirpa_fastwarmup.storage import csv_text, write_atomically
 
-_COLUMNS = 110
+_LINE = 110  # Characters.
+Table = Sequence[Sequence[str]]  # The heading first.
 
 
 @dataclass(frozen=True)
 class ReluStatistics:
-    """The bounds on a ReLU layer's input, over a batch; l, u bound a neuron, c = (l + u)/2.
+    """Statistics of the pre-activations of a ReLU layer over a batch; l and u bound a neuron, c = (l + u)/2.
 
     Attributes:
-        name: of the affine layer that feeds it.
-        neurons: of one sample.
+        name: the affine layer that feeds the ReLU.
+        neurons: number of neurons of one sample.
         half_width: Δ_i, the mean of (u − l)/2.
-        gain: Δ_i over the mean of that of the ReLU layers that it reads, or over Δ_0.
+        gain: Δ_i over the mean half-width of the ReLU layers that it reads, or over Δ_0.
         growth: Δ_i/Δ_0.
-        always_active, always_inactive, unstable: shares with l > 0, with u ≤ 0, and of the others.
-        dead: share of units, channels of a convolution and neurons of a linear layer, that are always inactive in every
-            sample (and place): no gradient reaches their weights.
-        mean_ratio: ρ_i, the sum of c over always-active neurons to that of −c over always-inactive ones.
-        variance_ratio: s_i, the same of (c − mean c)².
-        distance: mean absolute value of c. Where it is smaller than the half-width, most neurons are unstable.
+        always_active, always_inactive, unstable: fractions with l > 0, with u ≤ 0, and of the other neurons.
+        dead: fraction of channels or linear neurons that are always inactive everywhere: their weights get no gradient.
+        mean_ratio: ρ_i, the sum of c over always-active neurons over the sum of −c over always-inactive ones.
+        variance_ratio: s_i, the same ratio of (c − mean c)².
+        distance: mean absolute value of c. If it is smaller than the half-width, most neurons are unstable.
     """
 
     name: str
@@ -48,7 +48,7 @@ class ReluStatistics:
 
     @property
     def balance(self) -> float:
-        """The smallest of ρ, 1/ρ, s and 1/s: 1 is balanced; NaN where no neuron is always inactive."""
+        """The smallest of ρ, 1/ρ, s and 1/s: 1 is balanced; NaN if no neuron is always inactive."""
         if self.always_inactive == 0:
             return math.nan
         ratios = (self.mean_ratio, self.variance_ratio)
@@ -57,19 +57,17 @@ class ReluStatistics:
 
 @dataclass(frozen=True)
 class AffineStatistics:
-    """A convolution or linear layer.
+    """Statistics of a convolution or linear layer.
 
     Attributes:
         name: qualified name of its module.
-        fan_in: inputs that one output adds up.
-        weight_std: standard deviation of its weights; ``None`` where a parametrisation computes them.
-        ibp_std: that of the IBP initialisation.
-        expected_gain: the factor by which it widens intervals by the formula, n·E|W| for fan-in n, and half of that
-            where it reads ReLUs (Shi et al., NeurIPS 2021, section 3.1). BatchNorm is not in it; ``None`` as for the
-            deviation.
-        batchnorm: BatchNorm follows.
-        classification: its output reaches the network's without a non-linearity, so that neither the IBP initialisation
-            nor BatchNorm is for it.
+        fan_in: number of inputs that one output sums.
+        weight_std, ibp_std: standard deviation of its weights (``None`` if a parametrisation computes them), and of
+            the IBP initialisation.
+        expected_gain: n·E|W| for fan-in n, halved if it reads ReLUs: the factor by which the layer alone widens
+            intervals (Shi et al., NeurIPS 2021, section 3.1); ``None`` as ``weight_std``.
+        batchnorm: whether BatchNorm follows.
+        classification: whether its output is the network's, up to linear operators; such a layer needs no BatchNorm.
     """
 
     name: str
@@ -82,18 +80,18 @@ class AffineStatistics:
 
     @property
     def ratio(self) -> float | None:
-        """Its deviation over that of the IBP initialisation."""
+        """``weight_std`` over ``ibp_std``."""
         return None if self.weight_std is None else self.weight_std / self.ibp_std
 
 
 @dataclass(frozen=True)
 class OutputStatistics:
-    """A classifier's outputs, z, with k the class that it predicts.
+    """Statistics of a classifier's outputs z; k is the predicted class.
 
     Attributes:
-        gap: mean of z_k − max_{j≠k} z_j, on the samples themselves.
-        lower_bound: mean of IBP's lower bound on that over the box.
-        certified: share of samples whose predicted class, right or wrong, IBP proves to stay the same.
+        gap: mean of z_k − max_{j≠k} z_j on the samples themselves.
+        lower_bound: mean IBP lower bound on this gap over the box.
+        certified: fraction of samples whose predicted class, right or wrong, IBP proves constant over the box.
         spread: largest standard deviation of an output over the samples.
     """
 
@@ -105,13 +103,13 @@ class OutputStatistics:
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that is wrong, and what to do.
+    """A problem of the network and its remedy.
 
     Attributes:
         kind: "not finite", "exploded bounds", "wide bounds", "inactive ReLUs", "active ReLUs", "constant outputs",
             "imbalanced ReLUs", "unstable ReLUs" or "no BatchNorm".
-        layers: where, by name; empty where it is the network as a whole.
-        text: what was found, with its numbers, and the remedy.
+        layers: names of the affected layers; empty if the finding is about the whole network.
+        text: the observation, with its numbers, and the remedy.
     """
 
     kind: str
@@ -124,17 +122,16 @@ class Finding:
 
 @dataclass(frozen=True)
 class Inspection:
-    """Bounds and weights of a network, layer by layer, over one batch.
+    """Bounds and weights of a network over one batch, layer by layer. Prints as tables, in notebooks too.
 
     Attributes:
-        eps: radius of the box, in units of the input (the largest, where it varies).
-        samples: of the batch.
-        training: the network was in training mode, so that BatchNorm's statistics are the batch's.
-        input_half_width: Δ_0, the mean half-width of what the first affine layers read.
-        relus: ReLU layers, in order of execution.
-        affine: affine layers, in order of execution.
-        output: of a classifier with one input; otherwise ``None``.
-        findings: what is wrong, the gravest first; empty if nothing is.
+        eps: radius of the box, in units of the input (the largest one, if it varies).
+        samples: number of samples in the batch.
+        training: whether the network was in training mode, with BatchNorm's statistics from the batch.
+        input_half_width: Δ_0, the mean half-width of the input of the first affine layers.
+        relus, affine: the layers, in order of execution.
+        output: statistics of the outputs, for a classifier with one input; otherwise ``None``.
+        findings: problems, the most serious first; empty if there are none.
     """
 
     eps: float
@@ -148,67 +145,74 @@ class Inspection:
 
     @property
     def growth_per_layer(self) -> float:
-        """The geometric mean of the gains: the m-th root of Δ_m/Δ_0; NaN without ReLUs."""
+        """The geometric mean of the gains, the m-th root of Δ_m/Δ_0; NaN without ReLUs."""
         if not self.relus or not self.relus[-1].growth > 0:
             return math.nan
         return self.relus[-1].growth ** (1 / len(self.relus))
 
     @property
     def dead(self) -> float:
-        """The mean over ReLU layers of the share of dead units; NaN without ReLUs."""
+        """The mean fraction of dead units over the ReLU layers; NaN without ReLUs."""
         return math.fsum(layer.dead for layer in self.relus) / len(self.relus) if self.relus else math.nan
 
     def to_csv(self, path: Path | str | None = None) -> str:
-        """One line for each layer, of kind "relu" or "affine", with a blank for what it has not; also to ``path``."""
+        """One row per layer, of kind "relu" or "affine"; columns of the other kind stay blank. Also writes ``path``."""
         relus = [{"kind": "relu", **dataclasses.asdict(layer)} for layer in self.relus]
-        text = csv_text([*relus, *({"kind": "affine", **dataclasses.asdict(layer)} for layer in self.affine)])
+        affine = [{"kind": "affine", **dataclasses.asdict(layer)} for layer in self.affine]
+        text = csv_text([*relus, *affine])
         if path is not None:
             write_atomically(Path(path), text.encode())
         return text
 
     def to_markdown(self) -> str:
         """The tables and findings in GitHub's Markdown."""
-        parts = [self.heading(), *(as_markdown(table) for table in self.tables()), self.output_text()]
-        return "\n\n".join(
-            [part for part in parts if part] + [f"- **{one.kind}**: {one.text}" for one in self.findings]
-        )
+        findings = [f"- **{one.kind}**: {one.text}" for one in self.findings] or [self.all_clear()]
+        return "\n\n".join([*self._sections(str, as_markdown), *findings])
 
-    _repr_markdown_ = to_markdown  # How notebooks show it.
+    def _repr_html_(self) -> str:
+        def paragraph(text: str) -> str:
+            return f"<p>{html.escape(text)}</p>"
+
+        findings = [paragraph(str(one)) for one in self.findings] or [paragraph(self.all_clear())]
+        return "".join([*self._sections(paragraph, as_html), *findings])
 
     def __str__(self) -> str:
-        parts = [self.heading(), *(as_text(table) for table in self.tables()), self.output_text()]
-        wrapped = [textwrap.fill(f"! {one}", _COLUMNS, subsequent_indent="  ") for one in self.findings]
-        findings = "\n".join(wrapped) or self.praise()
-        return "\n\n".join([part for part in (*parts, findings) if part])
+        findings = [textwrap.fill(f"! {one}", _LINE, subsequent_indent="  ") for one in self.findings]
+        sections = self._sections(lambda text: textwrap.fill(text, _LINE), as_text)
+        return "\n\n".join([*sections, "\n".join(findings) or self.all_clear()])
+
+    def _sections(self, paragraph: Callable[[str], str], table: Callable[[Table], str]) -> list[str]:
+        relus, affine = map(table, self.tables())
+        legend, outputs = ([paragraph(text)] if text else [] for text in (self.legend(), self.output_text()))
+        return [paragraph(self.heading()), relus, *legend, affine, *outputs]
 
     def heading(self) -> str:
-        """What was looked at, in a line."""
+        """Batch, radius and mode in one line."""
         mode = "training mode (BatchNorm of the batch)" if self.training else "evaluation mode"
-        return (
-            f"{self.samples:,} samples, eps {self.eps:.6g}, {mode}; half-width of what the first layer reads: "
-            f"{self.input_half_width:.4g}"
-        )
+        what = f"{self.samples:,} samples, eps {self.eps:.6g}, {mode}"
+        return f"{what}; half-width at the input of the first layer: {self.input_half_width:.4g}"
 
-    def praise(self) -> str:
-        """What to say where there is no verdict."""
-        if self.relus:
-            return "Nothing looks wrong."
-        return "Nothing is known to be wrong; without ReLU layers, the bounds between layers are not judged."
+    def legend(self) -> str:
+        """The meaning of the columns of ReLU layers, and their healthy values; empty without ReLUs."""
+        return _LEGEND if self.relus else ""
+
+    def all_clear(self) -> str:
+        """The sentence in place of findings, if there are none."""
+        without = "No problem found; without ReLU layers, the bounds between layers are not judged."
+        return "Nothing looks wrong." if self.relus else without
 
     def output_text(self) -> str:
-        """What is known of the outputs, in a sentence; empty if nothing is."""
+        """The statistics of the outputs in a sentence; empty if there are none."""
         if self.output is None:
             return ""
         return (
-            f"Predicted class: {self.output.gap:.3g} ahead of the next one, at least {self.output.lower_bound:.3g} "
-            f"over the box, on average; proved to stay the same, right or wrong, for {self.output.certified:.1%} of "
-            "the samples."
+            f"The predicted class leads by {self.output.gap:.3g} on average, by at least {self.output.lower_bound:.3g} "
+            f"over the box; IBP proves it constant, right or wrong, for {self.output.certified:.1%} of the samples."
         )
 
-    def tables(self) -> list[list[tuple[str, ...]]]:
-        """The figures of ReLU layers and of affine layers, each table with its heading first."""
-        none: list[tuple[str, ...]] = [("no ReLU layers",)]
-        relus = [_RELU_HEAD, *map(_relu_row, self.relus)] if self.relus else none
+    def tables(self) -> list[Table]:
+        """The statistics of ReLU layers and of affine layers as two tables."""
+        relus: Table = [_RELU_HEAD, *map(_relu_row, self.relus)] if self.relus else [("no ReLU layers",)]
         return [relus, [_AFFINE_HEAD, *map(_affine_row, self.affine)]]
 
 
@@ -217,41 +221,57 @@ _RELU_HEAD = (
     *("ρ", "s", "|centre|"),
 )
 _AFFINE_HEAD = ("affine layer", "fan-in", "weight std", "IBP std", "ratio", "expected gain", "BatchNorm")
+_LEGEND = (
+    "gain: half-width over that of the layer before (healthy: below 2); growth: over that of the input. ρ, s: mean and "
+    "variance of always-active over always-inactive neurons (healthy: 0.5 to 2; nan or inf if a state is empty). "
+    "|centre|: mean distance of the bounds' centres from 0 (healthy: above the half-width)."
+)
 
 
 def _relu_row(layer: ReluStatistics) -> tuple[str, ...]:
-    shares = (layer.always_active, layer.always_inactive, layer.unstable, layer.dead)
-    return (
-        layer.name,
-        f"{layer.neurons:,}",
-        *map(_number, (layer.half_width, layer.gain, layer.growth)),
-        *(f"{value:.1%}" for value in shares),
-        *map(_number, (layer.mean_ratio, layer.variance_ratio, layer.distance)),
-    )
+    widths = _numbers(layer.half_width, layer.gain, layer.growth)
+    fractions = (layer.always_active, layer.always_inactive, layer.unstable, layer.dead)
+    ratios = _numbers(layer.mean_ratio, layer.variance_ratio, layer.distance)
+    return (layer.name, f"{layer.neurons:,}", *widths, *(f"{value:.1%}" for value in fractions), *ratios)
 
 
 def _affine_row(layer: AffineStatistics) -> tuple[str, ...]:
-    return (
-        layer.name or "(the network)",
-        f"{layer.fan_in:g}",
-        *map(_number, (layer.weight_std, layer.ibp_std, layer.ratio, layer.expected_gain)),
-        "classification" if layer.classification else "yes" if layer.batchnorm else "no",
-    )
+    weights = _numbers(layer.weight_std, layer.ibp_std, layer.ratio, layer.expected_gain)
+    batchnorm = "classification" if layer.classification else "yes" if layer.batchnorm else "no"
+    return (layer.name or "(the network)", f"{layer.fan_in:g}", *weights, batchnorm)
 
 
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3g}"
+def _numbers(*values: float | None) -> list[str]:
+    return ["–" if value is None else f"{value:.3g}" for value in values]
+
+
+def as_text(table: Table) -> str:
+    """A table for terminals, in columns of equal width."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in table]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def as_markdown(table: Table) -> str:
+    """A table in GitHub's Markdown."""
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in table]
+    return "\n".join([lines[0], "|" + " --- |" * len(table[0]), *lines[1:]])
+
+
+def as_html(table: Table) -> str:
+    """A table in HTML."""
+    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in table[0])
+    rows = ("".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in table[1:])
+    body = "".join(f"<tr>{row}</tr>" for row in rows)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def history_columns(layers: Sequence[ReluStatistics]) -> dict[str, float]:
-    """The figures of ReLU layers as a history's columns, ``figure/layer``; a second layer of a name is ``name#2``."""
+    """Columns ``statistic/layer`` of a history; the second layer of the same name is ``name#2``."""
     names: list[str] = []
     for layer in layers:
         earlier = sum(name.partition("#")[0] == layer.name for name in names)
         names.append(f"{layer.name}#{earlier + 1}" if earlier else layer.name)
-    figures = [field.name for field in dataclasses.fields(ReluStatistics) if field.name not in ("name", "neurons")]
-    return {
-        f"{figure}/{name}": getattr(layer, figure)
-        for figure in figures
-        for name, layer in zip(names, layers, strict=True)
-    }
+    columns = [field.name for field in dataclasses.fields(ReluStatistics)[2:]]  # Without name and size.
+    named = list(zip(names, layers, strict=True))
+    return {f"{column}/{name}": getattr(layer, column) for column in columns for name, layer in named}

@@ -1,22 +1,23 @@
-"""Networks by name: the paper's, and any that `package.module:factory` makes."""
+"""Networks by name: the paper's, and your own by the factory that makes them."""
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import inspect
+import sys
 from collections.abc import Callable, Sequence
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lirpa_fastwarmup.models.cnn7 import cnn7
-from lirpa_fastwarmup.models.resnext import resnext
-from lirpa_fastwarmup.models.wide_resnet import wide_resnet8
+from lirpa_fastwarmup.models.networks import cnn7, resnext, wide_resnet8
 
 MODELS: dict[str, Callable[..., nn.Module]] = {"cnn7": cnn7, "wide-resnet8": wide_resnet8, "resnext": resnext}
-
-_ARGUMENTS = "in_shape, classes (or num_classes), width, hidden, batchnorm, mean, std"
 
 
 def build(
@@ -30,65 +31,68 @@ def build(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> nn.Module:
-    """The network called ``name``.
+    """Build the network called ``name``.
 
-    A name `package.module:factory` stands for what that callable (a function, or a class of networks) returns. It is
-    given, of ``in_shape``, ``classes`` (also as ``num_classes``), ``width``, ``hidden``, ``batchnorm``, ``mean`` and
-    ``std``, those that its signature names: ``**kwargs`` names none, and a ``width`` of None is left out. What it
-    returns is run once, on zeros, which leaves its modes and torch's random numbers as they were.
+    A factory is a function or class that returns an nn.Module. It gets the arguments below, and ``classes`` also as
+    ``num_classes``, if its signature names them (``**kwargs`` names none; a ``width`` of None is left out). Its network
+    is run once, on zeros, which changes neither modes nor torch's random numbers.
 
     Args:
-        name: one of :data:`MODELS`, or `package.module:factory`.
+        name: one of :data:`MODELS`, or a factory: `package.module:factory` or `path/to/file.py:factory`.
         in_shape: (channels, height, width) of the input, pixels from 0 to 1.
-        classes: outputs.
-        width, hidden: its size; ``width=None`` for its default.
+        classes: number of outputs.
+        width, hidden: size of the network; ``width=None`` for its default.
         batchnorm: whether it has BatchNorm.
-        mean, std: of the pixels, per channel, where the data is usually normalised.
+        mean, std: of the pixels, per channel, if the data is usually normalised.
 
     Raises:
         ValueError: there is no network of that name, it cannot be run on two inputs of ``in_shape``, or its output is
             not (batch, classes).
-        ImportError: the module cannot be imported, or has no such factory.
-        TypeError: what is named is no factory, wants other arguments, or makes no nn.Module.
+        ImportError: the module or file cannot be imported, or has no such factory.
+        TypeError: ``name`` is no factory, the factory needs other arguments, or it makes no nn.Module.
     """
     given: dict[str, Any] = {"in_shape": in_shape, "classes": classes, "hidden": hidden, "batchnorm": batchnorm}
-    given |= {"mean": mean, "std": std}
-    if width is not None:
-        given["width"] = width
+    given |= {"mean": mean, "std": std} | ({} if width is None else {"width": width})
+    factory = find_factory(name)
     if name in MODELS:
-        return MODELS[name](**given)
-    if ":" not in name:
-        raise ValueError(
-            f"unknown network {name!r}; known are {', '.join(MODELS)}, or name a factory of your own as "
-            "package.module:factory"
-        )
-    model = _made(_imported(name), name, {**given, "num_classes": classes})
+        return factory(**given)
+    model = _made(factory, name, {**given, "num_classes": classes})
     _check_output(model, name, in_shape, classes)
     return model
 
 
-def _imported(name: str) -> Callable[..., Any]:
-    module_name, _, attribute = name.partition(":")
+def find_factory(name: str) -> Callable[..., Any]:
+    """Return the callable that makes the network ``name``; raises as :func:`build`."""
+    if name in MODELS:
+        return MODELS[name]
+    if ":" not in name:
+        raise ValueError(
+            f"unknown network {name!r}; known are {', '.join(MODELS)}, or name your own factory as "
+            "package.module:factory or path/to/file.py:factory"
+        )
+    source, _, attribute = name.rpartition(":")
+    is_file = source.endswith(".py")
+    kind = "file" if is_file else "module"
     try:
-        module = importlib.import_module(module_name)
-    except Exception as error:  # Whatever the user's code raises on import, from a syntax error on.
+        factory: Any = _imported_file(Path(source)) if is_file else importlib.import_module(source)
+    except Exception as error:  # The user's code may raise anything on import, even a syntax error.
+        by_dots = "Write it with dots, as in an import statement, from a folder on Python's path"
         raise ImportError(
-            f"the module {module_name!r} of the network {name!r} cannot be imported ({type(error).__name__}: {error}). "
-            "Write it with dots, as in an import statement, from a folder on Python's path, and see that it can be "
-            "imported by itself"
+            f"the {kind} {source!r} of the network {name!r} cannot be imported ({type(error).__name__}: {error}). "
+            f"{'Give its path from the current folder' if is_file else by_dots}, and check that it can be imported by "
+            "itself"
         ) from error
-    factory: Any = module
     for part in attribute.split("."):
         if not hasattr(factory, part):
             raise ImportError(
-                f"the module {module_name!r} has no {attribute!r}, named by the network {name!r}: after the colon, "
-                "name a function or class of that module which makes the network"
+                f"the {kind} {source!r} has no {attribute!r}, named by the network {name!r}: after the colon, name a "
+                "function or class in it that makes the network"
             )
         factory = getattr(factory, part)
     if isinstance(factory, nn.Module):
         raise TypeError(
-            f"{name!r} is a network ({type(factory).__name__}) already, with weights that a second run would go on "
-            "with, and every run needs a fresh one: name a function or class that makes one"
+            f"{name!r} is a network ({type(factory).__name__}) already, whose weights a second run would continue to "
+            "train, and every run needs a fresh one: name a function or class that makes one"
         )
     if not callable(factory):
         raise TypeError(
@@ -98,20 +102,38 @@ def _imported(name: str) -> Callable[..., Any]:
     return factory
 
 
+def _imported_file(path: Path) -> ModuleType:
+    """The file as a module, run once per process, under a name made from its path, so that it replaces no other."""
+    path = path.resolve(strict=True)
+    name = f"file_{hashlib.sha256(str(path).encode()).hexdigest()[:16]}"
+    if name not in sys.modules:
+        spec = spec_from_file_location(name, path)
+        assert spec is not None
+        assert spec.loader is not None
+        sys.modules[name] = module = module_from_spec(spec)  # Before it runs: dataclasses look their module up.
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]
+
+
 def _made(factory: Callable[..., Any], name: str, given: dict[str, Any]) -> nn.Module:
     try:
         signature = inspect.signature(factory)
-    except ValueError:  # Some callables of C code tell none.
+    except ValueError:  # Some callables written in C have no signature.
         signature = inspect.Signature()
     by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    taken = {key for key, parameter in signature.parameters.items() if parameter.kind in by_name}
-    arguments = {key: value for key, value in given.items() if key in taken}
+    named = {key for key, parameter in signature.parameters.items() if parameter.kind in by_name}
+    arguments = {key: value for key, value in given.items() if key in named}
     try:
         signature.bind(**arguments)
     except TypeError as error:
         raise TypeError(
-            f"the factory {name!r} cannot be called ({error}): it may take {_ARGUMENTS}, by these names (width only "
-            "where the run sets one). Give any other argument a default"
+            f"the factory {name!r} cannot be called ({error}): it may have the parameters in_shape, classes (or "
+            "num_classes), width (passed only where the run sets one), hidden, batchnorm, mean and std. Give any other "
+            "parameter a default"
         ) from error
     model = factory(**arguments)
     if not isinstance(model, nn.Module):

@@ -1,67 +1,55 @@
-"""The objective's training step, recorded once for each shape and phase, compiled, and replayed.
+"""A training step, recorded once for each shape, compiled, and replayed.
 
-A recording holds the forward and the backward pass: it gives the loss and the gradients of all parameters at once, and
-``backward`` only hands these over. It calls for nothing of the engine, so that neither Python nor a wait for the device
-is left in a step.
+A recording holds the forward and the backward pass: it computes the loss and the gradients of all parameters, and
+``backward`` only hands these over. It calls nothing of the engine, so a step runs no Python and waits for no device.
 """
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lirpa_fastwarmup.boxes import Epsilon, InputRange
 from lirpa_fastwarmup.engine.bounds import input_box
 from lirpa_fastwarmup.engine.capture import RecordableBox, forget_last_pass, record
 from lirpa_fastwarmup.engine.module import BoundedModule
-from lirpa_fastwarmup.recipe.cuda_graph import CudaGraph
-from lirpa_fastwarmup.recipe.step import StepValues, Terms, compute_step
 
 logger = logging.getLogger(__name__)
 
-_VALUES = ("loss", "clean_loss", "clean_error", "robust_loss", "verified_error")
-# Largest relative differences to the eager step, of the loss and of the gradient, with which a compiled one is used.
-# They are to find mistakes: rounding alone turns a ReLU here and there, and moves a gradient by up to a percent where
-# bounds explode.
+# (x, y, box, fraction) -> 0-dim tensors by name, "loss" among them.
+Step = Callable[[Tensor, Tensor, Any, Tensor], Mapping[str, Tensor]]
+# x, y, eps and fraction, all on one device.
+Batch = tuple[Tensor, Tensor, Tensor, Tensor]
+
+# The largest relative differences to the eager step, of the loss and of the gradient. They find mistakes: rounding
+# alone flips a few ReLUs, and changes a gradient by up to a percent where bounds explode.
 _TOLERANCES = (1e-3, 0.05)
 _COARSE_TOLERANCES = (0.05, 0.2)
 _SMALLEST = 1e-6
+_WARM_UP_RUNS = 3  # As torch.cuda.graph's documentation advises: libraries choose and allocate in the first runs.
 
 
 class CompilationWarning(UserWarning):
-    """A training step could not be compiled, and is taken by the engine itself."""
-
-
-@dataclass(frozen=True)
-class Batch:
-    """What a step is computed from, besides the network: eps and fraction as tensors of the batch's device."""
-
-    x: Tensor
-    y: Tensor
-    eps: Tensor
-    fraction: Tensor
-
-    @property
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return self.x, self.y, self.eps, self.fraction
+    """A training step could not be compiled; the engine computes it instead."""
 
 
 class CompiledSteps:
-    """Compiled training steps of one network, each made when it is first asked for.
+    """Compiled training steps of one network, each compiled on first use.
 
     Args:
         bounded: the network.
-        input_range: to which the box is clipped.
-        batch_size: compile batches of this many samples only; ``None`` for whatever comes.
+        input_range: lowest and highest valid input, to which the box is clipped.
+        batch_size: compile batches of this many samples only; ``None`` for any.
         backend: of ``torch.compile``.
     """
 
@@ -81,33 +69,39 @@ class CompiledSteps:
         self._failed = False
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_steps": {}}  # What is compiled stays with the process, and with the network.
+        return {**self.__dict__, "_steps": {}}  # Compiled code cannot be pickled, and belongs to one network.
 
-    def take(self, terms: Terms, x: Tensor, y: Tensor, eps: Epsilon, fraction: float) -> StepValues | None:
-        """The step, compiled; ``None`` where it has to be taken eagerly.
+    def run(
+        self, step: Step, key: tuple[Any, ...], x: Tensor, y: Tensor, eps: Epsilon, fraction: float
+    ) -> dict[str, Tensor] | None:
+        """The values of ``step``, compiled; ``None`` where it must run eagerly.
+
+        Args:
+            step: computes values from a batch, the box around it and ε/ε_max. Only the loss has a gradient afterwards.
+            key: the step's name for the log, then everything else that ``step`` depends on besides the network.
+            x, y, eps, fraction: the batch, the radius of the box, and ε/ε_max.
 
         Warns:
-            CompilationWarning: it could not be compiled; the reason is in the text. No other will be tried.
+            CompilationWarning: the step cannot be compiled, with the reason. Every later step runs eagerly.
         """
         if self._failed or not self._suits(x, eps):
             return None
-        batch = Batch(x, y, scalar_like(x, eps), scalar_like(x, fraction))
-        key = self._key(terms, batch)
+        batch = (x, y, scalar_like(x, eps), scalar_like(x, fraction))
+        key = (*key, *self._state_key(batch))
         if key not in self._steps:
             try:
                 if self._bounded.over_ranks:
                     raise NotImplementedError("sums over several processes cannot be recorded")
-                self._steps[key] = self._compiled(terms, batch)
+                logger.info("compiling the training step %s, for batches of shape %s", key[0], tuple(x.shape))
+                self._steps[key] = self._compiled(step, batch)
             except Exception as error:
                 self._failed = True
-                warnings.warn(
-                    f"training steps are taken eagerly, as this one cannot be compiled: {_first_line(error)}",
-                    CompilationWarning,
-                    stacklevel=5,
-                )
+                reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+                text = f"training steps run eagerly, as this one cannot be compiled: {reason}"
+                warnings.warn(text, CompilationWarning, stacklevel=5)
                 logger.debug("no compiled step", exc_info=True)
                 return None
-        return self._steps[key].take(batch)
+        return self._steps[key].run(batch)
 
     def _suits(self, x: Tensor, eps: Epsilon) -> bool:
         return (
@@ -118,125 +112,151 @@ class CompiledSteps:
             and not (isinstance(eps, Tensor) and eps.requires_grad)
         )
 
-    def _key(self, terms: Terms, batch: Batch) -> Any:
-        """All that a recording depends on besides the values of tensors."""
-        model, device = self._bounded.wrapped, batch.x.device.type
-        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    def _state_key(self, batch: Batch) -> tuple[Any, ...]:
+        """Everything that any recording depends on besides the values of tensors."""
+        x, _, eps, _ = batch
+        model, device = self._bounded.wrapped, x.device.type
         return (
-            (terms.phase, terms.kappa, terms.reg_weight, tuple(terms.fading)),
-            tuple((name, weight) for name, (_, weight) in terms.constant.items()),
-            tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in (batch.x, batch.eps)),
-            autocast,
+            tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in (x, eps)),
+            torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None,
             tuple(module.training for module in model.modules()),
             tuple((parameter.shape, parameter.requires_grad) for parameter in model.parameters()),
         )
 
-    def _compiled(self, terms: Terms, batch: Batch) -> _RecordedStep:
-        logger.info("compiling the training step %s, for batches of shape %s", terms.phase.value, tuple(batch.x.shape))
+    def _compiled(self, step: Step, batch: Batch) -> _RecordedStep:
         try:
-            step = _RecordedStep(terms, self._bounded, self._input_range, batch, self._backend)
-            step.compare_with_eager(batch)
+            recorded = _RecordedStep(step, self._bounded, self._input_range, batch, self._backend)
+            recorded.compare_with_eager(step, batch)
         finally:
-            forget_last_pass(self._bounded)  # No other is to come.
-        return step
+            forget_last_pass(self._bounded)  # No other pass follows that would free its tensors.
+        return recorded
 
 
 class _RecordedStep:
-    """The step of one phase, for batches of one shape."""
+    """A step for batches of one shape."""
 
     def __init__(
-        self, terms: Terms, bounded: BoundedModule, input_range: InputRange | None, batch: Batch, backend: str
+        self, step: Step, bounded: BoundedModule, input_range: InputRange | None, batch: Batch, backend: str
     ) -> None:
-        self._terms = terms
         self._bounded = bounded
         self._input_range = input_range
         self._trained = [name for name, value in bounded.wrapped.named_parameters() if value.requires_grad]
         self._names: list[str] = []
-        box = RecordableBox(batch.x)
+        example = batch[0]
+        box = RecordableBox(example)
 
-        def step(x: Tensor, y: Tensor, eps: Tensor, fraction: Tensor) -> tuple[Tensor, list[Tensor | None]]:
-            values = compute_step(terms, bounded, x, y, lambda: box.around(x, eps, input_range), fraction)
-            parameters = dict(bounded.wrapped.named_parameters())
-            grads = torch.autograd.grad(values.loss, [parameters[name] for name in self._trained], allow_unused=True)
-            named = {name: getattr(values, name) for name in _VALUES} | {f".{n}": t for n, t in values.terms.items()}
-            told = {name: value.detach() for name, value in named.items() if value is not None}
-            self._names = list(told)
-            return torch.stack([value.to(values.loss.dtype) for value in told.values()]), list(grads)
+        def flat(x: Tensor, y: Tensor, eps: Tensor, fraction: Tensor) -> tuple[Tensor, list[Tensor | None]]:
+            values = step(x, y, box.around(x, eps, input_range), fraction)
+            loss, self._names = values["loss"], list(values)
+            grads = torch.autograd.grad(loss, self._parameters(), allow_unused=True)
+            return torch.stack([value.detach().to(loss.dtype) for value in values.values()]), list(grads)
 
-        graph = record(step, bounded, self._copied_state(), batch.tensors)
+        # The copies of parameters are parameters: nodes refuse anything else where they have held one.
+        graph = record(flat, bounded, copy.deepcopy(self._state()), batch)
         # On the CPU, converting to and from channels-last memory costs more than it gains.
-        options: Any = (
-            {"layout_optimization": False} if backend == "inductor" and batch.x.device.type == "cpu" else None
-        )
+        keep_layout = backend == "inductor" and example.device.type == "cpu"
+        options: Any = {"layout_optimization": False} if keep_layout else None
         self._replay: Callable[..., Any] = torch.compile(
             graph, fullgraph=True, dynamic=False, backend=backend, options=options
         )
-        if batch.x.device.type == "cuda":
-            self._replay = CudaGraph(self._replay, batch.tensors)
+        if example.device.type == "cuda":
+            self._replay = CudaGraph(self._replay, batch)
 
-    def take(self, batch: Batch) -> StepValues:
-        """The step on ``batch``: the running statistics are moved, and the loss has its gradients."""
+    def run(self, batch: Batch) -> dict[str, Tensor]:
+        """The values of the step on ``batch``; it updates the running statistics, and the loss has a gradient."""
         state = self._state()
-        values, grads = self._run(state, batch)
-        parameters = [state[name] for name, grad in zip(self._trained, grads, strict=True) if grad is not None]
-        loss = _WithGradients.apply(values[0], [grad for grad in grads if grad is not None], *parameters)
-        told = dict(zip(self._names, values.unbind(), strict=True))
-        return StepValues(
-            loss,
-            **{name: told.get(name) for name in _VALUES[1:]},  # type: ignore[arg-type]
-            terms={name[1:]: value for name, value in told.items() if name.startswith(".")},
-        )
+        stacked, grads = self._run(state, batch)
+        values = dict(zip(self._names, stacked.unbind(), strict=True))
+        used = {name: grad for name, grad in zip(self._trained, grads, strict=True) if grad is not None}
+        values["loss"] = _WithGradients.apply(values["loss"], [*used.values()], *(state[name] for name in used))
+        return values
 
     @torch.no_grad()
     def _run(self, state: Mapping[str, Tensor], batch: Batch) -> tuple[Tensor, list[Tensor | None]]:
         # Detached, because a compiler would prepare for gradients of the gradients.
-        result: tuple[Tensor, list[Tensor | None]] = self._replay(
-            *[tensor.detach() for tensor in state.values()], *batch.tensors
-        )
-        return result
+        return self._replay(*[tensor.detach() for tensor in state.values()], *batch)
 
     def _state(self) -> dict[str, Tensor]:
-        model = self._bounded.wrapped
-        return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        return {**dict(self._bounded.wrapped.named_parameters()), **dict(self._bounded.wrapped.named_buffers())}
 
-    def _copied_state(self) -> dict[str, Tensor]:
-        # Parameters again, because nodes may not hold anything else where they have held one.
-        return {
-            name: nn.Parameter(tensor.detach().clone(), tensor.requires_grad)
-            if isinstance(tensor, nn.Parameter)
-            else tensor.clone()
-            for name, tensor in self._state().items()
-        }
+    def _parameters(self) -> list[Tensor]:
+        """The trained parameters; during the recording, the tensors in their place."""
+        parameters = dict(self._bounded.wrapped.named_parameters())
+        return [parameters[name] for name in self._trained]
 
-    def compare_with_eager(self, batch: Batch) -> None:
-        """See that the compiled step computes what the engine does, on another batch than was recorded.
+    def compare_with_eager(self, step: Step, batch: Batch) -> None:
+        """Check on another batch than the recorded one that the compiled step computes what the engine does.
 
         Raises:
             RuntimeError: it does not.
         """
-        other = Batch(batch.x.flip(0), batch.y.flip(0), batch.eps * 0.75, batch.fraction * 0.75)
-        with _kept_buffers(self._bounded.wrapped):
-            expected = self._eager(other)
-        with _kept_buffers(self._bounded.wrapped):
-            values, grads = self._run(self._state(), other)
-        if not expected[0].isfinite():
+        x, y, eps, fraction = batch[0].flip(0), batch[1].flip(0), batch[2] * 0.75, batch[3] * 0.75
+        with _restored_buffers(self._bounded.wrapped):
+            loss = step(x, y, input_box(x, eps, self._input_range), fraction)["loss"]
+            expected = torch.autograd.grad(loss, self._parameters(), allow_unused=True)
+        with _restored_buffers(self._bounded.wrapped):
+            values, grads = self._run(self._state(), (x, y, eps, fraction))
+        if not loss.isfinite():
             return
-        differences = _relative_difference([values[0]], [expected[0]]), _relative_difference(grads, expected[1])
-        tolerances = _COARSE_TOLERANCES if _is_coarse(batch.x.device) else _TOLERANCES
+        found = values[self._names.index("loss")]
+        differences = _relative_difference([found], [loss.detach()]), _relative_difference(grads, expected)
+        # Off the CPU and under autocast, products may be rounded to TF32 or to autocast's dtype.
+        coarse = x.device.type != "cpu" or torch.is_autocast_enabled(x.device.type)
+        tolerances = _COARSE_TOLERANCES if coarse else _TOLERANCES
         if not all(found <= allowed for found, allowed in zip(differences, tolerances, strict=True)):
             raise RuntimeError(
-                f"compiled, its loss differs from the engine's by {differences[0]:.1e} and its gradient by "
+                f"the compiled loss differs from the engine's by {differences[0]:.1e} and its gradient by "
                 f"{differences[1]:.1e}, relatively"
             )
 
-    def _eager(self, batch: Batch) -> tuple[Tensor, Sequence[Tensor | None]]:
-        def box() -> Any:
-            return input_box(batch.x, batch.eps, self._input_range)
 
-        parameters = dict(self._bounded.wrapped.named_parameters())
-        loss = compute_step(self._terms, self._bounded, batch.x, batch.y, box, batch.fraction).loss
-        trained = [parameters[name] for name in self._trained]
-        return loss.detach(), torch.autograd.grad(loss, trained, allow_unused=True)
+class CudaGraph:
+    """``function(*state, *inputs)`` as a CUDA graph: one launch instead of one per kernel.
+
+    The graph reads and writes the state in place, and is captured again where the state has other memory. Inputs are
+    copied to the memory that it reads, and results from the memory that it writes.
+
+    Args:
+        function: does nothing that waits for the device.
+        inputs: example inputs.
+    """
+
+    def __init__(self, function: Callable[..., Any], inputs: tuple[Tensor, ...]) -> None:
+        self._function = function
+        self._inputs = tuple(tensor.clone() for tensor in inputs)
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._addresses: tuple[int, ...] = ()
+        self._result: Any = None
+
+    def __call__(self, *tensors: Tensor) -> Any:
+        """The result for ``(*state, *inputs)``."""
+        state, inputs = tensors[: -len(self._inputs)], tensors[-len(self._inputs) :]
+        for place, value in zip(self._inputs, inputs, strict=True):
+            place.copy_(value, non_blocking=True)
+        addresses = tuple(tensor.data_ptr() for tensor in state)
+        if self._graph is None or addresses != self._addresses:
+            self._graph = self._captured(state)
+            self._addresses = addresses
+        self._graph.replay()
+        leaves, structure = tree_flatten(self._result)
+        computed = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        copies = iter(torch._foreach_mul(computed, 1))  # In one launch. The next replay overwrites the originals.
+        return tree_unflatten([next(copies) if isinstance(leaf, Tensor) else leaf for leaf in leaves], structure)
+
+    def _captured(self, state: tuple[Tensor, ...]) -> torch.cuda.CUDAGraph:
+        before = [tensor.clone() for tensor in state]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(_WARM_UP_RUNS):
+                self._function(*state, *self._inputs)
+        torch.cuda.current_stream().wait_stream(stream)
+        for tensor, value in zip(state, before, strict=True):
+            tensor.copy_(value)  # The runs updated the running statistics.
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._result = self._function(*state, *self._inputs)
+        return graph
 
 
 class _WithGradients(torch.autograd.Function):
@@ -254,13 +274,12 @@ class _WithGradients(torch.autograd.Function):
 
 
 def scalar_like(x: Tensor, value: float | Tensor) -> Tensor:
-    """``value`` in the dtype and on the device of ``x``, without a wait for the device where it is a number."""
+    """``value`` in the dtype and on the device of ``x``; a number does not wait for the device."""
     return value.to(x) if isinstance(value, Tensor) else torch.full((), value, dtype=x.dtype, device=x.device)
 
 
 @contextmanager
-def _kept_buffers(model: nn.Module) -> Iterator[None]:
-    """Put the model's buffers back afterwards as they were."""
+def _restored_buffers(model: nn.Module) -> Iterator[None]:
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     try:
         yield
@@ -270,20 +289,10 @@ def _kept_buffers(model: nn.Module) -> Iterator[None]:
 
 
 def _relative_difference(found: Sequence[Tensor | None], expected: Sequence[Tensor | None]) -> float:
-    """The norm of the difference over the norm of what was expected, all tensors together."""
+    """The norm of the difference over the norm of the expected values, of all tensors together."""
     if [one is None for one in found] != [one is None for one in expected]:
         return math.inf
     pairs = [(one, two) for one, two in zip(found, expected, strict=True) if one is not None and two is not None]
     difference = torch.stack([(one - two).double().norm() for one, two in pairs]).norm()
     size = torch.stack([two.double().norm() for _, two in pairs]).norm()
     return float(difference / size.clamp(min=_SMALLEST))
-
-
-def _is_coarse(device: torch.device) -> bool:
-    """Whether products may be rounded to TF32 or to autocast's dtype."""
-    return device.type != "cpu" or torch.is_autocast_enabled(device.type)
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"

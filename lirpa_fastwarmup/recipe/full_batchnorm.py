@@ -12,32 +12,26 @@ from torch import Tensor, nn
 
 from lirpa_fastwarmup.engine.graph import AffineLayer, NetworkGraph, StructureError, read_graph
 from lirpa_fastwarmup.engine.module import BoundedModule
-from lirpa_fastwarmup.engine.tracing import Observation, unchanged, untraceable
+from lirpa_fastwarmup.engine.tracing import unchanged, untraceable
 
 logger = logging.getLogger(__name__)
 
 _CHILD = "batchnorm"
-_BY_RANK: dict[int, type[nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d]] = {
-    0: nn.BatchNorm1d,
-    1: nn.BatchNorm1d,
-    2: nn.BatchNorm2d,
-    3: nn.BatchNorm3d,
-}
+_BY_RANK = (nn.BatchNorm1d, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)  # Spatial dimensions: 0, 1, 2, 3.
 
 
 def _normalise_output(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-    # A function of the module level, so that the model can still be pickled and copied.
+    # A module-level function, so that the model can still be pickled and copied.
     return module.get_submodule(_CHILD)(output)
 
 
 def insert_batchnorm(model: nn.Module, *example_inputs: Tensor) -> list[str]:
-    """Give every affine layer that lacks it a BatchNorm of its own, in place.
+    """Insert BatchNorm after every affine layer that lacks it, in place.
 
-    The BatchNorm becomes the child ``batchnorm`` of the layer's module and normalises its output by a
-    forward hook: the model keeps its class, its ``forward`` and its state-dict keys, to which those of
-    the new modules are added. Biases stay. Left alone are the classification layers (whose output
-    reaches the network's output without a non-linearity) and layers with BatchNorm right behind them,
-    or behind the sum that they feed; a second call inserts nothing.
+    The BatchNorm becomes the child ``batchnorm`` of the layer's module and normalises its output in a forward hook: the
+    model keeps its class, its ``forward`` and its state-dict keys, and gets new keys for the new modules. Biases stay.
+    Classification layers (whose output reaches the network's output without a non-linearity) get none, nor do layers
+    with BatchNorm directly after them or after the sum that they feed; a second call inserts nothing.
 
     Args:
         model: any nn.Module whose operators the installed engine bounds.
@@ -47,12 +41,23 @@ def insert_batchnorm(model: nn.Module, *example_inputs: Tensor) -> list[str]:
         The qualified names of the modules that got a BatchNorm, in order of execution.
 
     Raises:
-        StructureError: the path through the network depends on the data, a module is called in several
-            places (one BatchNorm cannot hold the statistics of both), or a layer's output has no
-            channel dimension to normalise. The model is then unchanged.
+        StructureError: the path through the network depends on the data, a module is called in several places (one
+            BatchNorm cannot hold the statistics of both), or a layer's output has no channel dimension to normalise.
+            The model is then unchanged.
         NotImplementedError: the engine has no bounds for an operator of the network.
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(5408, 10))
+        >>> fw.insert_batchnorm(net, torch.zeros(2, 1, 28, 28))
+        ['0']
     """
-    observed = _observe(model, example_inputs)
+    with unchanged(model):
+        observed, reasons = untraceable(model, example_inputs)
+    if reasons:
+        raise StructureError(
+            f"the network's path is not fixed: {'; '.join(reasons)}. Layers off the path of the example would be left "
+            "without BatchNorm: use tensor operations (torch.where) instead, or add BatchNorm yourself"
+        )
     graph = read_graph(BoundedModule(model, tuple(example_inputs), allow_untested=True))
     final = {id(layer) for layer in graph.classification_layers()}
     layers = [layer for layer in graph.affine if id(layer) not in final and not graph.has_batchnorm(layer)]
@@ -61,7 +66,7 @@ def insert_batchnorm(model: nn.Module, *example_inputs: Tensor) -> list[str]:
     if repeated:
         raise StructureError(
             f"{', '.join(sorted(repeated))}: called in several places of the network, and one BatchNorm cannot hold "
-            "the statistics of both. Give each place a module of its own, or add BatchNorm yourself"
+            "the statistics of both. Give each place its own module, or add BatchNorm yourself"
         )
     modules = [(layer.name, model.get_submodule(layer.name), _batchnorm_for(model, graph, layer)) for layer in layers]
     hooks = []
@@ -74,30 +79,19 @@ def insert_batchnorm(model: nn.Module, *example_inputs: Tensor) -> list[str]:
             hook.remove()
             delattr(module, _CHILD)
         raise StructureError(
-            f"{', '.join(missed)}: what the module returns is not the plain output of its weight, or other code uses "
-            "the weight, so that BatchNorm cannot be put right behind it. Add BatchNorm yourself"
+            f"{', '.join(missed)}: the module does not return the plain output of its weight, or other code uses the "
+            "weight, so BatchNorm cannot be put directly after it. Add BatchNorm yourself"
         )
     for name, _, batchnorm in modules:
         logger.info("inserted %s after %s", type(batchnorm).__name__, name)
     return [layer.name for layer in layers]
 
 
-def _observe(model: nn.Module, example_inputs: tuple[Tensor, ...]) -> Observation:
-    with unchanged(model):
-        observed, reasons = untraceable(model, example_inputs)
-    if reasons:
-        raise StructureError(
-            f"the network's path is not fixed: {'; '.join(reasons)}. Layers off the path of the example would be left "
-            "without BatchNorm: use tensor operations (torch.where) instead, or add BatchNorm yourself"
-        )
-    return observed
-
-
 def _without_effect(model: nn.Module, example_inputs: tuple[Tensor, ...], names: set[str]) -> list[str]:
-    """Those of the layers ``names`` that BatchNorm does not come right after, now that it was inserted."""
+    """The layers among ``names`` that BatchNorm does not follow directly, although it was inserted."""
     try:
         graph = read_graph(BoundedModule(model, tuple(example_inputs), allow_untested=True))
-    except Exception:  # Whatever the network does with an output that is no plain tensor.
+    except Exception:  # The network may do anything with an output that is no plain tensor.
         logger.debug("the network fails with BatchNorm inserted", exc_info=True)
         return sorted(names)
     return [layer.name for layer in graph.affine if layer.name in names and not graph.has_batchnorm(layer)]

@@ -1,4 +1,4 @@
-"""Initialisations: the paper's, under which interval bounds neither explode nor vanish, and others by name.
+"""Initialisation of weights: the paper's, under which interval bounds neither explode nor vanish, and others by name.
 
 For a layer with weights N(0, σ²) that reads a ReLU, the expected gain in interval width is
 (n/2)·E|W| = (n/2)·σ·√(2/π); it is 1 for σ = √(2π)/n (Shi et al., NeurIPS 2021, section 3.1).
@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from lirpa_fastwarmup.boxes import check_eps
 from lirpa_fastwarmup.engine.bounds import input_box
-from lirpa_fastwarmup.engine.graph import AffineLayer, StructureError, affine_weights, read_graph, weight_of
-from lirpa_fastwarmup.engine.layers import width_gain
+from lirpa_fastwarmup.engine.graph import AffineLayer, StructureError, affine_weights, read_graph, weight_of, width_gain
 
 _LITERATURE: dict[str, Callable[..., Tensor]] = {
     "kaiming": partial(nn.init.kaiming_normal_, nonlinearity="relu"),
@@ -30,13 +29,13 @@ INITIALIZATIONS = ("default", *_LITERATURE, "ibp", "ibp-calibrated")
 
 @dataclass(frozen=True)
 class LayerInit:
-    """How one layer was initialised.
+    """The initialisation of one layer.
 
     Attributes:
         name: qualified name of the module.
-        fan_in: inputs that one output adds up.
+        fan_in: number of inputs that one output sums.
         std: standard deviation of the weights, after halving and calibration.
-        halved: the layer reads the ReLU of a residual sum, and its weights were halved for it.
+        halved: whether the layer reads the ReLU of a residual sum, which halves its weights.
     """
 
     name: str
@@ -53,56 +52,55 @@ def ibp_init_(
     calibrate: Tensor | tuple[Tensor, ...] | None = None,
     eps: float | Tensor = 8 / 255,
 ) -> list[LayerInit]:
-    """Initialise every affine weight but those of the classification layers, in place.
+    """Initialise every affine weight except those of the classification layers, in place.
 
-    Weights are drawn from N(0, σ²) with σ = √(2π)/n for fan-in n; a layer that reads the ReLU of a
-    residual sum directly, where intervals are twice as wide, gets half of that. Biases and BatchNorm
-    stay as they are. Classification layers are those whose output reaches the network's output without
-    a non-linearity.
+    Weights are drawn from N(0, σ²) with σ = √(2π)/n for fan-in n, or half of that for a layer that reads the ReLU of a
+    residual sum directly, where intervals are twice as wide. Biases and BatchNorm stay. Classification layers are
+    those whose output reaches the network's output without a non-linearity.
 
-    The formula supposes ReLU between the layers. ``calibrate`` measures instead: on that batch, layer
-    by layer, the gain in interval width (see :func:`lirpa_fastwarmup.engine.layers.width_gain`) is
-    brought to 1, so that it also holds with other activations, pooling and residual sums.
+    The formula assumes ReLU between the layers. With ``calibrate``, the gain in interval width is measured on that
+    batch, layer by layer, and scaled to 1 (see :func:`lirpa_fastwarmup.engine.graph.width_gain`), which also holds
+    with other activations, pooling and residual sums.
 
     Args:
         bounded: a BoundedModule of either engine.
-        generator: source of the random numbers; by default torch's own.
+        generator: source of the random numbers; by default torch's global one.
         calibrate: example inputs ``(batch, *input)``, or a tuple of them for a network of several inputs. A
-            BoundedTensor (see :func:`lirpa_fastwarmup.input_box`) brings a box of its own.
-        eps: radius of the unclipped box around plain ``calibrate``, in units of the input. The gain of a
-            layer depends on it a little, since wide intervals leave more neurons undecided.
+            BoundedTensor (see :func:`lirpa_fastwarmup.input_box`) has its own box.
+        eps: radius of the unclipped box around plain ``calibrate``, in units of the input; gains depend on it slightly.
 
     Returns:
-        What each initialised layer got, in order of execution.
+        The initialisation of each layer, in order of execution.
 
     Raises:
         StructureError: the weight of a layer is computed by a parametrisation.
-        ValueError: ``eps`` is negative or not finite, or a gain that no rescaling brings to 1.
+        ValueError: ``eps`` is negative or not finite, or no rescaling brings a gain to 1. No weight has changed then.
 
-        No weight has changed then.
+    Example:
+        >>> bounded = fw.BoundedModule(fw.models.cnn7((1, 28, 28), 10), torch.zeros(2, 1, 28, 28))
+        >>> layers = fw.ibp_init_(bounded)
     """
     graph = read_graph(bounded)
     final = {layer.parameter for layer in graph.classification_layers()}
-    # A weight that serves in several places is initialised for the first of them.
+    # A weight that several layers share is initialised for the first of them.
     layers = list({layer.parameter: layer for layer in reversed(graph.affine) if layer.parameter not in final}.values())
     layers.reverse()
     _check_structure(layers)
-    halved = {id(layer) for layer in layers if graph.reads_relu_of_sum(layer)}
+    halved = [graph.reads_relu_of_sum(layer) for layer in layers]
+    stds = [ibp_std(layer, half) for layer, half in zip(layers, halved, strict=True)]
     before = [weight_of(layer).clone() for layer in layers]
     scales = [1.0] * len(layers)
     try:
-        for layer in layers:
-            weight_of(layer).normal_(0.0, ibp_std(layer, id(layer) in halved), generator=generator)
+        for layer, std in zip(layers, stds, strict=True):
+            weight_of(layer).normal_(0.0, std, generator=generator)
         if calibrate is not None:
             scales = _calibrate(bounded, layers, calibrate, eps)
     except Exception:
         for layer, weight in zip(layers, before, strict=True):
             weight_of(layer).copy_(weight)
         raise
-    return [
-        LayerInit(layer.name, layer.fan_in, ibp_std(layer, id(layer) in halved) * scale, id(layer) in halved)
-        for layer, scale in zip(layers, scales, strict=True)
-    ]
+    found = zip(layers, stds, scales, halved, strict=True)
+    return [LayerInit(layer.name, layer.fan_in, std * scale, half) for layer, std, scale, half in found]
 
 
 @torch.no_grad()
@@ -114,15 +112,15 @@ def initialize_(
     calibrate: Tensor | None = None,
     eps: float | Tensor = 8 / 255,
 ) -> None:
-    """Initialise the weights of ``bounded`` in place by a scheme's name; biases and BatchNorm stay.
+    """Initialise the weights of ``bounded`` in place by the name of a scheme; biases and BatchNorm stay.
 
     Args:
         bounded: a BoundedModule of either engine.
-        scheme: "default" leaves the network as its author made it; "kaiming" (normal, He et al., 2015), "xavier"
-            (normal, Glorot and Bengio, 2010) and "orthogonal" (Saxe et al., 2014) draw every affine weight, by
-            torch.nn.init; "ibp" is :func:`ibp_init_`, "ibp-calibrated" that with ``calibrate``.
-        generator: source of the random numbers; by default torch's own.
-        calibrate, eps: of "ibp-calibrated", as in :func:`ibp_init_`.
+        scheme: "default" keeps the weights; "kaiming" (normal, He et al., 2015), "xavier" (normal, Glorot and Bengio,
+            2010) and "orthogonal" (Saxe et al., 2014) draw every affine weight, by torch.nn.init; "ibp" is
+            :func:`ibp_init_`, "ibp-calibrated" the same with ``calibrate``.
+        generator: source of the random numbers; by default torch's global one.
+        calibrate, eps: for "ibp-calibrated", as in :func:`ibp_init_`.
 
     Raises:
         StructureError: the weight of a layer is computed by a parametrisation.
@@ -133,8 +131,7 @@ def initialize_(
     if scheme == "ibp-calibrated" and calibrate is None:
         raise ValueError("the initialisation ibp-calibrated measures on inputs: pass a batch of them as calibrate")
     if scheme in _LITERATURE:
-        layers = read_graph(bounded).affine
-        _check_structure(layers)
+        _check_structure(read_graph(bounded).affine)
         for weight in affine_weights(bounded):
             _LITERATURE[scheme](weight, generator=generator)
     elif scheme != "default":
@@ -142,7 +139,7 @@ def initialize_(
 
 
 def ibp_std(layer: AffineLayer, halved: bool) -> float:
-    """√(2π)/n, or ``halved`` for a layer that reads the ReLU of a residual sum: what :func:`ibp_init_` draws with."""
+    """The standard deviation of :func:`ibp_init_`, ``halved`` for a layer that reads the ReLU of a residual sum."""
     return math.sqrt(2 * math.pi) / layer.fan_in / (2 if halved else 1)
 
 
@@ -150,8 +147,8 @@ def _check_structure(layers: list[AffineLayer]) -> None:
     for layer in layers:
         if not layer.plain:
             raise StructureError(
-                f"the weight of {layer.name!r} is computed from {layer.parameter!r} by a parametrisation, so that "
-                "its values cannot be drawn: initialise before the parametrisation is registered"
+                f"the weight of {layer.name!r} is computed from {layer.parameter!r} by a parametrisation, so its "
+                "values cannot be drawn: initialise before you register the parametrisation"
             )
 
 

@@ -1,27 +1,49 @@
-"""Regularisers, from the bounds that the last IBP pass left at every ReLU's input.
+"""Regularisers on the bounds that the last IBP pass left at every ReLU's input.
 
-The paper's two for the warmup, :func:`tightness` and :func:`relu_balance`, and others of the literature to compare
-with. Notation of Shi et al. (NeurIPS 2021), section 3.3: [l, u] bounds a ReLU layer's input on a batch,
-c = (l + u)/2, Δ is the mean of (u − l)/2 over batch and neurons, Δ_0 that of what the first affine
-layer reads, m the number of ReLU layers.
+:func:`tightness` and :func:`relu_balance` belong to the short warmup (Shi et al., NeurIPS 2021, section 3.3); the
+others are from the literature, for comparison. Call them after any IBP pass:
+
+Example:
+    >>> bounded.compute_bounds(x=(fw.input_box(x, 8 / 255),), method="IBP")
+    >>> loss = loss + 0.5 * (fw.regularizers.tightness(bounded) + fw.regularizers.relu_balance(bounded))
+
+[l, u] bounds the input of one of m ReLU layers, c = (l + u)/2, Δ is the mean of (u − l)/2 over batch and neurons, and
+Δ_0 is the same at the input of the first affine layer. After :meth:`lirpa_fastwarmup.BoundedModule.join_ranks`, means
+and sums are over the batches of all processes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from lirpa_fastwarmup.distributed import all_reduce
-from lirpa_fastwarmup.engine.graph import affine_weights
-from lirpa_fastwarmup.engine.layers import LayerBounds, input_half_width, relu_bounds
-from lirpa_fastwarmup.recipe.moments import Moments, means_over_ranks, moments_over_ranks, over_ranks, state_moments
+from lirpa_fastwarmup.distributed import all_reduce, differentiable_all_reduce
+from lirpa_fastwarmup.engine.graph import LayerBounds, affine_weights, input_half_width, relu_bounds
 
 Regularizer = Callable[[Any], Tensor]
 
 _SMALLEST_WIDTH = 1e-12
+
+
+class _Reduction(NamedTuple):
+    """A differentiable sum over all processes, and the fraction of their samples that this process has."""
+
+    sum: Callable[[Tensor], Tensor] = lambda values: values
+    fraction: float | Tensor = 1.0
+
+
+_ONE_PROCESS = _Reduction()
+
+
+def _reduction(bounded: Any, batch: Tensor) -> _Reduction:
+    if not (getattr(bounded, "over_ranks", False) and bounded.training):
+        return _ONE_PROCESS
+    samples = batch.new_full((), len(batch))
+    return _Reduction(differentiable_all_reduce, samples / all_reduce(samples))
 
 
 def tightness(bounded: Any, tol: float = 0.5) -> Tensor:
@@ -39,60 +61,107 @@ def tightness(bounded: Any, tol: float = 0.5) -> Tensor:
         StructureError: the network has no ReLU.
     """
     layers = relu_bounds(bounded)
+    reduction = _reduction(bounded, layers[0].lower)
     widths = torch.stack([(layer.upper - layer.lower).mean() for layer in layers]) / 2
-    at_input = input_half_width(bounded)
-    if over_ranks(bounded):
-        means = means_over_ranks(torch.cat([widths, at_input.view(1)]), len(layers[0].lower))
-        widths, at_input = means[:-1], means[-1]
-    ratio = at_input / widths.clamp(min=_SMALLEST_WIDTH)
+    widths = torch.cat([input_half_width(bounded).view(1), widths])
+    at_input, at_relus = reduction.sum(widths * reduction.fraction).split([1, len(layers)])
+    ratio = at_input / at_relus.clamp(min=_SMALLEST_WIDTH)
     return (tol - ratio).clamp(min=0).mean() / tol
 
 
 def relu_balance(bounded: Any, tol: float = 0.5) -> Tensor:
     """ReLU balance: (1/m) Σ_i [max(0, tol − min(ρ_i, 1/ρ_i)) + max(0, tol − min(s_i, 1/s_i))]/tol.
 
-    ρ_i compares the mean, s_i the variance of c over always-active (l > 0) and always-inactive (u < 0)
-    neurons. A layer without always-inactive neurons adds 0 for that batch, with zero gradient; one
-    with them but without always-active ones adds 2, with zero gradient.
+    ρ_i compares the mean and s_i the variance of c between always-active (l > 0) and always-inactive (u < 0) neurons;
+    ``tol`` is the ratio above which a layer is balanced enough. A layer without always-inactive neurons adds 0 for that
+    batch, one with them but without always-active neurons adds 2, both with zero gradient. Returns and raises as
+    :func:`tightness`.
+    """
+    layers = relu_bounds(bounded)
+    return _imbalance(layers, tol, _reduction(bounded, layers[0].lower)).mean() / tol
+
+
+def _imbalance(layers: Sequence[LayerBounds], tol: float, reduction: _Reduction = _ONE_PROCESS) -> Tensor:
+    """For each layer max(0, tol − min(ρ, 1/ρ)) + max(0, tol − min(s, 1/s)), or 0; shape (layers,)."""
+    moments = _StateMoments.apply(reduction, *(end for layer in layers for end in (layer.lower, layer.upper)))
+    active, inactive = moments.unbind(1)
+    inactive = torch.stack([-inactive[:, 0], inactive[:, 1]], 1)
+    # min(r, 1/r) for r = active/inactive, both at least 0, with a gradient that is always finite.
+    smaller, larger = torch.minimum(active, inactive), torch.maximum(active, inactive)
+    balance = smaller / torch.where(larger > 0, larger, torch.ones_like(larger))
+    imbalance = (tol - balance).clamp(min=0).sum(1)
+    # −Σ c is positive where a neuron is always inactive. Selected on the device, so that nothing waits for the value.
+    return torch.where(inactive[:, 0] <= 0, torch.zeros_like(imbalance), imbalance)
+
+
+def state_moments(lower: Tensor, upper: Tensor) -> Tensor:
+    """Σ c and Σ (c − μ)² over the always-active (l > 0) and the always-inactive (u < 0) neurons; μ is the mean of c.
 
     Args:
-        bounded: a BoundedModule whose last pass was a bound pass.
-        tol: the ratio above which a layer is balanced enough.
+        lower, upper: bounds on a ReLU layer's input ``(batch, *neurons)``.
 
     Returns:
-        A 0-dim tensor with gradient.
-
-    Raises:
-        RuntimeError: no bounds have been computed since the last forward pass.
-        StructureError: the network has no ReLU.
+        A tensor (2 states, 2 sums), differentiable once.
     """
-    return _imbalance(relu_bounds(bounded), tol, across_ranks=over_ranks(bounded)).mean() / tol
+    return _StateMoments.apply(_ONE_PROCESS, lower, upper)[0]
 
 
-def _imbalance(layers: Sequence[LayerBounds], tol: float, *, across_ranks: bool = False) -> Tensor:
-    """For each layer max(0, tol − min(ρ, 1/ρ)) + max(0, tol − min(s, 1/s)), or 0; shape (layers,)."""
-    has_inactive = torch.stack([layer.upper.detach().amin() for layer in layers]) < 0
-    if across_ranks:
-        moments = moments_over_ranks([(layer.lower, layer.upper) for layer in layers])
-        has_inactive = all_reduce(has_inactive.int()) > 0
-    else:
-        # One row a layer, so that what follows costs the same for any depth.
-        moments = torch.stack([_row(*state_moments(layer.lower, layer.upper)) for layer in layers])
-    active, inactive = moments[:, :2], moments[:, 2:]
-    balance = _balance(active, torch.stack([-inactive[:, 0], inactive[:, 1]], 1))
-    imbalance = (tol - balance).clamp(min=0).sum(1)
-    # Selected on the device, so that nothing waits for the value.
-    return torch.where(has_inactive, imbalance, torch.zeros_like(imbalance))
+class _StateMoments(torch.autograd.Function):
+    """:func:`state_moments` of every layer over all processes: shape (layers, 2 states, 2 sums).
+
+    A chain of tensor operations reads and writes the bounds about twice as often, forward and backward.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, reduction: _Reduction, *bounds: Tensor) -> Tensor:
+        means, sums = zip(*(_sums(*ends, reduction) for ends in _pairs(bounds)), strict=True)
+        moments = reduction.sum(torch.stack([value for values in sums for value in values])).view(-1, 2, 3)
+        ctx.reduction = reduction
+        ctx.save_for_backward(moments, *means, *bounds)
+        return moments[..., :2].clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        grads = ctx.reduction.sum(grad)
+        moments, *saved = ctx.saved_tensors
+        means, bounds = saved[: len(moments)], saved[len(moments) :]
+        # Every neuron moves the spreads through μ.
+        through_mean = -(grads[..., 1] * moments[..., 2]).sum(1) * ctx.reduction.fraction
+        layers = zip(_pairs(bounds), means, grads, through_mean, strict=True)
+        result = [_gradient(*ends, mean, grad, through) for ends, mean, grad, through in layers]
+        return None, *(grad for grad in result for _ in ("lower", "upper"))
 
 
-def _row(active: Moments, inactive: Moments) -> Tensor:
-    return torch.stack([*active, *inactive])
+def _pairs(bounds: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    return zip(bounds[::2], bounds[1::2], strict=True)
 
 
-def _balance(active: Tensor, inactive: Tensor) -> Tensor:
-    """min(r, 1/r) for r = active/inactive, both at least 0, with a gradient that is always finite."""
-    smaller, larger = torch.minimum(active, inactive), torch.maximum(active, inactive)
-    return smaller / torch.where(larger > 0, larger, torch.ones_like(larger))
+def _sums(lower: Tensor, upper: Tensor, reduction: _Reduction) -> tuple[Tensor, list[Tensor]]:
+    """μ, and this process's Σ c, Σ (c − μ)² and Σ (c − μ) over either state."""
+    centre = torch.lerp(lower, upper, 0.5)
+    mean = reduction.sum(centre.mean() * reduction.fraction)
+    deviation = centre - mean
+    sums = []
+    for condition in (lower, -upper):
+        selected = _where_positive(deviation, condition).flatten()
+        sums += [_where_positive(centre, condition).sum(), selected.dot(selected), selected.sum()]
+    return mean, sums
+
+
+def _gradient(lower: Tensor, upper: Tensor, mean: Tensor, grads: Tensor, through_mean: Tensor) -> Tensor:
+    """The gradient of either bound, from ``grads`` of the layer's moments (2 states, 2 sums)."""
+    deviation = torch.lerp(lower, upper, 0.5).sub_(mean)  # Computed again instead of kept.
+    active, inactive = (
+        _where_positive((deviation * spread).add_(total / 2), condition)
+        for (total, spread), condition in zip(grads, (lower, -upper), strict=True)
+    )
+    return active.add_(inactive).add_(through_mean / deviation.numel())
+
+
+def _where_positive(values: Tensor, condition: Tensor) -> Tensor:
+    """``values`` where ``condition`` is above 0, and 0 elsewhere. Boolean masks are slow on the CPU."""
+    return torch.ops.aten.threshold_backward(values, condition, 0)
 
 
 def relu_stability(bounded: Any) -> Tensor:

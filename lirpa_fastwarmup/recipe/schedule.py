@@ -1,7 +1,7 @@
 """The perturbation radius ε as a pure function of the step number.
 
-A schedule answers ``fraction(step)``, the share of its ``max_eps`` at that step; the radius itself is
-``schedule(step)``. Steps count batches from 0.
+``schedule(step)`` is the radius at a step, and ``schedule.fraction(step)`` its fraction of ``max_eps``. Steps count
+batches from 0.
 """
 
 from __future__ import annotations
@@ -9,22 +9,18 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from torch import Tensor
-
 from lirpa_fastwarmup.boxes import Epsilon, check_eps
 
 
 class Schedule(Protocol):
-    """What :class:`lirpa_fastwarmup.ShortWarmup` asks of a schedule."""
+    """The interface that :class:`lirpa_fastwarmup.ShortWarmup` needs of a schedule."""
 
     @property
     def max_eps(self) -> Epsilon:
         """The radius at the end, in units of the input."""
-        ...
 
     def fraction(self, step: int) -> float:
-        """The share of ``max_eps`` at ``step``, between 0 and 1."""
-        ...
+        """ε/``max_eps`` at ``step``, between 0 and 1."""
 
 
 @dataclass(frozen=True)
@@ -45,12 +41,12 @@ class ConstantEpsilon:
 
 @dataclass(frozen=True)
 class _Ramp:
-    """A schedule that climbs from 0 to ``max_eps`` between two steps.
+    """A schedule that grows from 0 to ``max_eps`` between two steps.
 
     Attributes:
         max_eps: the radius at the end, in units of the input: a number, or a tensor.
-        start: the epoch, counted from 1, with whose first step the climb begins.
-        length: epochs that the climb takes; with 0, ε is ``max_eps`` from its start on.
+        start: the epoch, counted from 1, at whose first step the ramp begins.
+        length: epochs of the ramp; with 0, ε is ``max_eps`` from the start on.
         steps_per_epoch: batches in an epoch.
     """
 
@@ -72,42 +68,38 @@ class _Ramp:
         object.__setattr__(self, "last_step", (self.start + self.length - 1) * self.steps_per_epoch)
 
     def fraction(self, step: int) -> float:
-        """The share of ``max_eps`` at ``step``: 0 up to the start, exactly 1 from the end on."""
+        """ε/``max_eps`` at ``step``: 0 up to the start, exactly 1 from the end on."""
         if step >= self.last_step:
             return 1.0
-        if step <= self.first_step:
-            return 0.0
-        return self._climb(step)
+        return self._rise(step) if step > self.first_step else 0.0
 
-    def _climb(self, step: int) -> float:
-        raise NotImplementedError
+    def _rise(self, step: int) -> float:
+        return (step - self.first_step) / (self.last_step - self.first_step)
 
     def __call__(self, step: int) -> Epsilon:
-        fraction = self.fraction(step)
-        if isinstance(self.max_eps, Tensor):
-            return self.max_eps * fraction
-        return self.max_eps if fraction == 1.0 else self.max_eps * fraction
+        return self.max_eps * self.fraction(step)
 
 
 @dataclass(frozen=True)
 class LinearEpsilon(_Ramp):
     """ε grows linearly from 0 to ``max_eps``."""
 
-    def _climb(self, step: int) -> float:
-        return (step - self.first_step) / (self.last_step - self.first_step)
-
 
 @dataclass(frozen=True)
 class SmoothedEpsilon(_Ramp):
-    """ε grows as a·(s − s0)^beta up to the share ``mid`` of the climb, and linearly from there.
+    """ε grows as a·(s − s0)^beta over the fraction ``mid`` of the ramp, and linearly after it.
 
-    Value and slope meet where the two pieces join (Gowal et al., 2018; the schedule of Shi et al.).
-    Equal to ``auto_LiRPA.eps_scheduler.SmoothedScheduler`` where that is defined; where its first piece
-    is empty, linear.
+    Value and slope agree where the two pieces join (Gowal et al., 2018; the schedule of Shi et al.). Equal to
+    ``auto_LiRPA.eps_scheduler.SmoothedScheduler`` where that is defined; linear where the first piece is empty.
 
     Attributes:
-        mid: share of the climb that follows the power law, from 0 to 1.
+        mid: fraction of the ramp that follows the power law, from 0 to 1.
         beta: exponent of the power law, at least 2.
+
+    Example:
+        >>> schedule = fw.SmoothedEpsilon(0.1, start=2, length=10, steps_per_epoch=100)
+        >>> [round(schedule.fraction(step), 3) for step in (100, 350, 600, 1100)]
+        [0.0, 0.077, 0.385, 1.0]
     """
 
     mid: float = 0.25
@@ -118,11 +110,11 @@ class SmoothedEpsilon(_Ramp):
         if not (0 <= self.mid <= 1 and self.beta >= 2):
             raise ValueError(f"expected 0 ≤ mid ≤ 1 and beta ≥ 2; found mid={self.mid}, beta={self.beta}")
 
-    def _climb(self, step: int) -> float:
+    def _rise(self, step: int) -> float:
         done, total = step - self.first_step, self.last_step - self.first_step
         join = int(self.mid * total)
         if join == 0:
-            return done / total
+            return super()._rise(step)
         # a·join^beta at the join, where the slope a·beta·join^(beta − 1) reaches 1 at the end.
         at_join = join / ((total - join) * self.beta + join)
         if done < join:

@@ -1,15 +1,15 @@
-"""What a network can be trusted with: errors, certificates, attacks."""
+"""Errors, certificates, certified radii and attacks; files for other verifiers."""
 
 from lirpa_fastwarmup.attacks import Attack, attack, pgd
-from lirpa_fastwarmup.engine.methods import METHODS
+from lirpa_fastwarmup.engine.bounds import METHODS
 from lirpa_fastwarmup.engine.soundness import UnsoundBoundError
 from lirpa_fastwarmup.memory import OutOfMemoryError
 from lirpa_fastwarmup.verification.evaluate import evaluate, verify
 from lirpa_fastwarmup.verification.handover import export
 from lirpa_fastwarmup.verification.journal import Journal
 from lirpa_fastwarmup.verification.onnx import read_onnx, write_onnx
-from lirpa_fastwarmup.verification.radius import Radius, certified_radii
-from lirpa_fastwarmup.verification.result import Certificate, ErrorRate, Stage, Verification
+from lirpa_fastwarmup.verification.radius import certified_radii
+from lirpa_fastwarmup.verification.result import Certificate, ErrorRate, Radius, Stage, Verification
 from lirpa_fastwarmup.verification.vnnlib import robustness_property
 
 __all__ = [

@@ -1,41 +1,42 @@
-"""One batch through the attack and the bounding methods, each on the samples that are still open."""
+"""Certifies one batch: the attack first, then each bounding method on the samples that are still undecided."""
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lirpa_fastwarmup.attacks import attack, random_starts
+from lirpa_fastwarmup.attacks import Attack, attack, random_starts
 from lirpa_fastwarmup.boxes import Epsilon, InputRange, box_ends
-from lirpa_fastwarmup.engine.bounds import input_box, proved
-from lirpa_fastwarmup.engine.methods import METHODS, MarginBounds
+from lirpa_fastwarmup.engine.bounds import METHODS, MarginBounds, input_box, proved
+from lirpa_fastwarmup.engine.module import BoundedModule
 from lirpa_fastwarmup.engine.precision import exact_arithmetic
-from lirpa_fastwarmup.engine.soundness import PROBED, class_margins, contradicted, find_contradictions, per_sample
+from lirpa_fastwarmup.engine.soundness import (
+    PROBED,
+    Finding,
+    class_margins,
+    contradicted,
+    corners_of,
+    find_contradictions,
+    per_sample,
+    tolerance,
+)
 from lirpa_fastwarmup.memory import MicroBatches
-from lirpa_fastwarmup.verification.reference import beyond_intervals
-from lirpa_fastwarmup.verification.result import Certificate, Stage
+from lirpa_fastwarmup.verification.intervals import interval_bounds
+from lirpa_fastwarmup.verification.result import ATTACK, BatchResult, Certificate, Stage
 
-ATTACK = "PGD"
+logger = logging.getLogger(__name__)
+
 _VERDICT = {True: "verified", False: "not verified"}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is done to every batch.
-
-    Attributes:
-        methods: bounding methods, cheapest first.
-        pgd_steps, restarts: of the attack; no attack is made where ``restarts`` is 0.
-        input_range: lowest and highest valid input.
-        float64: whether all verdicts are repeated in double precision.
-        batch_size: samples of a batch.
-        seed: of the attack.
-    """
+    """What to compute for every batch; see :func:`lirpa_fastwarmup.verify` for the fields."""
 
     methods: tuple[str, ...]
     pgd_steps: int
@@ -45,74 +46,94 @@ class Plan:
     batch_size: int
     seed: int
 
-
-@dataclass
-class BatchResult:
-    """Certificates of a batch, indices counted from 0, and what was done for them.
-
-    ``contradictions`` are pairs of an index and what is contradictory about that sample.
-    """
-
-    certificates: list[Certificate] = field(default_factory=list)
-    stages: dict[str, Stage] = field(default_factory=dict)
-    contradictions: list[tuple[int, str]] = field(default_factory=list)
-
-    def certificates_from(self, first: int) -> list[Certificate]:
-        """The certificates, counted from ``first``: their places among the samples of all batches."""
-        return [replace(sample, index=first + sample.index) for sample in self.certificates]
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> BatchResult:
-        """What :meth:`as_dict` was made from."""
-        return cls(
-            [Certificate(**certificate) for certificate in values["certificates"]],
-            {name: Stage(**stage) for name, stage in values["stages"].items()},
-            [(index, text) for index, text in values["contradictions"]],
-        )
+    def micro_batches(self) -> dict[str, MicroBatches]:
+        """One for the attack and one for each method, which differ in the memory they need."""
+        return {name: MicroBatches(self.batch_size) for name in (ATTACK, *self.methods)}
 
 
-@dataclass
-class _Verdicts:
-    """What one precision says of a batch.
-
-    Attributes:
-        predictions: the network's classes, shape (batch,).
-        refuted: whether the sample itself or the attack's point is misclassified.
-        method: place of the method that proved the sample in :data:`METHODS`, −1 for none.
-        margin: largest lower bound on the smallest margin, NaN for none.
-    """
-
-    predictions: Tensor
-    refuted: Tensor
-    method: Tensor
-    margin: Tensor
+def method_named(name: str) -> str:
+    """The name in :data:`METHODS` that equals ``name`` up to case, otherwise ``name``."""
+    return {method.lower(): method for method in METHODS}.get(str(name).lower(), name)
 
 
 def ordered(methods: Sequence[str]) -> tuple[str, ...]:
-    """``methods``, each once, cheapest first.
+    """``methods``, in any case, each once, cheapest first.
 
     Raises:
-        ValueError: there is none, or one that is unknown.
+        ValueError: the sequence is empty, or contains an unknown name.
     """
-    unknown = [method for method in methods if method not in METHODS]
-    if unknown or not methods or isinstance(methods, str):
-        found = f"unknown method {unknown[0]!r}" if unknown and not isinstance(methods, str) else f"methods={methods!r}"
+    names = [] if isinstance(methods, str) else [method_named(method) for method in methods]
+    unknown = [name for name in names if name not in METHODS]
+    if unknown or not names:
+        found = f"unknown method {unknown[0]!r}" if unknown else f"methods={methods!r}"
         raise ValueError(f"{found}; name at least one of {', '.join(METHODS)}, as a sequence")
-    return tuple(method for method in METHODS if method in methods)
+    return tuple(method for method in METHODS if method in names)
+
+
+def attack_samples(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    eps: Epsilon,
+    samples: Tensor,
+    plan: Plan,
+    micro_batches: MicroBatches,
+    read: Callable[[Attack], Tensor],
+) -> Tensor:
+    """``read`` of the attack on ``samples``, indices into the batch, in micro-batches."""
+    # The starting points depend on the seed alone, so that an interrupted verification resumes with the same ones.
+    starts = random_starts(x, plan.restarts, torch.Generator().manual_seed(plan.seed))
+    radii = per_sample(eps, x)
+    options = {"steps": plan.pgd_steps, "restarts": plan.restarts, "input_range": plan.input_range}
+
+    def attacked(some: Tensor) -> Tensor:
+        return read(attack(model, x[some], y[some], radii(some), **options, starts=starts[:, some.cpu()]))  # type: ignore[arg-type]
+
+    return micro_batches.each(attacked, samples, ATTACK)
+
+
+class _Batch:
+    """A batch in one precision, and its verdicts.
+
+    Attributes:
+        points: the attack's point for each sample; ``None`` without an attack.
+        attained: margins attained in the boxes, at the samples and the attack's points.
+        predictions: the predicted classes, shape (batch,).
+        falsified: whether the sample itself or the attack's point is misclassified.
+        method: index in :data:`METHODS` of the cheapest method that proved the sample; −1 without a proof.
+        margin: the largest lower bound on the smallest margin; NaN without one.
+    """
+
+    def __init__(
+        self, network: MarginBounds, x: Tensor, y: Tensor, eps: Epsilon, plan: Plan, points: Tensor | None
+    ) -> None:
+        self.network, self.x, self.y = network, x.to(network.dtype), y
+        self.radii = per_sample(eps, x)
+        clean = worst = network.model(self.x)
+        self.attained = [class_margins(clean, y)]
+        self.points = points
+        if points is not None:
+            lower, upper = box_ends(self.x, eps, plan.input_range)
+            self.points = torch.min(torch.max(points.to(self.x.dtype), lower), upper)
+            worst = network.model(self.points)
+            self.attained.append(class_margins(worst, y))
+        self.predictions = clean.argmax(1)
+        self.falsified = (self.predictions != y) | (worst.argmax(1) != y)
+        self.method = torch.full_like(y, -1)
+        self.margin = torch.full(y.shape, torch.nan, dtype=self.x.dtype, device=y.device)
+
+    def contradiction(self, index: int, text: str) -> Finding:
+        return index, f"{text} ({str(self.x.dtype).removeprefix('torch.')})"
 
 
 class Certifier:
-    """Certifies one batch after the other by one plan, in exact arithmetic.
+    """Certifies batches by one plan, in exact arithmetic.
 
     Args:
-        bounds: the network's bounds in each precision; the first one's verdicts are reported.
-        plan: what to do.
-        untested: whether they have not been tested.
-        check: check the bounds of each method on the first samples that it sees.
+        bounds: the network's bounds in each precision; the first one's numbers are reported.
+        plan: what to compute.
+        untested: whether the network contains operators whose bounds have not been tested.
+        check: check the bounds of each method on the first samples it runs on.
     """
 
     def __init__(self, bounds: Sequence[MarginBounds], plan: Plan, *, untested: bool, check: bool = True) -> None:
@@ -120,10 +141,10 @@ class Certifier:
         self._bounds = tuple(bounds)
         self._untested = untested
         self._unchecked = {(method, one.dtype) for method in plan.methods for one in bounds} if check else set()
-        self._parts = {name: MicroBatches(plan.batch_size) for name in (ATTACK, *plan.methods)}
+        self._micro_batches = plan.micro_batches()
 
     @torch.no_grad()
-    def certify(self, x: Tensor, y: Tensor, eps: Epsilon) -> BatchResult:
+    def certify(self, x: Tensor, y: Tensor, eps: Epsilon) -> BatchResult[Certificate]:
         """Attack and bound the samples ``x`` with labels ``y`` in their boxes of radius ``eps``.
 
         Raises:
@@ -131,140 +152,87 @@ class Certifier:
             OutOfMemoryError: one sample does not fit into memory.
         """
         with exact_arithmetic(x.device):
-            result = BatchResult()
-            points = self._attacked_points(x.to(self._bounds[0].dtype), y, eps, result)
-            first = self._verdicts(self._bounds[0], x, y, eps, points, result)
+            result: BatchResult[Certificate] = BatchResult()
+            points = self._attack(x.to(self._bounds[0].dtype), y, eps, result) if self.plan.restarts else None
+            first = self._bound_all(_Batch(self._bounds[0], x, y, eps, self.plan, points), result)
             second = None
             if len(self._bounds) > 1:
-                ignored = BatchResult(contradictions=result.contradictions)
-                second = self._verdicts(self._bounds[1], x, y, eps, points, ignored)
-            result.certificates = self._certificates(y, first, second)
+                contradictions_only: BatchResult[Certificate] = BatchResult(contradictions=result.contradictions)
+                second = self._bound_all(_Batch(self._bounds[1], x, y, eps, self.plan, points), contradictions_only)
+            result.certificates = self._certificates(first, second)
         return result
 
-    def _attacked_points(self, x: Tensor, y: Tensor, eps: Epsilon, result: BatchResult) -> Tensor | None:
-        """Of each sample the worst point that was found, in the first precision; ``None`` without an attack."""
-        plan = self.plan
-        if not plan.restarts:
-            return None
+    def _attack(self, x: Tensor, y: Tensor, eps: Epsilon, result: BatchResult[Certificate]) -> Tensor:
+        """The worst point found for each sample, in the first precision."""
         started = time.perf_counter()
-        model = self._bounds[0].model
-        # The same points whatever was done before, so that an interrupted verification goes on as it would have.
-        starts = random_starts(x, plan.restarts, torch.Generator().manual_seed(plan.seed))
-        radii = per_sample(eps, x)
-
-        def points(part: Tensor) -> Tensor:
-            return attack(
-                model,
-                x[part],
-                y[part],
-                radii(part),
-                steps=plan.pgd_steps,
-                restarts=plan.restarts,
-                input_range=plan.input_range,
-                starts=starts[:, part.cpu()],
-            ).points
-
-        found = self._parts[ATTACK].each(points, _all(y), ATTACK)
-        hits = int((model(found).argmax(1) != y).sum())
+        model, micro_batches = self._bounds[0].model, self._micro_batches[ATTACK]
+        points = attack_samples(model, x, y, eps, _all(y), self.plan, micro_batches, lambda found: found.points)
+        hits = int((model(points).argmax(1) != y).sum())
         result.stages[ATTACK] = Stage(len(y), hits, time.perf_counter() - started)
-        return found
+        return points
 
-    def _verdicts(
-        self, network: MarginBounds, x: Tensor, y: Tensor, eps: Epsilon, points: Tensor | None, result: BatchResult
-    ) -> _Verdicts:
-        """Bound the batch by ``network``; stages and contradictions go into ``result``."""
-        dtype = network.dtype
-        x = x.to(dtype)
-        clean = worst = network.model(x)
-        attained = [class_margins(clean, y)]
-        if points is not None:
-            lower, upper = box_ends(x, eps, self.plan.input_range)
-            points = torch.min(torch.max(points.to(dtype), lower), upper)
-            worst = network.model(points)
-            attained.append(class_margins(worst, y))
-        predictions = clean.argmax(1)
-        verdicts = _Verdicts(
-            predictions,
-            (predictions != y) | (worst.argmax(1) != y),
-            torch.full_like(y, -1),
-            torch.full(y.shape, torch.nan, dtype=dtype, device=y.device),
-        )
+    def _bound_all(self, batch: _Batch, result: BatchResult[Certificate]) -> _Batch:
+        """Bound ``batch`` by every method; stages and contradictions are added to ``result``."""
         for place, method in enumerate(self.plan.methods):
-            # The cheapest is asked of every sample, so that what must not be proved gets its chance to be.
-            left = _all(y) if place == 0 else ((verdicts.method < 0) & ~verdicts.refuted).nonzero().squeeze(1)
+            # The cheapest method also bounds falsified samples: if it proves one, its bounds are unsound.
+            left = _all(batch.y) if place == 0 else ((batch.method < 0) & ~batch.falsified).nonzero().squeeze(1)
             if len(left):
-                self._bound(network, method, x, y, eps, left, points, attained, verdicts, result)
-        for index in ((verdicts.method >= 0) & verdicts.refuted).nonzero().flatten().tolist():
-            text = f"is proved by {METHODS[int(verdicts.method[index])]} and yet misclassified at a point of its box"
-            result.contradictions.append((index, f"{text} ({_name(dtype)})"))
-        return verdicts
+                self._bound(batch, method, left, result)
+        for index in ((batch.method >= 0) & batch.falsified).nonzero().flatten().tolist():
+            text = f"is proved by {METHODS[int(batch.method[index])]} and yet misclassified at a point of its box"
+            result.contradictions.append(batch.contradiction(index, text))
+        return batch
 
-    def _bound(
-        self,
-        network: MarginBounds,
-        method: str,
-        x: Tensor,
-        y: Tensor,
-        eps: Epsilon,
-        samples: Tensor,
-        points: Tensor | None,
-        attained: Sequence[Tensor],
-        verdicts: _Verdicts,
-        result: BatchResult,
-    ) -> None:
-        """Bound the margins of ``samples`` by ``method``, and take down what that proves or contradicts."""
+    def _bound(self, batch: _Batch, method: str, samples: Tensor, result: BatchResult[Certificate]) -> None:
+        """Bound the margins of ``samples`` by ``method``, and record what that proves or contradicts."""
         started = time.perf_counter()
-        radii = per_sample(eps, x)
+        network, x, y = batch.network, batch.x, batch.y
 
-        def bounds(part: Tensor) -> Tensor:
-            return network.lower(input_box(x[part], radii(part), self.plan.input_range), y[part], method)
+        def bounds(some: Tensor) -> Tensor:
+            return network.lower(input_box(x[some], batch.radii(some), self.plan.input_range), y[some], method)
 
-        lower = self._parts[method].each(bounds, samples, method)
+        lower = self._micro_batches[method].each(bounds, samples, method)
         proves = proved(lower)
-        verdicts.method[samples[proves]] = METHODS.index(method)
-        verdicts.margin[samples] = torch.fmax(verdicts.margin[samples], lower.amin(1))
+        batch.method[samples[proves]] = METHODS.index(method)
+        batch.margin[samples] = torch.fmax(batch.margin[samples], lower.amin(1))
         result.stages[method] = Stage(len(samples), int(proves.sum()), time.perf_counter() - started)
-        wrong = torch.stack([contradicted(lower, margins[samples]) for margins in attained]).any(0)
-        for index in samples[wrong].tolist():
-            text = f"has a smaller margin at a point of its box than {method}'s lower bound ({_name(x.dtype)})"
-            result.contradictions.append((index, text))
+        wrong = torch.stack([contradicted(lower, margins[samples]) for margins in batch.attained]).any(0)
+        text = f"has a smaller margin at a point of its box than {method}'s lower bound"
+        result.contradictions += [batch.contradiction(index, text) for index in samples[wrong].tolist()]
         if (method, x.dtype) in self._unchecked:
             self._unchecked.remove((method, x.dtype))
-            given = None if points is None else points[samples]
-            found = self._check(network, method, x[samples], y[samples], radii(samples), given)
-            for place, text in dict(found).items():
-                result.contradictions.append((int(samples[place]), f"{text} ({_name(x.dtype)})"))
+            found = dict(self._check(batch, method, samples))
+            result.contradictions += [batch.contradiction(int(samples[at]), text) for at, text in found.items()]
 
-    def _check(
-        self, network: MarginBounds, method: str, x: Tensor, y: Tensor, eps: Epsilon, points: Tensor | None
-    ) -> list[tuple[int, str]]:
-        """What is wrong with the bounds of ``method`` on the first samples that it sees."""
-        input_range, most = self.plan.input_range, self._parts[method].size
-        found = find_contradictions(network, x, y, eps, method, input_range, points=points, most=most)
+    def _check(self, batch: _Batch, method: str, samples: Tensor) -> list[Finding]:
+        """Contradictions in the bounds of ``method`` on some of ``samples``, by their place among these."""
+        network, input_range = batch.network, self.plan.input_range
+        x, eps, most = batch.x[samples], batch.radii(samples), self._micro_batches[method].size
+        points = None if batch.points is None else batch.points[samples]
+        found = find_contradictions(network, x, batch.y[samples], eps, method, input_range, points=points, most=most)
         if method == "IBP":
             some = torch.arange(min(len(x), PROBED), device=x.device)
             found += beyond_intervals(network.bounded(method), x[some], per_sample(eps, x)(some), input_range)
         return found
 
-    def _certificates(self, y: Tensor, first: _Verdicts, second: _Verdicts | None) -> list[Certificate]:
-        labels, predictions, places = y.tolist(), first.predictions.tolist(), first.method.tolist()
-        if second is not None:  # A verdict needs both precisions.
-            places = torch.where(second.method >= 0, first.method, second.method).tolist()
-        attacked = first.refuted.tolist()
-        changes = [None] * len(y) if second is None else _changes(first, second)
+    def _certificates(self, first: _Batch, second: _Batch | None) -> list[Certificate]:
+        places = first.method
+        if second is not None:  # A proof needs both precisions.
+            places = torch.where(second.method >= 0, first.method, second.method)
+        labels, predictions, falsified = first.y.tolist(), first.predictions.tolist(), first.falsified.tolist()
         return [
             Certificate(
                 index=index,
                 label=labels[index],
                 prediction=predictions[index],
-                verified=places[index] >= 0,
-                method=METHODS[places[index]] if places[index] >= 0 else None,
+                verified=place >= 0,
+                method=METHODS[place] if place >= 0 else None,
                 margin=float(first.margin[index]),
-                attacked=attacked[index] if self.plan.restarts else None,
-                float64=changes[index],
+                falsified=falsified[index] if self.plan.restarts else None,
+                float64=None if second is None else _changes(first, second, index),
                 untested=self._untested,
             )
-            for index in range(len(y))
+            for index, place in enumerate(places.tolist())
         ]
 
 
@@ -272,21 +240,33 @@ def _all(y: Tensor) -> Tensor:
     return torch.arange(len(y), device=y.device)
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _changes(first: _Batch, second: _Batch, index: int) -> str:
+    """How the verdicts on a sample differ in double precision."""
+    texts = []
+    before, after = bool(first.method[index] >= 0), bool(second.method[index] >= 0)
+    if before != after:
+        texts.append(f"{_VERDICT[before]} -> {_VERDICT[after]}")
+    if bool(first.falsified[index] != second.falsified[index]):
+        texts.append("misclassified in only one precision at a point of its box")
+    if int(first.predictions[index]) != int(second.predictions[index]):
+        texts.append(f"prediction {int(first.predictions[index])} -> {int(second.predictions[index])}")
+    return "; ".join(texts)
 
 
-def _changes(first: _Verdicts, second: _Verdicts) -> list[str | None]:
-    """For each sample, what double precision says otherwise."""
-    changes: list[str | None] = []
-    for index in range(len(first.method)):
-        texts = []
-        before, after = bool(first.method[index] >= 0), bool(second.method[index] >= 0)
-        if before != after:
-            texts.append(f"{_VERDICT[before]} -> {_VERDICT[after]}")
-        if bool(first.refuted[index] != second.refuted[index]):
-            texts.append("misclassified in only one precision at a point of its box")
-        if int(first.predictions[index]) != int(second.predictions[index]):
-            texts.append(f"prediction {int(first.predictions[index])} -> {int(second.predictions[index])}")
-        changes.append("; ".join(texts))
-    return changes
+@torch.no_grad()
+def beyond_intervals(bounded: BoundedModule, x: Tensor, eps: Epsilon, input_range: InputRange | None) -> list[Finding]:
+    """Samples whose IBP bounds on the outputs are tighter than interval arithmetic in double precision.
+
+    IBP is interval arithmetic, so tighter bounds are wrong. Returns no findings for networks with an operator that
+    :func:`interval_bounds` has no rule for.
+    """
+    try:
+        reference = interval_bounds(bounded.wrapped, corners_of(x, eps, input_range))
+    except (NotImplementedError, RuntimeError, ValueError, ArithmeticError) as error:
+        logger.info("IBP is not compared with interval arithmetic on this network: %s", error)
+        return []
+    found = bounded.compute_bounds(x=(input_box(x, eps, input_range),), method="IBP")
+    above = found[0] > reference[0].to(x) + tolerance(found[0], reference[0].to(x))
+    below = found[1] < reference[1].to(x) - tolerance(found[1], reference[1].to(x))
+    tighter = (above | below).flatten(1).any(1).nonzero().flatten().tolist()
+    return [(place, "has tighter IBP bounds on its outputs than interval arithmetic") for place in tighter]

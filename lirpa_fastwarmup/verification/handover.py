@@ -1,9 +1,7 @@
-"""A folder from which another verifier can go on: network, properties, and the configuration of α,β-CROWN."""
+"""A folder for another verifier: the network, its properties, and the configuration of α,β-CROWN."""
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,7 +28,7 @@ def export(
 ) -> None:
     """Write ``network.onnx``, ``properties/*.vnnlib``, ``instances.csv`` and ``abcrown.yaml`` to ``out``.
 
-    ``instances.csv`` lists network, property and timeout as the VNN competitions do; α,β-CROWN reads it by
+    ``instances.csv`` lists network, property and timeout as in the VNN competitions. α,β-CROWN reads it with
     ``python abcrown.py --config OUT/abcrown.yaml``.
 
     Args:
@@ -39,45 +37,41 @@ def export(
         y: labels (batch,), int64.
         eps: radius of the boxes, in units of the input.
         out: folder; made if absent.
-        indices: what the samples are called, by default their places.
+        indices: numbers of the samples in file names, by default their places.
         input_range: lowest and highest valid input, to which the boxes are clipped.
         timeout: seconds for each property.
 
     Raises:
         ImportError: a package of the extra ``onnx`` is missing.
         OSError: ``out`` cannot be written to.
-        ValueError: the network is in training mode; radius, samples or labels are none to be verified; onnxruntime
-            computes something else from the file than ``model`` does.
+        ValueError: the network is in training mode; radius, samples or labels cannot be verified; onnxruntime's
+            outputs differ from the outputs of ``model``.
     """
     if model.training:
         raise ValueError("the network is in training mode: call model.eval() before exporting it")
     check_radius(eps, input_range)
     classes = int(model(x[:1]).shape[1])
     check_batch(x, y, classes, input_range)
-    make_folder(out / PROPERTIES)
-    write_onnx(model, x.shape[1:], out / NETWORK)
     lower, upper = box_ends(x, eps, input_range)
-    instances = io.StringIO()
-    writer = csv.writer(instances, lineterminator="\n")
-    for place, index in enumerate(range(len(x)) if indices is None else indices):
-        name = f"{PROPERTIES}/{index:06d}.vnnlib"
-        label = int(y[place])
-        text = robustness_property(
-            lower[place], upper[place], label, classes, comment=f"sample {index}, label {label}, eps {eps!r}"
-        )
-        write_atomically(out / name, text.encode())
-        writer.writerow([NETWORK, name, timeout])
-    write_atomically(out / INSTANCES, instances.getvalue().encode())
-    write_atomically(out / CONFIGURATION, _configuration(x.shape[1:]).encode())
+    instances = []
+    with make_folder(out / PROPERTIES):
+        write_onnx(model, x.shape[1:], out / NETWORK)
+        for place, index in enumerate(range(len(x)) if indices is None else indices):
+            name, label = f"{PROPERTIES}/{index:06d}.vnnlib", int(y[place])
+            comment = f"sample {index}, label {label}, eps {eps!r}"
+            text = robustness_property(lower[place], upper[place], label, classes, comment=comment)
+            write_atomically(out / name, text.encode())
+            instances.append(f"{NETWORK},{name},{timeout}\n")
+        write_atomically(out / INSTANCES, "".join(instances).encode())
+        shape = ", ".join(map(str, (-1, *x.shape[1:])))
+        write_atomically(out / CONFIGURATION, _CONFIGURATION.format(instances=INSTANCES, shape=shape).encode())
 
 
-def _configuration(in_shape: Sequence[int]) -> str:
-    shape = ", ".join(map(str, (-1, *in_shape)))
-    return f"""\
-# python abcrown.py --config THIS_FILE (add --device cpu where there is no GPU)
+_CONFIGURATION = """\
+# python abcrown.py --config THIS_FILE (add --device cpu on a machine without a GPU)
 general:
   root_path: ${{CONFIG_PATH}}  # The folder of this file.
-  csv_name: {INSTANCES}
+  csv_name: {instances}
 model:
   input_shape: [{shape}]
 """

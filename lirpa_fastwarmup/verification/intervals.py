@@ -205,10 +205,6 @@ def _bilinear(product: Any, one: Any, other: Any) -> Any:
     return _Interval(lower, product(one.upper, positive) + product(one.lower, negative))
 
 
-def _product(function: Any, args: Any, kwargs: Any) -> Any:
-    return _bilinear(function, *args)
-
-
 def _plus_product(product: Any) -> _Rule:
     """The rule of beta·c + alpha·product(a, b)."""
 
@@ -316,7 +312,7 @@ _RULES: dict[str, _Rule] = {
     **dict.fromkeys(["view", "_unsafe_view"], _view),
     **dict.fromkeys(["add", "avg_pool2d", "avg_pool3d", "neg", "rsub", "sub"], _monotone),
     **dict.fromkeys(["_prelu_kernel", "abs", "celu", "elu", "leaky_relu"], _turning_at(0)),
-    **dict.fromkeys(["bmm", "dot", "mm", "mv"], _product),
+    **dict.fromkeys(["bmm", "dot", "mm", "mv"], lambda function, args, kwargs: _bilinear(function, *args)),
     **dict.fromkeys(_BATCH_NORM.split(), _batch_norm),
     **dict.fromkeys(_FILLED.split(), _only_shape),
     "addmm": _plus_product(torch.mm),

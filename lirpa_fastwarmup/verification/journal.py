@@ -1,4 +1,4 @@
-"""Finished batches in a file, from which an interrupted verification is resumed."""
+"""Finished batches in a file, from which an interrupted verification resumes."""
 
 from __future__ import annotations
 
@@ -10,38 +10,44 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from lirpa_fastwarmup.distributed import all_gather, world
 from lirpa_fastwarmup.storage import add_to_hash, parse_json, write_atomically
 
 
 class Journal:
-    """Results by what they were computed from; one line of JSON each, on the disk as soon as it is known.
+    """Results by a digest of their inputs, one line of JSON each, synced to disk when they are stored.
 
     Args:
-        path: the file. What it and the journals of other processes beside it hold is known at once; lines that are torn
-            or damaged are left out.
+        path: the file. It and the journals of other processes in the same folder are read at once, without lines that
+            are torn or damaged.
 
     Attributes:
-        used: the keys that were asked for.
+        used: the keys that were looked up.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.used: set[str] = set()
         self._known: dict[str, Any] = {}
-        for other in journals_beside(path):
+        for other in _journals_beside(path):
             self._known |= _read(other)
 
+    @classmethod
+    def of_rank(cls, path: Path) -> Journal:
+        """The journal of this process: ``path`` on rank 0, ``path`` with its rank as suffix on the others."""
+        ranks = world()
+        return cls(path if ranks.is_rank_zero else path.with_name(f"{path.name}.{ranks.rank}"))
+
     def get(self, key: str) -> Any:
-        """What was put under ``key``; ``None`` if nothing was."""
+        """The value stored under ``key``; ``None`` without one."""
         self.used.add(key)
         return self._known.get(key)
 
     def put(self, key: str, value: Any) -> None:
-        """Write a result down."""
+        """Store a result."""
         self._known[key] = value
         with self.path.open("a") as file:
-            # A line that was torn off is ended first.
-            file.write("" if self._ends_whole() else "\n")
+            file.write("" if self._ends_whole() else "\n")  # Ends a torn line.
             file.write(_line(key, value))
             file.flush()
             os.fsync(file.fileno())
@@ -53,16 +59,23 @@ class Journal:
             return file.read(1) in (b"", b"\n")
 
     def forget(self, keys: Collection[str]) -> None:
-        """Take out the results of ``keys``; the file goes with its last line."""
+        """Remove the results of ``keys``, and the file with its last line."""
         left = {key: value for key, value in _read(self.path).items() if key not in keys}
         if left:
             write_atomically(self.path, "".join(_line(key, value) for key, value in left.items()).encode())
         else:
             self.path.unlink(missing_ok=True)
 
+    def forget_used(self) -> None:
+        """Remove the results that any process used from the journals of all processes; called by every process."""
+        used = set().union(*all_gather(self.used))
+        if world().is_rank_zero:
+            for path in _journals_beside(self.path):
+                Journal(path).forget(used)
 
-def journals_beside(path: Path) -> list[Path]:
-    """The journals of all processes that wrote or write one beside ``path``, that one included."""
+
+def _journals_beside(path: Path) -> list[Path]:
+    """``path`` and the journals of other processes in its folder."""
     name = path.name.removesuffix(path.suffix) if path.suffix[1:].isdigit() else path.name
     return sorted({path, *path.parent.glob(f"{glob.escape(name)}*")})
 
@@ -86,7 +99,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def digest(values: Mapping[str, Any]) -> str:
-    """A key that differs where ``values`` differ, tensors in them by every element."""
+    """A key that differs if ``values`` differ, or any element of a tensor in them."""
     hashed = hashlib.sha256()
     add_to_hash(hashed, values)
     return hashed.hexdigest()

@@ -1,4 +1,4 @@
-"""ONNX files, written and read; what either gives is compared with onnxruntime before it is used."""
+"""Writes and reads ONNX files, and compares their outputs with onnxruntime."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 
 _OPSET = 18
-_INSTALL = "pip install 'lirpa_fastwarmup[onnx]'"
-# The converter imports these for operators on images, which no engine bounds.
+# onnx2pytorch imports these for operators on images, which no engine bounds.
 _OF_TORCHVISION = {
     "torchvision": (),
     "torchvision.ops": ("box_convert", "deform_conv2d", "nms", "roi_align", "roi_pool"),
@@ -31,39 +30,29 @@ def write_onnx(model: nn.Module, in_shape: Sequence[int], path: Path) -> None:
 
     Raises:
         ImportError: a package of the extra ``onnx`` is missing.
-        ValueError: onnxruntime computes something else from the file than ``model`` does.
+        ValueError: onnxruntime's outputs for the file differ from the outputs of ``model``.
     """
     _require("onnx", "onnxscript", "onnxruntime")
-    example = torch.rand(2, *in_shape, generator=torch.Generator().manual_seed(0))
-    batch = torch.export.Dim("batch")
+    example = _example(in_shape)
+    names: dict[str, Any] = {"input_names": ["input"], "output_names": ["logits"], "opset_version": _OPSET}
+    shapes = ({0: torch.export.Dim("batch")},)
     with warnings.catch_warnings(), _quiet("torch.onnx", "onnxscript", "onnx_ir"):
         warnings.simplefilter("ignore")
-        program = torch.onnx.export(
-            model,
-            (example,),
-            dynamo=True,
-            dynamic_shapes=({0: batch},),
-            input_names=["input"],
-            output_names=["logits"],
-            opset_version=_OPSET,
-            verbose=False,
-        )
-        assert program is not None  # It is one wherever dynamo=True.
+        program = torch.onnx.export(model, (example,), dynamo=True, dynamic_shapes=shapes, verbose=False, **names)
+        assert program is not None  # Not with dynamo=True.
         program.save(str(path), external_data=False)
     _compare(model, path, example)
 
 
 def read_onnx(path: Path, in_shape: Sequence[int]) -> nn.Module:
-    """The network in an ONNX file, as a module in evaluation mode that takes (batch, *in_shape).
-
-    onnx2pytorch converts it.
+    """The network in an ONNX file, converted by onnx2pytorch, as a module in evaluation mode for (batch, *in_shape).
 
     Raises:
-        ImportError: a package is missing; the text says how to install it.
+        ImportError: a package is missing; the message says how to install it.
         OSError: the file cannot be read.
-        NotImplementedError: an operator cannot be converted; the text names it.
-        ValueError: the file is no ONNX network of one input and one output, the network does not take such inputs,
-            or what it is converted to computes something else than onnxruntime.
+        NotImplementedError: an operator cannot be converted; the message names it.
+        ValueError: the file is not an ONNX network with one input and one output, the network does not accept such
+            inputs, or its outputs after the conversion differ from onnxruntime's.
     """
     _require("onnx", "onnxruntime")
     content = _loaded(path)
@@ -73,26 +62,30 @@ def read_onnx(path: Path, in_shape: Sequence[int]) -> nn.Module:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model: nn.Module = converter.ConvertModel(content, experimental=True).eval()
-    except Exception as error:  # The converter fails in many ways on what it does not know.
+    except Exception as error:  # The converter raises many kinds of errors.
         raise NotImplementedError(
             f"{path} cannot be converted to a PyTorch module: {error}. Its operators are {', '.join(operators)}; "
-            "replace the one that is named, or give the network as package.module:factory"
+            "replace the one in this message, or name the network as package.module:factory"
         ) from error
-    example = torch.rand(2, *in_shape, generator=torch.Generator().manual_seed(0))
+    example = _example(in_shape)
     try:
         with torch.no_grad():
             output = model(example)
     except Exception as error:
         raise ValueError(
             f"the network in {path} cannot be run on a batch of two inputs of shape {tuple(in_shape)}, the dataset's "
-            f"({type(error).__name__}: {error}): name the dataset that it was made for, and export it with a batch "
-            "dimension that is free (dynamic_shapes of torch.onnx.export)"
+            f"({type(error).__name__}: {error}): name the dataset that it was trained on, and export it with an open "
+            "batch dimension (dynamic_shapes of torch.onnx.export)"
         ) from error
     if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != 2:
         found = tuple(output.shape) if isinstance(output, Tensor) else f"of type {type(output).__name__}"
         raise ValueError(f"the output of {path} for two inputs is {found}, and should be (2, classes)")
     _compare(model, path, example)
     return model
+
+
+def _example(in_shape: Sequence[int]) -> Tensor:
+    return torch.rand(2, *in_shape, generator=torch.Generator().manual_seed(0))
 
 
 def _loaded(path: Path) -> Any:
@@ -108,25 +101,20 @@ def _loaded(path: Path) -> Any:
     inputs = [one.name for one in content.graph.input if one.name not in constants]
     if len(inputs) != 1 or len(content.graph.output) != 1:
         raise ValueError(
-            f"{path} has the inputs {', '.join(inputs)} and {len(content.graph.output)} output(s), and certificates "
-            "are for classifiers of one input and one output"
+            f"{path} has the inputs {', '.join(inputs)} and {len(content.graph.output)} output(s); certificates need a "
+            "classifier with one input and one output"
         )
     for node in content.graph.node:
-        _drop_evaluation_flag(node, path)
-    return content
-
-
-def _drop_evaluation_flag(node: Any, path: Path) -> None:
-    """BatchNormalization says since opset 14 that it is not training, an attribute that the converter stumbles over."""
-    for attribute in node.attribute:
-        if node.op_type == "BatchNormalization" and attribute.name == "training_mode":
-            if attribute.i:
+        # The converter fails on this attribute, which BatchNormalization has since opset 14.
+        modes = [one for one in node.attribute if one.name == "training_mode" and node.op_type == "BatchNormalization"]
+        for mode in modes:
+            if mode.i:
                 raise ValueError(
-                    f"{path} was exported in training mode ({node.name or node.op_type} normalises every batch by "
-                    "itself): call model.eval() before the export"
+                    f"{path} was exported in training mode ({node.name or node.op_type} normalises by the batch's own "
+                    "statistics): call model.eval() before the export"
                 )
-            node.attribute.remove(attribute)
-            break
+            node.attribute.remove(mode)
+    return content
 
 
 def _compare(model: nn.Module, path: Path, x: Tensor) -> None:
@@ -139,40 +127,39 @@ def _compare(model: nn.Module, path: Path, x: Tensor) -> None:
     difference = float((torch.from_numpy(found) - expected).abs().max())
     if not difference <= 1e-4 * (1 + float(expected.abs().max())):
         raise ValueError(
-            f"from {path} onnxruntime computes other logits than PyTorch, by up to {difference:g}: the conversion went "
-            "wrong, and a certificate would be one of another network. Give the network as package.module:factory"
+            f"from {path} onnxruntime computes other logits than PyTorch, by up to {difference:g}: the conversion is "
+            "wrong, and certificates would be of another network. Name the network as package.module:factory"
         )
 
 
 def _require(*packages: str) -> None:
     missing = [package for package in packages if importlib.util.find_spec(package) is None]
     if missing:
-        raise ImportError(f"ONNX files need {', '.join(missing)}, which is not installed: {_INSTALL}")
+        install = "pip install 'lirpa_fastwarmup[onnx]'"
+        raise ImportError(f"ONNX files need {', '.join(missing)}, which is not installed: {install}")
 
 
 def _converter() -> Any:
     if importlib.util.find_spec("onnx2pytorch") is None:
         raise ImportError(
             "ONNX files are read by onnx2pytorch, which is not installed: pip install --no-deps onnx2pytorch==0.6.0 "
-            "(without its dependencies, because torchvision would bring a torch of its own)"
+            "(without its dependencies, because torchvision would install another torch)"
         )
-    with warnings.catch_warnings(), _torchvision_unless_there():
+    with warnings.catch_warnings(), _torchvision_stubs():
         warnings.simplefilter("ignore")
         return importlib.import_module("onnx2pytorch")
 
 
 @contextmanager
-def _torchvision_unless_there() -> Iterator[None]:
-    """Let the converter be imported without torchvision: its names are there, and what they stand for is not."""
+def _torchvision_stubs() -> Iterator[None]:
+    """Make the converter importable without torchvision, by modules with empty attributes."""
     if importlib.util.find_spec("torchvision") is not None:
         yield
         return
     for name, attributes in _OF_TORCHVISION.items():
-        module = ModuleType(name)
+        sys.modules[name] = module = ModuleType(name)
         module.__spec__ = importlib.machinery.ModuleSpec(name, None)
-        for attribute in attributes:
-            setattr(module, attribute, None)
-        sys.modules[name] = module
+        module.__dict__.update(dict.fromkeys(attributes))
     sys.modules["torchvision"].__dict__.update(ops=sys.modules["torchvision.ops"], io=sys.modules["torchvision.io"])
     try:
         yield
@@ -183,13 +170,12 @@ def _torchvision_unless_there() -> Iterator[None]:
 
 @contextmanager
 def _quiet(*names: str) -> Iterator[None]:
-    """Keep what the loggers called ``names`` have to say below an error to themselves."""
-    loggers = [logging.getLogger(name) for name in names]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
+    """Suppress the warnings of loggers."""
+    levels = {logging.getLogger(name): logging.getLogger(name).level for name in names}
     try:
+        for logger in levels:
+            logger.setLevel(logging.ERROR)
         yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
+        for logger, level in levels.items():
             logger.setLevel(level)

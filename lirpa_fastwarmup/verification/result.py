@@ -1,28 +1,33 @@
-"""What a verification comes to: a certificate for each sample, and the errors that follow."""
+"""Certificates, certified radii and errors, and the tables and JSON entries made from them."""
 
 from __future__ import annotations
 
+import html
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Generic, TypeVar
 
+ATTACK = "PGD"  # Its name among the stages.
 _Z = 1.959963984540054  # The normal distribution's 97.5 % quantile.
+_DIGITS = len("sha256:") + 16  # Of a digest, in tables.
 
 
 @dataclass(frozen=True)
 class Certificate:
-    """What is known of one sample.
+    """The verdicts on one sample.
 
     Attributes:
-        index: its place among the samples.
-        label, prediction: its class, and the network's.
-        verified: whether some method proved that every point of its box is classified as ``label``; where double
-            precision was asked for, in both precisions.
-        method: the method that proved it, the cheapest; ``None`` if none did.
-        margin: the largest lower bound on min_j z_y − z_j over the box that any method gave; NaN if all were NaN.
-        attacked: whether a misclassified point of the box was found; ``None`` if none was looked for.
-        float64: how the verdicts change in double precision, "" if they do not; ``None`` if that was not asked for.
-        untested: whether it rests on bounds that have not been tested.
+        index: its number in the test set, or its place among the samples.
+        label, prediction: its class, and the class that the network predicts.
+        verified: whether a method proved that every point of its box is classified as ``label``; with ``float64``, in
+            both precisions.
+        method: the cheapest method that proved it; ``None`` without a proof.
+        margin: the largest lower bound on min_j z_y − z_j over the box that any method computed; NaN without one.
+        falsified: whether a misclassified point of the box was found; ``None`` without an attack.
+        float64: how double precision changes the verdicts, "" for no change; ``None`` without ``float64``.
+        untested: whether the certificate relies on bounds that have not been tested.
     """
 
     index: int
@@ -31,7 +36,7 @@ class Certificate:
     verified: bool
     method: str | None
     margin: float
-    attacked: bool | None
+    falsified: bool | None
     float64: str | None = None
     untested: bool = False
 
@@ -42,13 +47,46 @@ class Certificate:
 
 
 @dataclass(frozen=True)
-class ErrorRate:
-    """A share of samples, with Wilson's 95 % confidence interval (Wilson 1927).
+class Radius:
+    """The largest certified radius of one sample.
 
     Attributes:
-        count: samples that it is the share of, among ``samples``.
-        samples: all of them.
+        radius: in units of the input; 0 for a misclassified sample, or if no method proved anything.
+        method: the cheapest method that proves it; ``None`` without a proof.
+        falsified: whether a misclassified point was found in a certified box, so that the bounds are unsound.
+        index, label, prediction, untested: see :class:`Certificate`.
     """
+
+    index: int
+    label: int
+    prediction: int
+    radius: float
+    method: str | None
+    falsified: bool
+    untested: bool = False
+
+    def row(self, weights: str) -> dict[str, Any]:
+        """Its row of ``radii.csv``, with the beginning of the digest ``weights``."""
+        row: dict[str, Any] = {"index": self.index, "label": self.label, "prediction": self.prediction}
+        row |= {"certified_radius": repr(self.radius), "method": self.method or ""}
+        return {**row, **({"untested": 1} if self.untested else {}), "weights": weights[:_DIGITS]}
+
+
+def radii_entry(radii: Sequence[Radius], tolerance: float) -> dict[str, Any]:
+    """The entry of ``verification.json`` for ``radii``."""
+    values = [one.radius for one in radii]
+    return {
+        "tolerance": tolerance,
+        "mean": statistics.fmean(values),
+        "median": statistics.median(values),
+        "not_certified": sum(value == 0 for value in values),
+        "contradictions": sorted(one.index for one in radii if one.falsified),
+    }
+
+
+@dataclass(frozen=True)
+class ErrorRate:
+    """The fraction ``count`` / ``samples`` of a test set, with Wilson's 95 % confidence interval (Wilson 1927)."""
 
     count: int
     samples: int
@@ -63,10 +101,14 @@ class ErrorRate:
         n, p = self.samples, self.value
         centre = (p + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
         half = _Z / (1 + _Z**2 / n) * math.sqrt(p * (1 - p) / n + _Z**2 / (4 * n**2))
-        # At no sample and at all of them the interval's end is the share itself, which rounding would miss.
+        # At 0 and 1 the interval ends exactly at the rate, which rounding would miss.
         low = 0.0 if self.count == 0 else max(0.0, centre - half)
         high = 1.0 if self.count == n else min(1.0, centre + half)
         return low, high
+
+    def as_dict(self) -> dict[str, Any]:
+        """Its entry in ``verification.json``."""
+        return {"value": self.value, "count": self.count, "interval_95": list(self.interval)}
 
     def __str__(self) -> str:
         low, high = self.interval
@@ -75,35 +117,69 @@ class ErrorRate:
 
 @dataclass
 class Stage:
-    """What one part of the verification, the attack or a method, had to do and did.
-
-    Attributes:
-        samples: how many samples it was given.
-        hits: how many of them it decided: proved, or attacked with success.
-        seconds: how long it took.
-    """
+    """The attack, or one method: samples it ran on, samples it decided (falsified or proved), and seconds."""
 
     samples: int = 0
     hits: int = 0
     seconds: float = 0.0
 
     def add(self, other: Stage) -> None:
-        """Take in another part of the same stage."""
+        """Add the same stage of other samples."""
         self.samples += other.samples
         self.hits += other.hits
         self.seconds += other.seconds
 
 
+Result = TypeVar("Result", Certificate, Radius)
+
+
+@dataclass
+class BatchResult(Generic[Result]):
+    """The certificates or radii of a batch, its stages, and contradictions as pairs (index, text)."""
+
+    certificates: list[Result] = field(default_factory=list)
+    stages: dict[str, Stage] = field(default_factory=dict)
+    contradictions: list[tuple[int, str]] = field(default_factory=list)
+
+    def numbered(self, numbers: Sequence[int]) -> BatchResult[Result]:
+        """The same with ``numbers`` in place of the indices 0, 1, ..."""
+        certificates = [replace(sample, index=numbers[sample.index]) for sample in self.certificates]
+        return BatchResult(certificates, self.stages, [(numbers[index], text) for index, text in self.contradictions])
+
+    def add(self, other: BatchResult[Result]) -> None:
+        """Append another batch."""
+        self.certificates += other.certificates
+        self.contradictions += other.contradictions
+        for name, stage in other.stages.items():
+            self.stages.setdefault(name, Stage()).add(stage)
+
+    def sentences(self) -> list[str]:
+        """The contradictions, with the samples they are about."""
+        return [f"sample {index} {text}" for index, text in self.contradictions]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, kind: type[Result], values: dict[str, Any]) -> BatchResult[Result]:
+        """The inverse of :meth:`as_dict`."""
+        renamed = {"attacked": "falsified"}  # In journals of earlier versions.
+        rows = [{renamed.get(name, name): value for name, value in row.items()} for row in values["certificates"]]
+        stages = {name: Stage(**stage) for name, stage in values["stages"].items()}
+        return BatchResult([kind(**row) for row in rows], stages, [(at, text) for at, text in values["contradictions"]])
+
+
 @dataclass(frozen=True)
 class Verification:
-    """All samples' certificates at one radius.
+    """The certificates of all samples at one radius. Prints as a table.
 
     Attributes:
-        eps: the radius, in units of the input: a number, or nested lists of one value per channel or element.
+        eps: the radius in units of the input: a number, or nested lists of one value per channel or element.
         certificates: one per sample, in order.
-        stages: "PGD" and each method, in the order in which they ran.
-        contradictions: what was found that cannot be if all bounds are sound, one sentence each.
-        untested: operators of the network whose bounds have not been tested, and on which every certificate rests.
+        stages: "PGD" and the methods, in the order in which they ran.
+        contradictions: findings that are impossible if all bounds are sound, one sentence each.
+        untested: operators of the network whose bounds have not been tested; every certificate relies on them.
     """
 
     eps: float | list[float]
@@ -114,29 +190,95 @@ class Verification:
 
     @property
     def standard_error(self) -> ErrorRate:
-        """Samples that are misclassified."""
-        return self._share([not sample.correct for sample in self.certificates])
+        """Misclassified samples."""
+        return _rate([not sample.correct for sample in self.certificates])
 
     @property
     def pgd_error(self) -> ErrorRate | None:
-        """Samples for which a misclassified point was found; ``None`` if none was looked for."""
-        found = [sample.attacked for sample in self.certificates if sample.attacked is not None]
-        return self._share(found) if found else None
+        """Falsified samples; ``None`` without an attack."""
+        found = [sample.falsified for sample in self.certificates if sample.falsified is not None]
+        return _rate(found) if found else None
 
     @property
     def verified_error(self) -> ErrorRate:
         """Samples that no method proved."""
-        return self._share([not sample.verified for sample in self.certificates])
+        return _rate([not sample.verified for sample in self.certificates])
 
     @property
     def changed_in_float64(self) -> list[Certificate]:
-        """The samples of which a verdict changes in double precision."""
+        """The samples whose verdicts change in double precision."""
         return [sample for sample in self.certificates if sample.float64]
 
     def proved_by(self, method: str) -> int:
-        """How many samples ``method`` was the cheapest to prove."""
+        """The number of samples for which ``method`` was the cheapest that proved them."""
         return sum(sample.method == method for sample in self.certificates)
 
-    @staticmethod
-    def _share(flags: Sequence[bool]) -> ErrorRate:
-        return ErrorRate(sum(flags), len(flags))
+    def rows(self, weights: str = "") -> Iterator[dict[str, Any]]:
+        """The rows of ``certificates.csv``, with the beginning of the digest ``weights``."""
+        for sample in self.certificates:
+            row: dict[str, Any] = {"index": sample.index, "label": sample.label, "prediction": sample.prediction}
+            row |= {"verified": int(sample.verified), "method": sample.method or ""}
+            row["margin_lower_bound"] = "" if math.isnan(sample.margin) else repr(sample.margin)
+            row["falsified"] = "" if sample.falsified is None else int(sample.falsified)
+            row["eps"] = self.eps if isinstance(self.eps, list) else float(self.eps)
+            if sample.float64 is not None:
+                row["float64"] = sample.float64
+            if sample.untested:
+                row["untested"] = 1
+            yield {**row, "weights": weights[:_DIGITS]}
+
+    def as_dict(self) -> dict[str, Any]:
+        """The entry of ``verification.json``."""
+        stages: dict[str, Any] = {}
+        for name, stage in self.stages.items():
+            hits = {"falsified" if name == ATTACK else "proved": stage.hits}
+            stages[name] = {"samples": stage.samples, **hits, "seconds_per_sample": stage.seconds / stage.samples}
+        entry: dict[str, Any] = {
+            "eps": self.eps,
+            "standard_error": self.standard_error.as_dict(),
+            "pgd_error": self.pgd_error.as_dict() if self.pgd_error else None,
+            "verified_error": self.verified_error.as_dict(),
+            "stages": stages,
+            "contradictions": self.contradictions,
+        }
+        if self.untested:
+            entry["untested"] = list(self.untested)
+        if self._has_float64():
+            entry["changed_in_float64"] = {str(sample.index): sample.float64 for sample in self.changed_in_float64}
+        return entry
+
+    def _has_float64(self) -> bool:
+        return any(sample.float64 is not None for sample in self.certificates)
+
+    def _table(self) -> tuple[list[str], list[tuple[str, str]], list[tuple[str, str, str, str]], list[str]]:
+        """Headings, errors, stages and notes."""
+        head = [f"eps {self.eps}: {len(self.certificates):,} samples, errors with 95 % intervals"]
+        if self.untested:
+            head.append(f"relies on untested bounds of {'; '.join(self.untested)}")
+        rates = {"standard": self.standard_error, "PGD": self.pgd_error, "verified": self.verified_error}
+        errors = [(f"{name} error", "none" if rate is None else str(rate)) for name, rate in rates.items()]
+        stages = [("stage", "samples", "decided", "s per sample")]
+        for name, stage in self.stages.items():
+            seconds = f"{stage.seconds / stage.samples:.4f}"
+            stages.append((name, f"{stage.samples:,}", f"{stage.hits:,}", seconds))
+        changed = self.changed_in_float64
+        notes = [f"float64 changes the verdicts of {len(changed)} samples"] if self._has_float64() else []
+        return head, errors, stages, notes + [f"  sample {sample.index}: {sample.float64}" for sample in changed]
+
+    def __str__(self) -> str:
+        (first, *more), errors, stages, notes = self._table()
+        lines = [*more, *("{:<14}  {}".format(*cells) for cells in errors)]
+        lines += ["{:<11} {:>8} {:>8}  {}".format(*cells) for cells in stages]
+        return "\n  ".join([first, *lines, *notes])
+
+    def _repr_html_(self) -> str:
+        """The table in a notebook."""
+        head, errors, stages, notes = self._table()
+        rows = [f"<tr><td>{name}</td><td colspan=3>{rate}</td></tr>" for name, rate in errors]
+        rows += [f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in cells)}</tr>" for cells in stages]
+        caption, after = ("<br>".join(map(html.escape, lines)) for lines in (head, notes))
+        return f"<table><caption>{caption}</caption>{''.join(rows)}</table>{after}"
+
+
+def _rate(flags: Sequence[bool]) -> ErrorRate:
+    return ErrorRate(sum(flags), len(flags))

@@ -6,24 +6,24 @@ from torch import Tensor
 
 
 def robustness_property(lower: Tensor, upper: Tensor, label: int, classes: int, *, comment: str = "") -> str:
-    """The property whose counterexamples are the points of a box at which ``label`` does not win alone.
+    """The property whose counterexamples are the points of a box at which another class reaches the score of ``label``.
 
-    Inputs X_0, X_1, … are those of the flattened box, in row-major order. Its ends are written with all their digits,
-    so that the property is about exactly this box. A verifier that answers "unsat" has certified the sample.
+    Inputs X_0, X_1, … are the flattened box in row-major order. Bounds are written with all digits, so that the
+    property describes exactly this box. The answer "unsat" certifies the sample.
 
     Args:
         lower, upper: ends of the box, of the input's shape, without a batch dimension.
-        label: the class that should win.
-        classes: outputs Y_0, Y_1, …
-        comment: put on top, a line each.
+        label: the class of the sample.
+        classes: number of outputs Y_0, Y_1, …
+        comment: lines at the top.
 
     Raises:
-        ValueError: ``label`` is no class, or the box is empty.
+        ValueError: ``label`` is not a class, or the box is empty.
     """
     if not 0 <= label < classes:
         raise ValueError(f"label {label} is none of the {classes} classes, 0 to {classes - 1}")
     if not bool((lower <= upper).all()):
-        raise ValueError("the box is empty: its lower end is not below its upper one")
+        raise ValueError("the box is empty: its lower end is not below its upper end")
     lows, highs = lower.double().flatten().tolist(), upper.double().flatten().tolist()
     lines = [f"; {line}" for line in comment.splitlines()]
     lines += [f"(declare-const X_{place} Real)" for place in range(len(lows))]
@@ -35,5 +35,5 @@ def robustness_property(lower: Tensor, upper: Tensor, label: int, classes: int, 
 
 
 def _decimal(value: float) -> str:
-    """All digits of ``value``, without an exponent, which VNN-LIB's parsers do not all read."""
+    """All digits of ``value``, without an exponent, which not every VNN-LIB parser accepts."""
     return format(value, "f") if float(format(value, "f")) == value else f"{value:.60f}".rstrip("0")

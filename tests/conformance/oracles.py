@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import lirpa_fastwarmup as fw
-from lirpa_fastwarmup.engine.bounds import margin_matrix
-from lirpa_fastwarmup.engine.methods import METHODS, MarginBounds, bounded_inputs
+from lirpa_fastwarmup.engine.bounds import METHODS, MarginBounds, bounded_inputs, margin_matrix
 from lirpa_fastwarmup.engine.precision import default_dtype
 from lirpa_fastwarmup.engine.soundness import class_margins, escapes
 from lirpa_fastwarmup.verification.intervals import UnknownOperatorError, interval_bounds

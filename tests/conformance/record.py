@@ -10,32 +10,33 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from lirpa_fastwarmup.engine.bounds import METHODS
 from lirpa_fastwarmup.engine.compat import ENGINE_VERSION
-from lirpa_fastwarmup.engine.methods import METHODS
 from tests.conformance.cells import CELLS
 from tests.conformance.oracles import verdicts
 
 FOLDER = Path(__file__).parent
 PAGE = FOLDER.parent.parent / "docs" / "operators.md"
-Table = dict[str, dict[str, str]]  # Of each cell, each method's verdict.
+Table = dict[str, dict[str, str]]  # The verdict of each method, by cell.
 
 _HEAD = """# Operators
 
-What `BoundedModule` accepts, as the conformance tests found it. Every row is a small network around one operator, and
-every method was tested on it in double precision, at two radii (α-CROWN at the larger one):
+`BoundedModule` accepts the operators and attributes that pass the conformance tests. Each row is a small network around
+one operator. Every method is tested on it in double precision at two radii (alpha-CROWN at the larger one):
 
-- values of all bounded nodes, and of the margins, at random points, corners and the points that signed gradients of
-  single neurons lead to lie within their bounds;
-- IBP bounds are no tighter than an interval arithmetic that shares no code with the engine;
-- CROWN's linear functions of the input, at every pre-activation and at the output, hold at random points and corners;
-- around an affine operator alone, CROWN's bounds are the exact ones; with coefficients as patches they equal those with
-  coefficients as matrices; α-CROWN's are no looser than CROWN's, and no margin is attained below them.
+- The values of all bounded nodes, and the margins, lie within their bounds at random points, at corners, and at points
+  that follow the signed gradients of single neurons.
+- IBP bounds are no tighter than an independent interval arithmetic.
+- CROWN's linear functions of the input, at every pre-activation and at the output, hold at random points and corners.
+- Around a single affine operator, CROWN's bounds are exact, and coefficients in patch and matrix form give the same
+  bounds.
+- alpha-CROWN's bounds are no looser than CROWN's, and no attained margin is below them.
 
-*sound* passed all of these. *refused* raises a `NotImplementedError` that names the operator. There is no third kind.
-α-CROWN of the table is `alpha-CROWN` in `fw.verify`.
+*sound* means that all methods pass. *refused* means that `BoundedModule` or the method raises a `NotImplementedError`
+that names the operator. If only some methods pass, the cell lists them.
 
-Beyond the table, pass `allow_untested=True` to `BoundedModule`. All methods then run as far as the engine does, and
-certificates, summaries and reports name the operators whose bounds are untested.
+Pass `allow_untested=True` to `BoundedModule` to accept other operators. Methods then run as far as auto_LiRPA supports
+them, and certificates, summaries and reports name the operators whose bounds are untested.
 """
 
 

@@ -1,13 +1,12 @@
-"""Datasets as tensors of bytes, and batches made from them. Nothing here knows of bounds."""
+"""Datasets as uint8 tensors, and batches made from them; independent of bounds."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
 
-from lirpa_fastwarmup.experiments.data import cifar10, imagenet64, mnist, mnist5k, npz, tiny_imagenet
-from lirpa_fastwarmup.experiments.data.augmentation import Augmentation
-from lirpa_fastwarmup.experiments.data.batches import Batches
+from lirpa_fastwarmup.experiments.data import cifar10, imagenet, mnist, npz
+from lirpa_fastwarmup.experiments.data.batches import Augmentation, Batches
 from lirpa_fastwarmup.experiments.data.dataset import (
     Dataset,
     Split,
@@ -21,23 +20,22 @@ from lirpa_fastwarmup.experiments.data.dataset import (
 from lirpa_fastwarmup.experiments.data.download import CorruptFileError
 
 LOADERS: dict[str, Callable[[Path | None], Dataset]] = {
-    "mnist5k": mnist5k.load,
+    "mnist5k": mnist.load_5k,
     "mnist": mnist.load,
     "cifar10": cifar10.load,
-    "tiny-imagenet": tiny_imagenet.load,
-    "imagenet64": imagenet64.load,
+    "tiny-imagenet": imagenet.load_tiny,
+    "imagenet64": imagenet.load_64,
     "npz": npz.load,
 }
 
 
 def load(name: str, data_dir: Path | None = None) -> Dataset:
-    """The dataset called ``name``, from files in ``data_dir`` where it is made of files.
-
-    Without ``data_dir``, files come from the user's cache; what is missing there is downloaded, where it can be.
+    """Load the dataset ``name`` from ``data_dir`` or, by default, from the user's cache, downloading it if needed.
 
     Raises:
-        ValueError: no dataset has that name, and the text lists those there are; or a file is damaged.
-        OSError: files are missing; the text names them.
+        ValueError: the name is unknown; or, as :class:`CorruptFileError`, a file is damaged.
+        OSError: files are missing or cannot be downloaded; the message names them and the folder.
+        ImportError: the dataset needs a package that is not installed.
     """
     if name not in LOADERS:
         raise ValueError(f"unknown dataset {name!r}; known are {', '.join(LOADERS)}")

@@ -1,37 +1,83 @@
-"""Batches made from a split by indexing, which can be left off and taken up again."""
+"""Batches of a split, made by indexing and augmented as a whole; they can be resumed within an epoch."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lirpa_fastwarmup.experiments.data.augmentation import Augmentation
-from lirpa_fastwarmup.experiments.data.dataset import Split, moved
+from lirpa_fastwarmup.experiments.data.dataset import Split
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Random horizontal flips and random crops of a batch of images.
+
+    Random numbers are drawn on the CPU, in the order flips, vertical offsets, horizontal offsets, so that every device
+    yields the same images.
+
+    Attributes:
+        flip: mirror each image left to right with probability 1/2.
+        crop_padding: pad by this many pixels of the edge, and crop a window of the original size at a uniformly drawn
+            offset for each image; 0 for none.
+        generator: source of the random numbers, on the CPU; by default torch's own.
+    """
+
+    flip: bool = False
+    crop_padding: int = 0
+    generator: torch.Generator | None = None
+
+    def __call__(self, images: Tensor, whole: int | None = None, shard: slice = slice(None)) -> Tensor:
+        """Augment uint8 images (batch, channels, height, width); pixels move, but are not interpolated.
+
+        Random numbers are drawn for a batch of ``whole`` images, of which ``images`` are the ``shard``.
+        """
+        count = len(images) if whole is None else whole
+
+        def draw(end: int) -> Tensor:
+            return _move(torch.randint(end, (count,), generator=self.generator)[shard], images.device)
+
+        if self.flip:
+            images = torch.where(draw(2).bool().view(-1, 1, 1, 1), images.flip(3), images)
+        if self.crop_padding:
+            offsets = 2 * self.crop_padding + 1
+            images = self._crop(images, draw(offsets), draw(offsets))
+        return images
+
+    def _crop(self, images: Tensor, vertical: Tensor, horizontal: Tensor) -> Tensor:
+        count, channels, height, width = images.shape
+        rows, columns = self._window(vertical, height), self._window(horizontal, width)
+        index = rows.view(count, height, 1) * width + columns.view(count, 1, width)
+        index = index.view(count, 1, height * width).expand(-1, channels, -1)
+        return images.flatten(2).gather(2, index).view_as(images)
+
+    def _window(self, offsets: Tensor, size: int) -> Tensor:
+        """The rows (or columns) that each window reads, shape (batch, size); clamping them pads by the edge."""
+        positions = torch.arange(size, device=offsets.device)
+        return (offsets.unsqueeze(1) + positions - self.crop_padding).clamp(0, size - 1)
 
 
 class Batches:
-    """An epoch's batches of a split, as ``(x, y)`` with x float in [0, 1].
+    """The batches of an epoch, as ``(x, y)`` with x float in [0, 1].
 
-    The last, shorter batch is kept, unless ``drop_single`` and it is of one sample (which BatchNorm
-    cannot be trained on). Going through them can be left off in the middle of an epoch and taken up again from
-    :meth:`state_dict`, with the same batches as if it had not been.
+    The last batch may be shorter. An epoch can be interrupted and resumed from :meth:`state_dict`, with the same
+    batches as without the interruption.
 
     Args:
         split: the samples.
         batch_size: samples in a batch.
-        generator: shuffles every epoch anew; without one, batches come in the split's order.
-        drop_single: leave out a last batch of one sample.
+        generator: shuffles the samples in every epoch; by default batches follow the split's order.
+        drop_single: drop a last batch of one sample, which BatchNorm cannot be trained on.
         augment: applied to each batch.
-        device: where batches are wanted; by default where the split is.
-        shard: (rank, size): of each batch, every size-th sample is given out, from that of number ``rank`` on. Together
-            the shards of all ranks are the batch, augmented as it would be in one piece.
+        device: device of the batches; by default the split's.
+        shard: (rank, size): yield every size-th sample of each batch, starting with sample ``rank``. The shards of all
+            ranks together are the batch, augmented as in a single process.
 
     Raises:
-        ValueError: ``batch_size`` is less than 1, or no batch would be left, in which each rank has a sample (two, with
-            ``drop_single``).
+        ValueError: ``batch_size`` is less than 1, or no batch has a sample for each rank (two with ``drop_single``).
     """
 
     def __init__(
@@ -49,79 +95,77 @@ class Batches:
         least = size * (2 if drop_single else 1)
         if batch_size < 1:
             raise ValueError(f"batch size must be at least 1, found {batch_size}")
-        if size > 1 and batch_size < least:
-            raise ValueError(
-                f"a batch of {batch_size} over {size} processes leaves some of them less than the {least // size} "
-                "sample(s) that they need: the batch size is that of all processes together; use larger batches, or "
-                "fewer processes"
-            )
-        self.split = split
-        self.batch_size = batch_size
-        self.generator = generator
-        self.augment = augment
+        self.split, self.batch_size = split, batch_size
+        self.generator, self.augment = generator, augment
         self.device = split.labels.device if device is None else device
-        whole, rest = divmod(len(split), batch_size)
-        self._count = whole + (rest >= least)
+        complete, rest = divmod(len(split), batch_size)
+        self._count = complete + (rest >= least)
         self._shard = slice(rank, None, size)
-        if self._count == 0 or (drop_single and batch_size == 1):
+        if self._count == 0 or batch_size < least:
+            needed = "two samples (BatchNorm cannot be trained on one)" if drop_single else "a sample"
             raise ValueError(
-                f"{len(split)} sample(s) in batches of {batch_size} leave no batch of two, which BatchNorm needs to be "
-                "trained: use more samples or larger batches"
+                f"{len(split)} sample(s) in batches of {batch_size} leave no batch with {needed} for each of {size} "
+                "process(es): use more samples, larger batches, or fewer processes"
             )
-        self._position = 0  # Batches given out of the present epoch.
-        self._first = 0  # Where the next pass begins, after a state was loaded.
-        self._order_state: Tensor | None = None  # The generator's, before it shuffled the present epoch.
+        self._position = 0  # Batches of the current epoch that were yielded.
+        self._first = 0  # First batch of the next iteration, after a state was loaded.
+        self._order_state: Tensor | None = None  # State of the generator before it shuffled the current epoch.
 
     def __len__(self) -> int:
         return self._count
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of a new epoch; right after :meth:`load_state_dict`, those left of the one that was left off."""
+        """The batches of a new epoch or, right after :meth:`load_state_dict`, the rest of the interrupted one."""
         first, self._first = self._first, 0
-        order = self._order()
+        count, home = len(self.split), self.split.labels.device
+        if self.generator is None:
+            order = torch.arange(count, device=home)
+        else:
+            self._order_state = self.generator.get_state()
+            order = torch.randperm(count, generator=self.generator).to(home)
         for batch in range(first, self._count):
-            together = order[batch * self.batch_size : (batch + 1) * self.batch_size]
-            chosen = together[self._shard]
-            images, labels = self.split.images[chosen], self.split.labels[chosen]
-            images, labels = moved(images, self.device), moved(labels, self.device)
+            indices = order[batch * self.batch_size : (batch + 1) * self.batch_size]
+            local = indices[self._shard]
+            images, labels = self.split.images[local], self.split.labels[local]
+            images, labels = _move(images, self.device), _move(labels, self.device)
             if self.augment is not None:
-                images = self.augment(images, len(together), self._shard)
+                images = self.augment(images, len(indices), self._shard)
             self._position = batch + 1
             yield images.float() / 255, labels
 
     def samples_in(self, batch: int) -> int:
-        """The samples of batch number ``batch``, counted from 0, in all shards together."""
+        """Number of samples of batch ``batch`` (from 0) in all shards together."""
         return min(self.batch_size, len(self.split) - batch * self.batch_size)
 
-    def _order(self) -> Tensor:
-        count, device = len(self.split), self.split.labels.device
-        if self.generator is None:
-            return torch.arange(count, device=device)
-        self._order_state = self.generator.get_state()
-        return torch.randperm(count, generator=self.generator).to(device)
+    def _generators(self) -> dict[str, torch.Generator | None]:
+        return {"order": self.generator, "augmentation": None if self.augment is None else self.augment.generator}
 
     def state_dict(self) -> dict[str, Any]:
-        """Where in which epoch the batches stand, as plain values and tensors."""
-        within = 0 < self._position < self._count
-        order = self._order_state if within else _state_of(self.generator)
-        augmentation = None if self.augment is None else _state_of(self.augment.generator)
-        return {"position": self._position if within else 0, "order": order, "augmentation": augmentation}
+        """The position in the epoch, and the states of the generators."""
+        states = {name: None if source is None else source.get_state() for name, source in self._generators().items()}
+        if 0 < self._position < self._count:
+            return {"position": self._position, **states, "order": self._order_state}
+        return {"position": 0, **states}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Let the next pass go on from where :meth:`state_dict` was taken: bit for bit, with the same samples.
+        """Resume with the next iteration where :meth:`state_dict` was taken, with identical batches.
 
         Raises:
             ValueError: the state is of batches with other sources of random numbers.
         """
-        sources = {"order": self.generator, "augmentation": None if self.augment is None else self.augment.generator}
-        for name, generator in sources.items():
+        generators = self._generators()
+        for name, generator in generators.items():
             if (state[name] is None) is not (generator is None):
-                raise ValueError(f"the state of these batches does not fit: they differ in their random {name}")
-        for name, generator in sources.items():
+                raise ValueError(f"the state does not fit these batches: they differ in their random {name}")
+        for name, generator in generators.items():
             if generator is not None:
                 generator.set_state(state[name])
         self._first = self._position = int(state["position"])
+        self._order_state = state["order"]
 
 
-def _state_of(generator: torch.Generator | None) -> Tensor | None:
-    return None if generator is None else generator.get_state()
+def _move(tensor: Tensor, device: torch.device) -> Tensor:
+    """``tensor`` on ``device``, copied to a GPU without blocking, which needs pinned memory."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)

@@ -1,17 +1,21 @@
-"""A dataset as tensors: its splits, what is drawn from them, and where they are."""
+"""Datasets as uint8 tensors, and subsets of them."""
 
 from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from math import prod
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lirpa_fastwarmup.experiments.data.download import CorruptFileError
+
 logger = logging.getLogger(__name__)
 
-_HELD_OUT = 1  # The stream of random numbers beside the one that `limited` draws from.
+_HELD_OUT = 1  # Stream of random numbers, independent of the one that `limited` draws from.
 
 
 @dataclass(frozen=True)
@@ -25,26 +29,23 @@ class Split:
     labels: Tensor
 
     def __post_init__(self) -> None:
-        if self.images.dtype != torch.uint8 or self.images.ndim != 4:
-            raise ValueError(
-                f"expected uint8 images (n, c, h, w), found {self.images.dtype} {tuple(self.images.shape)}"
-            )
-        if self.labels.dtype != torch.int64 or self.labels.shape != self.images.shape[:1]:
-            raise ValueError(
-                f"expected int64 labels, one for each of {len(self.images)} images; found {self.labels.dtype} "
-                f"{tuple(self.labels.shape)}"
-            )
+        images, labels = self.images, self.labels
+        if images.dtype != torch.uint8 or images.ndim != 4:
+            raise ValueError(f"expected uint8 images (n, c, h, w), found {images.dtype} {tuple(images.shape)}")
+        if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
+            found = f"{labels.dtype} {tuple(labels.shape)}"
+            raise ValueError(f"expected int64 labels, one for each of {len(images)} images; found {found}")
 
     def __len__(self) -> int:
         return len(self.labels)
 
     @property
     def inputs(self) -> Tensor:
-        """The images as networks read them: (samples, channels, height, width), from 0 to 1."""
+        """The images as input of a network: float (samples, channels, height, width), from 0 to 1."""
         return self.images.float() / 255
 
     def to(self, device: torch.device | str) -> Split:
-        """The same on another device."""
+        """The same samples on another device."""
         return Split(self.images.to(device), self.labels.to(device))
 
     def take(self, indices: Tensor) -> Split:
@@ -54,10 +55,10 @@ class Split:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A training and a test split, and the name that results on them are reported under.
+    """A training and a test split, and the name of the dataset in reports.
 
-    ``mean`` and ``std`` are those that its pixels, from 0 to 1, are usually normalised by, one per channel; ``None``
-    where they are usually left as they are.
+    ``mean`` and ``std``, one per channel, are usually used to normalise its pixels from 0 to 1; ``None`` for no
+    normalisation.
     """
 
     name: str
@@ -74,8 +75,31 @@ class Dataset:
         return channels, height, width
 
 
+def check_labels(labels: np.ndarray, count: int, classes: range, path: Path) -> Tensor:
+    """The labels of ``count`` images, read from ``path``, checked, and numbered from 0."""
+    found = f"{labels.dtype} {labels.shape}"
+    valid = labels.dtype.kind in "iu" and labels.shape == (count,) and count > 0
+    if valid:
+        first, last = int(labels.min()), int(labels.max())
+        found += f" from {first} to {last}"
+        valid = first in classes and last in classes
+    if not valid:
+        expected = f"labels from {classes[0]} to {classes[-1]}, one for each of {count} images"
+        raise CorruptFileError(f"{path} should contain {expected}; found {found}")
+    return torch.from_numpy(labels.astype(np.int64) - classes[0])
+
+
+def unflatten(pixels: np.ndarray, count: int, shape: tuple[int, int, int], path: Path) -> np.ndarray:
+    """The rows of an array read from ``path``, checked, as ``count`` images of ``shape``."""
+    expected = (count, prod(shape))
+    if pixels.dtype != np.uint8 or pixels.shape != expected:
+        found = f"{pixels.dtype} {pixels.shape}"
+        raise CorruptFileError(f"{path} should contain uint8 pixels of shape {expected}; found {found}")
+    return pixels.reshape(count, *shape)
+
+
 def limited(split: Split, count: int, *, seed: int) -> Split:
-    """``count`` samples of ``split``, drawn without replacement by ``seed``.
+    """``count`` samples of ``split``, drawn without replacement.
 
     Raises:
         ValueError: ``count`` is less than 1 or more than there are.
@@ -86,19 +110,8 @@ def limited(split: Split, count: int, *, seed: int) -> Split:
     return split.take(order[:count].to(split.labels.device))
 
 
-def spread(split: Split, count: int) -> Split:
-    """``count`` samples at even distances over ``split``, which may be sorted by class; all, if it has fewer."""
-    return split.take(spread_indices(len(split), count).to(split.labels.device))
-
-
-def spread_indices(length: int, count: int) -> Tensor:
-    """``count`` indices at even distances from 0 to below ``length``; all, if there are fewer."""
-    count = min(count, length)
-    return torch.arange(count) * length // count
-
-
 def held_out(split: Split, count: int, *, seed: int) -> tuple[Split, Split]:
-    """``split`` without ``count`` of its samples, drawn by ``seed``, and these.
+    """``split`` without ``count`` samples drawn at random, and these samples.
 
     Raises:
         ValueError: ``count`` is less than 1, or nothing would be left.
@@ -109,29 +122,30 @@ def held_out(split: Split, count: int, *, seed: int) -> tuple[Split, Split]:
     return split.take(order[count:]), split.take(order[:count])
 
 
+def spread(split: Split, count: int) -> Split:
+    """``count`` evenly spaced samples of ``split``, which may be sorted by class; all samples if it has fewer."""
+    return split.take(spread_indices(len(split), count).to(split.labels.device))
+
+
+def spread_indices(length: int, count: int) -> Tensor:
+    """``count`` evenly spaced indices from 0 to below ``length``; all indices if there are fewer."""
+    count = min(count, length)
+    return torch.arange(count) * length // count
+
+
 def generator_of(seed: int, stream: int) -> torch.Generator:
-    """A generator on the CPU, independent of those of the same seed and other streams."""
+    """A generator on the CPU, independent of the other streams of the same seed."""
     state = np.random.SeedSequence([seed, stream]).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state) >> 1)
 
 
-def moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """``tensor`` on ``device``; on its way to a GPU, nothing waits for it."""
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        return tensor.pin_memory().to(device, non_blocking=True)  # From other memory, copies block.
-    return tensor.to(device)
-
-
 def place(split: Split, device: torch.device) -> Split:
-    """``split`` on ``device``, if its images take less than half of the memory that is free there.
-
-    Otherwise it stays where it is, and its batches travel.
-    """
-    if device.type == "cuda" and split.images.device.type != "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        size = split.images.numel()
-        if size > free / 2:
-            logger.info("images take %.1f GB, and %.1f GB are free on %s: they stay", size / 1e9, free / 1e9, device)
-            return split
-        return split.to(device)
-    return split
+    """``split`` on ``device``, if its images take less than half of the free memory there; else ``split`` itself."""
+    if device.type != "cuda" or split.images.device.type == "cuda":
+        return split
+    free, _ = torch.cuda.mem_get_info(device)
+    size = split.images.numel()
+    if size > free / 2:
+        logger.info("images take %.1f GB of %.1f GB free on %s: batches are copied", size / 1e9, free / 1e9, device)
+        return split
+    return split.to(device)

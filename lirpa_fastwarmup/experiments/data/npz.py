@@ -1,4 +1,4 @@
-"""A dataset of the user's own: ``train.npz`` and ``test.npz``, each with ``images`` and ``labels``."""
+"""A user's own dataset: ``train.npz`` and ``test.npz``, each with ``images`` and ``labels``."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lirpa_fastwarmup.experiments.data.dataset import Dataset, Split
-from lirpa_fastwarmup.experiments.data.files import missing_files, read_npz
+from lirpa_fastwarmup.experiments.data.dataset import Dataset, Split, check_labels
+from lirpa_fastwarmup.experiments.data.download import CorruptFileError, missing_files
 
 _FILES = ("train.npz", "test.npz")
 _CHANNELS = (1, 3, 4)
 _CHUNK = 4096
-_MOST_CLASSES = 1_000_000
+_MAX_CLASSES = 1_000_000
 
 
 def load(data_dir: Path | None = None) -> Dataset:
@@ -22,16 +22,9 @@ def load(data_dir: Path | None = None) -> Dataset:
 
     ``images`` is uint8 of shape (n, height, width), (n, channels, height, width) or (n, height, width, channels) with
     1, 3 or 4 channels; ``labels`` is integers (n,) from 0.
-
-    Raises:
-        ValueError: no folder is named, or an array has another type or shape.
-        FileNotFoundError: a file is missing.
-        CorruptFileError: a file is damaged, or no npz.
     """
     if data_dir is None:
-        raise ValueError(
-            f"the dataset npz is a folder of your own with {' and '.join(_FILES)}: name it with --data-dir"
-        )
+        raise ValueError(f"the dataset npz needs a folder with {' and '.join(_FILES)}: pass it as --data-dir")
     folder = Path(data_dir)
     missing = [name for name in _FILES if not (folder / name).is_file()]
     if missing:
@@ -39,20 +32,36 @@ def load(data_dir: Path | None = None) -> Dataset:
     train, test = (_read_split(folder / name) for name in _FILES)
     if train.images.shape[1:] != test.images.shape[1:]:
         raise ValueError(
-            f"images of {folder / _FILES[0]} are of shape {tuple(train.images.shape[1:])}, and those of {_FILES[1]} of "
-            f"shape {tuple(test.images.shape[1:])}: a network takes one shape"
+            f"images have shape {tuple(train.images.shape[1:])} in {folder / _FILES[0]}, but "
+            f"{tuple(test.images.shape[1:])} in {_FILES[1]}: a network accepts one shape"
         )
-    mean, std = _statistics(train.images)
+    mean, std = _mean_and_std(train.images)
     classes = 1 + max(int(train.labels.max()), int(test.labels.max()))
     return Dataset(name=folder.resolve().name, classes=classes, train=train, test=test, mean=mean, std=std)
 
 
+def read_npz(path: Path, content: str, *names: str) -> list[np.ndarray]:
+    """The arrays ``names`` of an npz file; messages describe its content as ``content``."""
+    with path.open("rb") as file:
+        try:
+            with np.load(file, allow_pickle=False) as arrays:
+                missing = [name for name in names if name not in arrays]
+                if missing:
+                    raise ValueError(f"it has no array {missing[0]!r}; it has {', '.join(arrays.files) or 'none'}")
+                return [arrays[name] for name in names]
+        except Exception as error:  # numpy and zipfile fail in many ways on damaged files.
+            hint = "it contains pickled objects, or is not an npz file" if "allow_pickle" in str(error) else str(error)
+            raise CorruptFileError(
+                f"{path} is not a valid npz file of {content} ({hint}): write plain arrays with numpy.savez"
+            ) from error
+
+
 def _read_split(path: Path) -> Split:
-    arrays = read_npz(path, ("images", "labels"), "images and labels")
-    return Split(_images(arrays["images"], path), _labels(arrays["labels"], len(arrays["images"]), path))
+    images, labels = read_npz(path, "images and labels", "images", "labels")
+    return Split(_to_channels_first(images, path), check_labels(labels, len(images), range(_MAX_CLASSES), path))
 
 
-def _images(images: np.ndarray, path: Path) -> Tensor:
+def _to_channels_first(images: np.ndarray, path: Path) -> Tensor:
     if images.dtype != np.uint8:
         raise ValueError(f"images of {path} are {images.dtype}: store pixels as uint8 from 0 to 255")
     if images.ndim == 3:
@@ -61,34 +70,22 @@ def _images(images: np.ndarray, path: Path) -> Tensor:
         images = images.transpose(0, 3, 1, 2)
     if images.ndim != 4 or images.shape[1] not in _CHANNELS or len(images) == 0:
         raise ValueError(
-            f"images of {path} are of shape {images.shape}: expected (n, height, width), or four dimensions with 1, 3 "
-            "or 4 channels in second or last place"
+            f"images of {path} have shape {images.shape}: expected (n, height, width), or four dimensions with 1, 3 or "
+            "4 channels in second or last place"
         )
     return torch.from_numpy(np.ascontiguousarray(images))
 
 
-def _labels(labels: np.ndarray, count: int, path: Path) -> Tensor:
-    if labels.dtype.kind not in "iu" or labels.shape != (count,) or count == 0 or labels.min() < 0:
-        raise ValueError(
-            f"labels of {path} must be class numbers from 0, one for each of {count} images; found {labels.dtype} of "
-            f"shape {labels.shape}{f', the least {labels.min()}' if labels.size else ''}"
-        )
-    if labels.max() >= _MOST_CLASSES:
-        raise ValueError(f"{path} has the label {labels.max()}: number the classes from 0, without gaps")
-    return torch.from_numpy(labels.astype(np.int64))
-
-
-def _statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _mean_and_std(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of each channel, of pixels from 0 to 1."""
     total = torch.zeros(images.shape[1], dtype=torch.float64)
     squares = torch.zeros_like(total)
-    for part in images.split(_CHUNK):
-        pixels = part.double().transpose(0, 1).flatten(1) / 255
+    for chunk in images.split(_CHUNK):
+        pixels = chunk.double().transpose(0, 1).flatten(1) / 255
         total += pixels.sum(1)
         squares += pixels.square().sum(1)
     count = images.numel() / images.shape[1]
     mean = total / count
-    # A channel of one value has no width to divide by.
     std = (squares / count - mean.square()).clamp(min=0).sqrt()
-    std = torch.where(std > 1e-6, std, torch.ones_like(std))
+    std = torch.where(std > 1e-6, std, torch.ones_like(std))  # A constant channel is not scaled.
     return tuple(mean.tolist()), tuple(std.tolist())

@@ -1,75 +1,76 @@
-"""A table over finished runs: one row for runs that differ in their seed alone, with mean and deviation."""
+"""A comparison table: one row per group of runs that differ in their seed only, with mean and standard deviation."""
 
 from __future__ import annotations
 
 import json
 import statistics
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from lirpa_fastwarmup.experiments.report.records import ERRORS, read_summary
+from lirpa_fastwarmup.experiments.report.records import ERRORS
 
-# What may differ between the runs of a row.
-_NO_DIFFERENCE = ("seed", "data_dir")
-_HEADS = ("standard", "PGD", "verified")
+# Settings that may differ within a row.
+_WITHIN_ROW = ("seed", "data_dir")
+_ALWAYS = ("method", "eps")
 
 
-def comparison(folders: Sequence[Path]) -> list[tuple[str, ...]]:
-    """The rows of the table over the runs in ``folders``, its heading first; errors are in percent.
+def comparison(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> list[tuple[str, ...]]:
+    """The table over finished runs, its heading first; errors are in percent.
 
-    Runs whose settings agree but for the seed (and the place of the data) share a row, "mean ± standard deviation"
-    (of the sample). Columns tell the settings that differ between rows.
-
-    Raises:
-        FileNotFoundError, ValueError: as :func:`read_summary`.
+    Runs whose settings agree except for the seed (and the folder of the data) form one row, "mean ± standard deviation"
+    (of the sample). There are columns for the dataset, the method, ε, and the settings that differ between rows.
+    ``runs`` holds the name and the ``summary.json`` of each run.
     """
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for folder in folders:
-        summary = {**read_summary(folder), "run": folder.resolve().name}
-        groups.setdefault(_key(summary), []).append(summary)
-    rows = list(groups.values())
-    columns = _differing([summaries[0] for summaries in rows])
-    table = [("dataset", *columns, "seeds", *(f"{head} %" for head in _HEADS), "runs")]
-    for summaries in rows:
-        first = summaries[0]
-        table.append(
-            (
-                str(first["dataset"]),
-                *(_setting(first, name) for name in columns),
-                ", ".join(str(summary["seed"]) for summary in sorted(summaries, key=lambda run: int(run["seed"]))),
-                *(_figure([summary[name] for summary in summaries]) for name in ERRORS),
-                ", ".join(summary["run"] for summary in summaries),
-            )
-        )
-    return table
+    groups: dict[str, list[tuple[str, Mapping[str, Any]]]] = {}
+    for run in runs:
+        groups.setdefault(_key(run[1]), []).append(run)
+    columns = _differing([group[0][1] for group in groups.values()])
+    heads = ("dataset", "method", "ε", *columns, "seeds", "standard %", "PGD %", "verified %", "runs")
+    return [heads, *(_row(group, columns) for group in groups.values())]
+
+
+def _row(group: Sequence[tuple[str, Mapping[str, Any]]], columns: Sequence[str]) -> tuple[str, ...]:
+    summaries = [summary for _, summary in group]
+    settings = summaries[0]["settings"]
+    return (
+        str(summaries[0]["dataset"]),
+        *(setting_text(settings.get(name)) for name in (*_ALWAYS, *columns)),
+        ", ".join(map(str, sorted(int(summary["seed"]) for summary in summaries))),
+        *(_error([summary[name] for summary in summaries]) for name in ERRORS),
+        ", ".join(name for name, _ in group),
+    )
 
 
 def _key(summary: Mapping[str, Any]) -> str:
-    settings = {name: value for name, value in summary["settings"].items() if name not in _NO_DIFFERENCE}
+    settings = {name: value for name, value in summary["settings"].items() if name not in _WITHIN_ROW}
     return json.dumps([summary["dataset"], settings], sort_keys=True)
 
 
 def _differing(summaries: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The settings that differ between rows and have no column of their own."""
     names = dict.fromkeys(name for summary in summaries for name in summary["settings"])
     return [
         name
         for name in names
-        if name not in (*_NO_DIFFERENCE, "dataset")
+        if name not in (*_WITHIN_ROW, *_ALWAYS, "dataset")
         and len({json.dumps(summary["settings"].get(name)) for summary in summaries}) > 1
     ]
 
 
-def _setting(summary: Mapping[str, Any], name: str) -> str:
-    value = summary["settings"].get(name)
+def setting_text(value: Any) -> str:
+    """The value of a setting: short decimals as they are, multiples of 1/255 as fractions, other numbers rounded."""
     if isinstance(value, list):
         return " ".join(map(str, value))
-    return f"{value:.4g}" if isinstance(value, float) else "–" if value is None else str(value)
+    if not isinstance(value, float):
+        return "–" if value is None else str(value)
+    pixels = round(value * 255)
+    is_fraction = 0 < pixels < 255 and abs(value * 255 - pixels) < 1e-9 and float(f"{value:.4g}") != value
+    return f"{pixels}/255" if is_fraction else f"{value:.4g}"
 
 
-def _figure(values: Sequence[float | None]) -> str:
+def _error(values: Sequence[float | None]) -> str:
     known = [100 * value for value in values if value is not None]
     if len(known) < len(values):
         return "–"
-    spread = f" ± {statistics.stdev(known):.2f}" if len(known) > 1 else ""
-    return f"{statistics.fmean(known):.2f}{spread}"
+    deviation = f" ± {statistics.stdev(known):.2f}" if len(known) > 1 else ""
+    return f"{statistics.fmean(known):.2f}{deviation}"

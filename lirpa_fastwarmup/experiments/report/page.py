@@ -1,4 +1,4 @@
-"""One self-contained page over one run or several (needs matplotlib and jinja2, of the extra ``plots``)."""
+"""One self-contained page over one run or several (the extra ``plots`` installs matplotlib and jinja2)."""
 
 from __future__ import annotations
 
@@ -6,205 +6,202 @@ import base64
 import io
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lirpa_fastwarmup.experiments.report.records import Image, RunRecord, Sample
+from lirpa_fastwarmup.experiments.report.comparison import comparison, setting_text
+from lirpa_fastwarmup.experiments.report.records import ERRORS, Image, RunRecord, Sample
 from lirpa_fastwarmup.inspection import plots
+from lirpa_fastwarmup.version import __version__
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_TEMPLATE = "report.html.jinja"
+
+_Picture = dict[str, Any]  # Its source, a data URL, its caption, and whether it is two columns wide.
+_MODEL = {"model": "", "width": "width ", "hidden": "hidden "}
 
 
-@dataclass(frozen=True)
-class Picture:
-    """A picture inside the page: its source as a data URL, and what it shows."""
+def render(records: Sequence[RunRecord]) -> str:
+    """The page over ``records`` as HTML, with a comparison table if several runs are finished.
 
-    source: str
-    caption: str
-
-
-def render(records: Sequence[RunRecord], comparison: Sequence[Sequence[str]], version: str) -> str:
-    """The page, as HTML.
-
-    Args:
-        records: the runs.
-        comparison: a table over the finished ones, its heading first; empty for none.
-        version: of the package.
-
-    Raises:
-        ImportError: matplotlib or jinja2 is not installed.
+    Raises ImportError if matplotlib or jinja2 is not installed.
     """
     try:
         from jinja2 import Environment, PackageLoader
     except ImportError as error:
         raise ImportError("the report needs jinja2: pip install 'lirpa_fastwarmup[plots]'") from error
     environment = Environment(loader=PackageLoader(__package__, ""), autoescape=True, trim_blocks=True)
-    return environment.get_template(_TEMPLATE).render(
+    finished = [(record.name, record.summary) for record in records if record.summary is not None]
+    return environment.get_template("report.html.jinja").render(
         runs=[_run(record) for record in records],
-        comparison=comparison,
-        curves=_comparing_picture(records),
-        version=version,
+        comparison=comparison(finished) if len(finished) > 1 else [],
+        curves=_comparing_pictures(records),
+        version=__version__,
     )
 
 
 def _run(record: RunRecord) -> dict[str, Any]:
-    found = record.inspection
     return {
         "name": record.name,
-        "state": _state(record),
-        "figures": _figures(record),
+        "headline": _headline(record),
+        "facts": _facts(record),
         "missing": record.missing,
+        "errors": _error_table(record),
         "training": _training_pictures(record),
-        "network": [] if found is None or not found.relus else [_states_picture(record)],
-        "inspection": found,
-        "tables": [] if found is None else found.tables(),
-        "certificates": _certificate_rows(record.verification),
-        "certificate_pictures": _certificate_pictures(record),
-        "samples": [_samples_picture(record.images)] if record.images else [],
-        "settings": {name: value for name, value in record.settings.items() if value is not None},
+        "inspection": record.inspection,
+        "certificates": _certificate_pictures(record),
+        "settings": {name: setting_text(value) for name, value in record.settings.items() if value is not None},
     }
 
 
-def _state(record: RunRecord) -> str:
-    planned = record.settings.get("epochs", "an unknown number")
-    if record.summary is not None:
-        return f"finished after {planned} epochs"
-    return f"not finished: {len(record.history)} of {planned} epochs"
+def _facts(record: RunRecord) -> list[tuple[str, str]]:
+    """What was trained and how, the most important first."""
+    settings, summary = record.settings, record.summary or {}
+    epochs = settings.get("epochs", "an unknown number of")
+    finished = f"finished after {epochs} epochs"
+    facts = {
+        "method": settings.get("method"),
+        "model": ", ".join(f"{text}{settings[name]}" for name, text in _MODEL.items() if settings.get(name)),
+        "dataset": summary.get("dataset", settings.get("dataset")),
+        "ε": _radius(settings.get("eps")),
+        "epochs": finished if record.summary else f"not finished: {len(record.history)} of {epochs} epochs",
+        "test images": _text(summary.get("test_samples"), ","),
+        "seconds per epoch": _text(summary.get("train_seconds_per_epoch"), ".1f"),
+        "operators with untested bounds": "; ".join(summary.get("untested", ())),
+        **{name: summary.get(name) for name in ("seed", "device", "engine", "torch", "git")},
+    }
+    return [(name, str(value)) for name, value in facts.items() if value not in (None, "", "–")]
 
 
-def _figures(record: RunRecord) -> list[tuple[str, str]]:
-    """The run's errors, or those of its last finished epoch."""
-    summary = record.summary
+def _headline(record: RunRecord) -> str:
+    """The certified fraction of the test images in a sentence: of certificates, the summary, or the last epoch."""
+    eps, verification = record.settings.get("eps"), record.verification or {}
+    results = [one for one in verification.get("results", ()) if isinstance(one["eps"], int | float)]
+    result = next((one for one in results if one["eps"] == eps), results[0] if results else None)
+    source = record.summary or (record.history or [{}])[-1]
+    error, count, methods = source.get("verified_error"), source.get("test_samples"), ["IBP"]
+    when = "" if record.summary else f" after epoch {len(record.history)}"
+    if result is not None:
+        error, count, eps, when = result["verified_error"]["value"], verification.get("samples"), result["eps"], ""
+        methods = verification.get("methods", [])
+    if error is None or math.isnan(error) or eps is None:
+        return ""
+    images = "the test images" if count is None else f"{count:,} test images"
+    return (
+        f"{100 * (1 - error):.1f} % of {images} are certified at ε = {_radius(eps)} by {' and '.join(methods)}{when}."
+    )
+
+
+def _error_table(record: RunRecord) -> list[tuple[str, ...]]:
+    """Errors by their source, with the methods and samples that they come from; the heading first."""
+    rows: list[tuple[str, ...]] = []
+    head = ("computed", "bounds", "PGD", "test images", "ε", "standard error", "PGD error", "verified error")
+    summary, eps, source = record.summary, _radius(record.settings.get("eps")), "after training"
     if summary is None:
-        last = record.history[-1] if record.history else {}
-        names = {"standard error": "standard_error", "verified error (IBP)": "verified_error"}
-        return [(f"{head}, epoch {last['epoch']:.0f}", f"{last[name]:.2%}") for head, name in names.items() if last]
-    rows = [
-        ("dataset", str(summary["dataset"])),
-        ("ε", f"{summary['eps']:.6g}"),
-        ("standard error", _percent(summary["standard_error"])),
-        ("PGD error", _percent(summary["pgd_error"])),
-        ("verified error (IBP)", _percent(summary["verified_error"])),
-        ("seconds per epoch", f"{summary['train_seconds_per_epoch']:.1f}"),
-    ]
-    if summary.get("untested"):
-        rows.append(("rests on untested bounds of", "; ".join(summary["untested"])))
-    rows += [(name, str(summary[name])) for name in ("seed", "device", "engine", "torch", "git") if name in summary]
-    return rows
+        summary, source = (record.history or [{}])[-1], f"after epoch {len(record.history)}"
+    if summary:
+        attack = _attack(record.settings if record.summary else {})
+        errors = (_text(summary.get(name), ".2%") for name in ERRORS)
+        rows.append((source, "IBP", attack, _text(summary.get("test_samples"), ","), eps, *errors))
+    verification = record.verification or {}
+    for one in verification.get("results", ()):
+        source = f"by verify on {verification.get('dataset', 'test data')} (decided: {_decided(one['stages'])})"
+        methods, samples = ", ".join(verification.get("methods", ())), _text(verification.get("samples"), ",")
+        errors = (_interval(one[name]) for name in ERRORS)
+        rows.append((source, methods, _attack(verification), samples, _radius(one["eps"]), *errors))
+    return [head, *rows] if rows else []
 
 
-def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2%}"
+def _attack(content: Mapping[str, Any]) -> str:
+    steps, restarts = content.get("pgd_steps"), content.get("pgd_restarts")
+    return f"{steps} steps × {restarts}" if steps and restarts else "–"
 
 
-def _certificate_rows(verification: Mapping[str, Any] | None) -> list[tuple[str, ...]]:
-    if verification is None or not verification.get("results"):
-        return []
-    rows: list[tuple[str, ...]] = [("ε", "samples", "standard", "PGD", "verified", "decided by")]
-    for one in verification["results"]:
-        stages = one["stages"].items()
-        decided = ", ".join(f"{name} {stage.get('proved', stage.get('attacked')):,}" for name, stage in stages)
-        shares = (one[name] for name in ("standard_error", "pgd_error", "verified_error"))
-        rows.append((_radius(one["eps"]), _samples(verification), *(_interval(share) for share in shares), decided))
-    return rows
+def _text(value: float | None, form: str) -> str:
+    return "–" if value is None or math.isnan(value) else f"{value:{form}}"
 
 
-def _samples(verification: Mapping[str, Any]) -> str:
-    return f"{verification['samples']:,}" if "samples" in verification else "–"
+def _decided(stages: Mapping[str, Mapping[str, Any]]) -> str:
+    names = ("proved", "falsified", "attacked")  # The last one in files of earlier versions.
+    counts = {stage: next(found[name] for name in names if name in found) for stage, found in stages.items()}
+    return ", ".join(f"{stage} {count:,}" for stage, count in counts.items())
 
 
 def _radius(eps: Any) -> str:
-    return f"{eps:.6g}" if isinstance(eps, int | float) else "one for each channel or element"
+    return setting_text(eps) if isinstance(eps, int | float | None) else "one per channel or element"
 
 
-def _interval(share: Mapping[str, Any] | None) -> str:
-    if share is None:
+def _interval(rate: Mapping[str, Any] | None) -> str:
+    if rate is None:
         return "–"
-    low, high = share["interval_95"]
-    return f"{share['value']:.2%} [{low:.2%}, {high:.2%}]"
+    low, high = rate["interval_95"]
+    return f"{rate['value']:.2%} [{low:.2%}, {high:.2%}]"
 
 
 # Pictures.
 
 
-def _picture(figure: Figure, caption: str) -> Picture:
-    # Vectors stay sharp at any size; letters as outlines need no font on the reader's machine.
-    text = io.BytesIO()
+def _picture(figure: Figure, caption: str, *, wide: bool = False) -> _Picture:
+    text = io.BytesIO()  # SVG stays sharp at any size.
     figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
-    return Picture(f"data:image/svg+xml;base64,{base64.b64encode(text.getvalue()).decode()}", caption)
+    source = f"data:image/svg+xml;base64,{base64.b64encode(text.getvalue()).decode()}"
+    return {"source": source, "caption": caption, "wide": wide}
 
 
-def _panel(caption: str, draw: Callable[[Axes], None], *, over_epochs: bool = False) -> Picture:
+def _panel(caption: str, draw: Callable[..., None], *arguments: Any, epochs: bool = False) -> _Picture:
     figure = plots.new_figure(figsize=(5.2, 3.4))
-    axes = figure.subplots()
-    draw(axes)
-    if over_epochs:
+    axes: Axes = figure.subplots()
+    draw(axes, *arguments)
+    if epochs:
         plots.count_epochs(axes)
     return _picture(figure, caption)
 
 
-def _comparing_picture(records: Sequence[RunRecord]) -> list[Picture]:
+def _comparing_pictures(records: Sequence[RunRecord]) -> list[_Picture]:
     histories = {record.name: record.history for record in records if record.history}
     if len(histories) < 2:
         return []
-    return [
-        _panel(f"{head} error on the test set", _errors_drawn(histories, column), over_epochs=True)
-        for head, column in (("Verified", "verified_error"), ("Standard", "standard_error"))
-    ]
+    heads = {"Verified error on the test set": "verified_error", "Standard error on the test set": "standard_error"}
+    return [_panel(head, plots.draw_errors_of_runs, histories, column, epochs=True) for head, column in heads.items()]
 
 
-def _errors_drawn(histories: Mapping[str, plots.History], column: str) -> Callable[[Axes], None]:
-    return lambda axes: plots.draw_errors_of_runs(axes, histories, column)
-
-
-def _training_pictures(record: RunRecord) -> list[Picture]:
-    history = record.history
-    if not history:
-        return []
-    drawn: list[tuple[str, Callable[[Axes, plots.History], None]]] = [
-        ("Errors on the test set, the verified one at the target ε", plots.draw_errors),
-        ("Losses and regularisers, means over the training set", plots.draw_losses),
-        ("The radius at the end of each epoch", plots.draw_radius),
-    ]
-    if any(name.startswith("always_active/") for name in history[-1]):
-        drawn += [
-            ("States of ReLUs at the target ε, mean over layers", plots.draw_relu_states),
-            ("Width of each layer's bounds at the target ε, over that of the input", plots.draw_growth_over_training),
-        ]
-    return [_panel(caption, lambda axes, draw=draw: draw(axes, history), over_epochs=True) for caption, draw in drawn]  # type: ignore[misc]
-
-
-def _states_picture(record: RunRecord) -> Picture:
-    found = record.inspection
-    assert found is not None
-    return _panel("States of the ReLUs of each layer", lambda axes: plots.draw_states_by_layer(axes, found))
-
-
-def _certificate_pictures(record: RunRecord) -> list[Picture]:
-    pictures = []
-    results = record.verification.get("results", []) if record.verification else []
-    if len([one for one in results if isinstance(one["eps"], int | float)]) > 1:
-        pictures.append(_panel("Errors over ε, with 95 % intervals", lambda a: plots.draw_errors_over_eps(a, results)))
-    margins = [sample.margin for sample in record.samples]
-    if any(map(math.isfinite, margins)):
-        pictures.append(
-            _panel(f"Verified margins at ε = {record.eps:.5g}", lambda axes: plots.draw_margins(axes, margins))
-        )
+def _training_pictures(record: RunRecord) -> list[_Picture]:
+    history, found = record.history, record.inspection
+    over_epochs: dict[str, Callable[..., None]] = {
+        "Errors on the test set, the verified one at the target ε": plots.draw_errors,
+        "Losses and regularisers, means over the training set": plots.draw_losses,
+        "The radius at the end of each epoch": plots.draw_radius,
+    }
+    if history and any(name.startswith("always_active/") for name in history[-1]):
+        over_epochs["States of ReLUs at the target ε, mean over layers"] = plots.draw_relu_states
+        over_epochs["Width of bounds at the target ε over that of the input"] = plots.draw_growth_over_training
+    pictures = [_panel(caption, draw, history, epochs=True) for caption, draw in over_epochs.items() if history]
+    if found is not None and found.relus:
+        pictures.append(_panel("States of ReLUs of the trained network, by layer", plots.draw_states_by_layer, found))
     return pictures
 
 
-def _samples_picture(images: Sequence[tuple[Sample, Image]]) -> Picture:
+def _certificate_pictures(record: RunRecord) -> list[_Picture]:
+    pictures = []
+    results = (record.verification or {}).get("results", [])
+    if len([one for one in results if isinstance(one["eps"], int | float)]) > 1:
+        pictures.append(_panel("Errors over ε, with 95 % intervals", plots.draw_errors_over_eps, results))
+    margins = [sample.margin for sample in record.samples]
+    if any(map(math.isfinite, margins)):
+        source = "of certificates" if record.verification else f"by IBP, of {len(margins):,} test images"
+        pictures.append(_panel(f"Verified margins at ε = {_radius(record.eps)}, {source}", plots.draw_margins, margins))
+    return [*pictures, _samples_picture(record.images)] if record.images else pictures
+
+
+def _samples_picture(images: Sequence[tuple[Sample, Image]]) -> _Picture:
     columns = (len(images) + 1) // 2
-    figure = plots.new_figure(figsize=(1.1 * columns, 3.1))
+    figure = plots.new_figure(figsize=(1.2 * columns, 3.1))
     for panel in figure.subplots(2, columns, squeeze=False).flat:
         panel.axis("off")
     for panel, (sample, image) in zip(figure.axes, images, strict=False):
         panel.imshow(image, cmap="gray", vmin=0, vmax=255)
-        panel.set_title(
-            f"#{sample.index}: {sample.label} → {sample.prediction}\nmargin {sample.margin:.3g}", fontsize="small"
-        )
-    return _picture(figure, "Sample: its class → the predicted one. The smallest verified margins, then the largest")
+        title = f"#{sample.index}: {sample.label} → {sample.prediction}\nmargin {sample.margin:.3g}"
+        panel.set_title(title, fontsize="small")
+    caption = "Class → predicted class of the samples with the smallest verified margins, then with the largest"
+    return _picture(figure, caption, wide=True)

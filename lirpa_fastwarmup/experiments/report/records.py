@@ -1,34 +1,44 @@
-"""What a run left in its folder, read as far as it got."""
+"""The record of a run: what its folder holds, and the inspection of its network."""
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from lirpa_fastwarmup.experiments.training.files import HISTORY, MODEL, SUMMARY
+from lirpa_fastwarmup.engine.module import BoundedModule
+from lirpa_fastwarmup.experiments import data
+from lirpa_fastwarmup.experiments.training import load_model, settings_of_run
+from lirpa_fastwarmup.experiments.training.checkpoint import CHECKPOINT, HISTORY, MODEL, SUMMARY
+from lirpa_fastwarmup.experiments.training.network import read_model
+from lirpa_fastwarmup.inspection.layers import inspect
 from lirpa_fastwarmup.inspection.statistics import Inspection
 from lirpa_fastwarmup.storage import file_sum, read_csv, read_json, read_tensors, weights_sum
+from lirpa_fastwarmup.verification import evaluate
+from lirpa_fastwarmup.verification import folder as verified
+
+logger = logging.getLogger(__name__)
 
 ERRORS = ("standard_error", "pgd_error", "verified_error")
-
+_BOUNDED = 1000  # Test samples to bound if there are no certificates.
+_INSPECTED = 250
+_SHOWN = 6
+_SAME = 1e-12  # Radii that differ by less are equal.
 
 Image = np.ndarray[Any, np.dtype[np.uint8]]
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A test sample and what is known of it.
-
-    Attributes:
-        index: its place in the test set.
-        label, prediction: its class, and the network's.
-        margin: the lower bound on min_j z_y − z_j over the box: above 0 is certified.
-    """
+    """A test sample. ``margin`` is the lower bound on min_j z_y − z_j over the box: above 0 is certified."""
 
     index: int
     label: int
@@ -41,16 +51,12 @@ class RunRecord:
     """A run, finished or not.
 
     Attributes:
-        name: to call it by.
-        settings: by name; empty if unknown.
-        summary: of a finished run.
-        history: a row for each finished epoch.
-        verification: the content of ``verification.json``.
-        samples: those whose margin is known, the smallest margin first.
-        eps: the radius that the margins hold at.
-        inspection: of the kept network.
-        images: of the samples with the smallest and with the largest margins, (height, width, channels), bytes.
-        missing: what there is not, and why, one sentence each.
+        name: distinguishes the run from others.
+        summary, verification: the content of ``summary.json`` and ``verification.json``; ``None`` without the file.
+        history: a row per finished epoch.
+        samples, eps: samples with a known margin at radius ``eps``, in ascending order of margins.
+        images: of the samples with the smallest and the largest margins, (height, width, channels), bytes.
+        missing: what is missing and why, one sentence each.
     """
 
     name: str
@@ -65,55 +71,40 @@ class RunRecord:
     missing: list[str] = field(default_factory=list)
 
 
-def read_history(path: Path) -> list[dict[str, float]]:
-    """The rows of a ``history.csv``; a blank is NaN.
+class _SavedModel:
+    """The ``model.pt`` of a run, read at first use and once."""
 
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: it is no history of a run.
-    """
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / MODEL
+
+    @cached_property
+    def content(self) -> Any:
+        return read_tensors(self.path, "is damaged: restore it from a copy, or retrain")
+
+    @cached_property
+    def checked(self) -> dict[str, Any]:
+        return read_model(self.path, self.content)
+
+    @cached_property
+    def weights(self) -> str:
+        return weights_sum(self.content.get("state_dict", {}) if isinstance(self.content, dict) else {})
+
+
+def read_history(path: Path) -> list[dict[str, float]]:
+    """The rows of a ``history.csv``; blanks are NaN. Raises OSError or ValueError if it is not the history of a run."""
     rows = read_csv(path, ("epoch",), "the history of a run")
     try:
-        return [{name: _number(text) for name, text in row.items()} for row in rows]
+        return [{name: float(text) if text else math.nan for name, text in row.items()} for row in rows]
     except ValueError as error:
         raise ValueError(f"{path} cannot be read as the history of a run: {error}") from error
 
 
-def _number(text: str) -> float:
-    return float(text) if text else math.nan
-
-
-def check_origin(path: Path, content: Mapping[str, Any], folder: Path) -> None:
-    """Refuse what says something of other weights, or of other tables, than those that lie beside it.
-
-    Args:
-        path: the file, for the message.
-        content: what it holds: ``weights``, a digest, and ``files``, checksums by name; either may be missing.
-        folder: of the run.
+def read_summary(folder: Path, model: _SavedModel | None = None) -> dict[str, Any]:
+    """The ``summary.json`` of the run in ``folder``; ``model`` is its network, if it was read before.
 
     Raises:
-        OSError: a file cannot be read.
-        ValueError: they are other ones.
-    """
-    weights, model, files = content.get("weights"), folder / MODEL, content.get("files") or {}
-    if weights is not None and model.is_file():
-        kept = read_tensors(model, "is damaged: restore it from a copy, or retrain")
-        if not isinstance(kept, dict) or weights_sum(kept.get("state_dict", {})) != weights:
-            raise ValueError(f"{path} is of other weights than those in {model}: verify or train again")
-    for name, expected in files.items():
-        if (path.parent / name).is_file() and file_sum(path.parent / name) != expected:
-            raise ValueError(
-                f"{path.parent / name} is not the file that {path.name} was written with: restore it, or verify or "
-                "train again"
-            )
-
-
-def read_summary(folder: Path) -> dict[str, Any]:
-    """The ``summary.json`` of the run in ``folder``.
-
-    Raises:
-        FileNotFoundError: there is none, because the run is not finished or the folder holds no run.
-        ValueError: it is no summary of a run.
+        FileNotFoundError: the run is not finished, or the folder holds no run.
+        ValueError: the file is not the summary of a run, or belongs to other weights or tables than the folder's.
     """
     path = folder / SUMMARY
     if not path.is_file():
@@ -128,23 +119,124 @@ def read_summary(folder: Path) -> dict[str, Any]:
     known = (int, float, type(None))
     if not isinstance(summary["settings"], dict) or any(type(summary[name]) not in known for name in ERRORS):
         raise ValueError(f"{path} is not the summary of a run: its settings or errors are of another type")
-    check_origin(path, summary, folder)
+    _check_origin(path, summary, model or _SavedModel(folder))
     return summary
 
 
-def read_record(folder: Path) -> RunRecord:
-    """What the text files in ``folder`` tell; what there is not is among what is missing.
+def _check_origin(path: Path, content: Mapping[str, Any], model: _SavedModel) -> None:
+    """Raise ValueError if the ``content`` of ``path`` names other weights or tables than the files beside it."""
+    weights, files = content.get("weights"), content.get("files") or {}
+    if weights is not None and model.path.is_file() and model.weights != weights:
+        raise ValueError(f"{path} belongs to other weights than {model.path}: verify or train again")
+    for name, expected in files.items():
+        if (path.parent / name).is_file() and file_sum(path.parent / name) != expected:
+            text = f"is not the file that {path.name} was written with: restore it, or verify or train again"
+            raise ValueError(f"{path.parent / name} {text}")
+
+
+def read_record(folder: Path, data_dir: Path | None = None, *, trust: bool = False) -> RunRecord:
+    """Read the run in ``folder``, inspect its network, and bound test samples if there are no certificates.
+
+    Args:
+        folder: the run's folder.
+        data_dir: folder of the dataset's files, if it has moved.
+        trust: import and call the network factory that the run's files name.
 
     Raises:
-        FileNotFoundError: there is no such folder, or nothing of a run in it.
-        ValueError: a file is damaged.
+        FileNotFoundError: the folder does not exist, or holds no run.
+        ValueError: a text file is damaged, or belongs to other weights than ``model.pt`` holds.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}: name the folder of a training run")
-    record = RunRecord(name=folder.resolve().name)
+    record, model = RunRecord(name=folder.resolve().name), _SavedModel(folder)
     if (folder / HISTORY).is_file():
         record.history = read_history(folder / HISTORY)
     if (folder / SUMMARY).is_file():
-        record.summary = read_summary(folder)
+        record.summary = read_summary(folder, model)
         record.settings = record.summary["settings"]
+    else:
+        record.missing.append("The run is not finished: lirpa-fastwarmup train --resume --out RUN_DIR resumes it.")
+    record.settings = record.settings or _saved_settings(folder, model)
+    if not record.settings and not record.history:
+        raise FileNotFoundError(f"{folder} holds no run: neither a summary, nor a history, nor a checkpoint")
+    _read_certificates(record, folder, model)
+    try:
+        _inspect_network(record, model, data_dir, trust=trust)
+    except (OSError, ValueError, ImportError, TypeError, NotImplementedError) as error:
+        record.missing.append(f"The network could not be inspected: {error}.")
     return record
+
+
+def _saved_settings(folder: Path, model: _SavedModel) -> dict[str, Any]:
+    try:
+        if model.path.is_file():
+            return dict(model.checked["settings"].as_dict())
+        if (folder / CHECKPOINT).is_file():
+            return settings_of_run(folder).as_dict()
+    except ValueError as error:
+        logger.warning("%s", error)
+    return {}
+
+
+def _read_certificates(record: RunRecord, folder: Path, model: _SavedModel) -> None:
+    path = folder / verified.SUMMARY
+    if path.is_file():
+        record.verification = read_json(path)
+        _check_origin(path, record.verification, model)
+    else:
+        record.missing.append("There are no certificates: lirpa-fastwarmup verify RUN_DIR computes them.")
+    path = folder / verified.CERTIFICATES
+    if path.is_file():
+        record.eps, record.samples = certified_samples(path, record.settings.get("eps", 0.0))
+
+
+def certified_samples(path: Path, eps: float) -> tuple[float, list[Sample]]:
+    """The samples with a margin in ``certificates.csv`` at ``eps``, or else at the smallest radius, and that radius.
+
+    Raises OSError or ValueError if the file cannot be read as a table of certificates.
+    """
+    needed = ("index", "label", "prediction", "margin_lower_bound", "eps")
+    rows = [row for row in read_csv(path, needed, "certificates") if row["margin_lower_bound"]]
+    try:
+        chosen = min((float(row["eps"]) for row in rows), key=lambda one: (abs(one - eps) > _SAME, one), default=eps)
+        samples = [
+            Sample(int(row["index"]), int(row["label"]), int(row["prediction"]), float(row["margin_lower_bound"]))
+            for row in rows
+            if float(row["eps"]) == chosen
+        ]
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read as certificates: {error}") from error
+    return chosen, sorted(samples, key=attrgetter("margin"))
+
+
+def _inspect_network(record: RunRecord, model: _SavedModel, data_dir: Path | None, *, trust: bool) -> None:
+    """Inspect the network, and take the images of the samples that are hardest and easiest to certify."""
+    if not model.path.is_file():
+        raise FileNotFoundError(f"the folder holds no trained network ({MODEL})")
+    network, settings = load_model(model.path, trust=trust, content=model.checked), model.checked["settings"]
+    dataset = data.load(settings.dataset, data_dir or settings.data_dir)
+    shape, classes = tuple(model.checked["architecture"]["in_shape"]), model.checked["architecture"]["classes"]
+    if (shape, classes) != (dataset.in_shape, dataset.classes):
+        found = f"{dataset.in_shape} and {dataset.classes}"
+        raise ValueError(f"it was trained on images {shape} of {classes} classes; those of {dataset.name} have {found}")
+    bounded = BoundedModule(network, torch.zeros(2, *dataset.in_shape), allow_untested=settings.allow_untested)
+    record.inspection = inspect(bounded, data.spread(dataset.test, _INSPECTED).inputs, settings.eps)
+    if not record.samples:
+        record.eps, record.samples = settings.eps, _bounded_samples(bounded, dataset.test, settings.eps)
+    elif record.verification is not None and record.verification.get("dataset") != dataset.name:
+        name = record.verification.get("dataset")
+        record.missing.append(f"The certificates are for {name}; the run does not have its images.")
+        return
+    few = len(record.samples) <= 2 * _SHOWN
+    for sample in record.samples if few else [*record.samples[:_SHOWN], *record.samples[-_SHOWN:]]:
+        pixels = dataset.test.images[sample.index]
+        pixels = pixels if len(pixels) in (1, 3) else pixels[:1]  # Neither grey nor RGB: the first channel.
+        record.images.append((sample, pixels.permute(1, 2, 0).numpy()))
+
+
+def _bounded_samples(bounded: BoundedModule, test: data.Split, eps: float) -> list[Sample]:
+    """Evenly spaced test samples with the margins that IBP proves."""
+    indices = data.spread_indices(len(test), _BOUNDED)
+    found = evaluate(bounded, data.Batches(test.take(indices), _INSPECTED), eps, restarts=0, check=False)
+    samples = [Sample(int(indices[one.index]), one.label, one.prediction, one.margin) for one in found.certificates]
+    return sorted(samples, key=attrgetter("margin"))

@@ -1,30 +1,67 @@
-"""Everything that a run needs to go on as if it had never stopped."""
+"""The folder of a run: its lock, its files, and the checkpoint that the run resumes from."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lirpa_fastwarmup.experiments.training import files
+from lirpa_fastwarmup.distributed import world
 from lirpa_fastwarmup.experiments.training.build import Run
 from lirpa_fastwarmup.experiments.training.loop import Position
-from lirpa_fastwarmup.experiments.training.network import load_weights
+from lirpa_fastwarmup.experiments.training.network import load_weights, read_format
 from lirpa_fastwarmup.experiments.training.settings import Settings
-from lirpa_fastwarmup.storage import write_tensors
+from lirpa_fastwarmup.storage import is_leftover, locked, make_folder, write_tensors
+from lirpa_fastwarmup.verification.folder import WRITTEN as CERTIFICATES
 
-_FORMATS = (1, 2)  # Those that can be read; the last one is written.
+MODEL, HISTORY, SUMMARY, CHECKPOINT = "model.pt", "history.csv", "summary.json", "checkpoint.pt"
+CURVES, TENSORBOARD, EVENTS = "curves.png", "tensorboard", "tensorboard/events.out.tfevents.*"
+
+_FORMATS = (1, 2)  # Both are read; the last one is written.
 _ENTRIES = {"settings", "train_samples", "objective", "optimizer", "batches", "average", "position"}
 
 
-def save(path: Path, run: Run, position: Position) -> None:
-    """Write the state of ``run`` at ``position``; until that is done, an earlier checkpoint stays whole.
+class OutputExistsError(FileExistsError):
+    """The output folder is not empty."""
 
-    Every process must call this; the first one writes. What it writes does not depend on their number.
+
+@contextmanager
+def claimed(folder: Path, *, overwrite: bool) -> Iterator[None]:
+    """Make and lock ``folder`` for a run, on rank 0. An earlier run in it stays until the first checkpoint.
+
+    Raises OutputExistsError if it is not empty and ``overwrite`` is off, FolderInUseError if another run is writing to
+    it, and OSError if it cannot be made or written to.
+    """
+    if not world().is_rank_zero:
+        yield
+        return
+    with make_folder(folder), locked(folder):
+        if not overwrite and any(not is_leftover(path) for path in folder.iterdir()):
+            unfinished = (folder / CHECKPOINT).is_file() and not (folder / SUMMARY).is_file()
+            raise OutputExistsError(
+                f"{folder} exists and is not empty; nothing in it was touched. Name another folder, or replace the run "
+                f"in it with --overwrite{', or resume it with --resume' if unfinished else ''}"
+            )
+        yield
+
+
+def remove(folder: Path, *patterns: str) -> None:
+    """Remove the files of an earlier run in ``folder`` that match ``patterns``."""
+    for pattern in patterns:
+        for path in folder.glob(pattern):
+            path.unlink()
+
+
+def save(folder: Path, run: Run, position: Position, *, fresh: bool) -> None:
+    """Write the state of ``run`` at ``position``, on rank 0; every process must call this.
+
+    The content does not depend on the number of processes. With ``fresh``, it replaces an earlier run in ``folder``.
     """
     content = {
         "format": _FORMATS[-1],
         "settings": run.settings.as_dict(),
-        "train_samples": len(run.train),
+        "train_samples": len(run.train_batches.split),
         "objective": run.objective.state_dict(),
         "optimizer": run.optimizer.state_dict(),
         "batches": run.train_batches.state_dict(),
@@ -32,15 +69,15 @@ def save(path: Path, run: Run, position: Position) -> None:
         "position": {**vars(position), "means": position.means.state_dict()},
     }
     if run.world.is_rank_zero:
-        write_tensors(path, content)
+        if fresh:
+            remove(folder, SUMMARY)  # With it, the new run would seem finished.
+        write_tensors(folder / CHECKPOINT, content)
+        if fresh:
+            remove(folder, *CERTIFICATES, MODEL, HISTORY, CURVES)  # Not before there is a checkpoint in its place.
 
 
 def require(path: Path) -> None:
-    """See that there is a checkpoint.
-
-    Raises:
-        FileNotFoundError: there is none.
-    """
+    """Raise FileNotFoundError if there is no checkpoint at ``path``."""
     if not path.is_file():
         raise FileNotFoundError(
             f"{path.parent} holds no checkpoint ({path.name}) to resume from: a run writes one when it finishes its "
@@ -49,37 +86,29 @@ def require(path: Path) -> None:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The content of a checkpoint; ``settings`` in it as :class:`Settings`.
-
-    Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is damaged, or of another version.
-    """
+    """Read a checkpoint, its settings as :class:`Settings`; raise ValueError if it is damaged or cannot be read."""
     require(path)
-    content = files.read_tensors(path, _FORMATS)
+    content = read_format(path, _FORMATS)
     try:
         content["settings"] = Settings.from_dict(content["settings"])
-        missing = _ENTRIES - content.keys()
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise ValueError(
-            f"the settings in {path} are not such as this version of lirpa_fastwarmup knows ({error}): use the version "
-            "that wrote it, or retrain"
+            f"this version of lirpa_fastwarmup cannot read the settings in {path} ({error}): use the version that "
+            "wrote it, or retrain"
         ) from error
+    missing = _ENTRIES - content.keys()
     if missing:
-        raise ValueError(f"{path} is no checkpoint of a run: it lacks {', '.join(sorted(missing))}")
+        raise ValueError(f"{path} is not the checkpoint of a run: it lacks {', '.join(sorted(missing))}")
     return content
 
 
 def restore(content: dict[str, Any], run: Run, position: Position, path: Path) -> None:
-    """Put ``run`` and ``position`` in the state that :func:`read` found in ``path``.
-
-    Raises:
-        ValueError: the network or the data is another than that of the checkpoint.
-    """
-    if content["train_samples"] != len(run.train):
+    """Restore a run from the checkpoint in ``path``; raise ValueError if its network or data differ."""
+    samples = len(run.train_batches.split)
+    if content["train_samples"] != samples:
         raise ValueError(
-            f"{path} is of a run on {content['train_samples']} training samples, and {run.dataset_name} has "
-            f"{len(run.train)} now: give it the same data"
+            f"{path} is from a run on {content['train_samples']} training samples, and {run.dataset_name} has "
+            f"{samples} now: use the same data"
         )
     load_weights(run.objective, content["objective"], path)
     try:
@@ -90,6 +119,6 @@ def restore(content: dict[str, Any], run: Run, position: Position, path: Path) -
         for name, value in saved.items():
             setattr(position, name, value)
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"{path} does not fit the run that its settings give: {error}. Retrain") from error
+        raise ValueError(f"{path} does not fit the run that its settings describe: {error}. Retrain") from error
     if run.average is not None:
         load_weights(run.average, content["average"], path)

@@ -9,16 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
 
 class TrainingInterrupted(KeyboardInterrupt):
-    """A signal stopped a run, which can go on from the checkpoint in its folder.
-
-    Attributes:
-        signal_number: the signal.
-        out: the run's folder.
-    """
+    """The signal ``signal_number`` stopped a run, which can resume from the checkpoint in its folder ``out``."""
 
     def __init__(self, signal_number: int, out: Path) -> None:
         name = signal.Signals(signal_number).name
@@ -28,24 +21,27 @@ class TrainingInterrupted(KeyboardInterrupt):
 
 
 class StopRequest:
-    """Whether a stop of the run in ``out`` was asked for."""
+    """Whether the run in ``out`` was asked to stop; :meth:`defer` and :meth:`interrupt` are signal handlers."""
 
     def __init__(self, out: Path) -> None:
         self._out = out
         self._signal_number: int | None = None
 
-    def note(self, signal_number: int, frame: FrameType | None) -> None:
-        """A signal's handler: remember the signal, and let a second SIGINT interrupt at once."""
-        self._signal_number = signal_number
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
     def __bool__(self) -> bool:
         return self._signal_number is not None
 
+    def defer(self, signal_number: int, frame: FrameType | None) -> None:
+        """Record the signal, and let a second SIGINT interrupt at once."""
+        self._signal_number = signal_number
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def interrupt(self, signal_number: int, frame: FrameType | None) -> None:
+        """Raise :class:`TrainingInterrupted`."""
+        raise TrainingInterrupted(signal_number, self._out)
+
     def agree(self) -> None:
-        """Another process was asked to stop, if this one was not."""
-        if self._signal_number is None:
-            self._signal_number = signal.SIGTERM
+        """Stop because another process was asked to."""
+        self._signal_number = self._signal_number or signal.SIGTERM
 
     def raise_if_asked(self) -> None:
         """Raise :class:`TrainingInterrupted` if a stop was asked for."""
@@ -54,31 +50,13 @@ class StopRequest:
 
 
 @contextmanager
-def deferred_signals(out: Path) -> Iterator[StopRequest]:
-    """Turn the first SIGINT or SIGTERM into a request, for as long as the block lasts."""
-    request = StopRequest(out)
-    with _handled_by(request.note):
-        yield request
-
-
-@contextmanager
-def raising_signals(out: Path) -> Iterator[None]:
-    """Let SIGINT and SIGTERM raise :class:`TrainingInterrupted` at once: nothing is lost in this block."""
-
-    def stop(signal_number: int, frame: FrameType | None) -> None:
-        raise TrainingInterrupted(signal_number, out)
-
-    with _handled_by(stop):
-        yield
-
-
-@contextmanager
-def _handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    # Python delivers signals to the main thread only; a run in another one cannot be asked to stop.
+def handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Let ``handler`` handle SIGINT and SIGTERM within the block, if this is the main thread."""
+    # Python delivers signals to the main thread only, and lets only that thread set handlers.
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, handler) for number in _SIGNALS}
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:

@@ -1,9 +1,9 @@
-"""The training loop: an epoch's steps, from wherever the epoch stands."""
+"""The training loop: the steps of an epoch, from its start or from where a run stopped in it."""
 
 from __future__ import annotations
 
 import time
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -21,29 +21,17 @@ from lirpa_fastwarmup.recipe.objective import NonFiniteLossError, StepLoss
 
 @dataclass
 class Position:
-    """Where a run stands.
+    """The position of a run: the current epoch, and what is known of the epochs before."""
 
-    Attributes:
-        means: over the steps of the present epoch.
-        epoch: the present epoch, counted from 1.
-        batches_done: of the present epoch.
-        eps: radius of the latest step.
-        seconds: that the present epoch's steps have taken.
-        history: a row for each finished epoch.
-        epoch_seconds: that the steps of each finished epoch took.
-        best: where epochs are chosen by an error, the smallest one so far and its epoch.
-        elapsed: seconds that the run has taken in all, up to its latest checkpoint.
-    """
-
-    means: EpochMeans
+    means: EpochMeans  # Of the current epoch.
     epoch: int = 1
-    batches_done: int = 0
-    eps: float = 0.0
-    seconds: float = 0.0
-    history: list[dict[str, float]] = field(default_factory=list)
-    epoch_seconds: list[float] = field(default_factory=list)
-    best: tuple[float, int] | None = None
-    elapsed: float = 0.0
+    batches_done: int = 0  # In the current epoch.
+    eps: float = 0.0  # Of the latest step.
+    seconds: float = 0.0  # Training time of the current epoch.
+    history: list[dict[str, float]] = field(default_factory=list)  # A row for each finished epoch.
+    epoch_seconds: list[float] = field(default_factory=list)  # Training time of each finished epoch.
+    best: tuple[float, int] | None = None  # The smallest error and its epoch, if the best epoch is kept.
+    elapsed: float = 0.0  # Seconds of the run up to its latest checkpoint.
 
 
 def learning_rate(settings: Settings, epoch: int) -> float:
@@ -56,7 +44,7 @@ def learning_rate(settings: Settings, epoch: int) -> float:
 
 
 def train_epoch(run: Run, position: Position, progress: Progress, stop: StopRequest) -> None:
-    """Take the steps that are left of the present epoch, or as many as it takes until a stop is asked for.
+    """Run the remaining steps of the current epoch, until a stop is asked for.
 
     Raises:
         NonFiniteLossError: the loss or, after the last step, the network is NaN or infinite.
@@ -66,7 +54,7 @@ def train_epoch(run: Run, position: Position, progress: Progress, stop: StopRequ
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate(run.settings, position.epoch)
     batches = len(run.train_batches)
-    # Reading a figure waits for a GPU; on the CPU it costs nothing.
+    # Reading a metric waits for a GPU; on the CPU it costs nothing.
     interval = 1 if run.device.type == "cpu" else 20
     progress.epoch_started(position.epoch, batches, position.batches_done)
     if position.batches_done < batches:
@@ -75,16 +63,16 @@ def train_epoch(run: Run, position: Position, progress: Progress, stop: StopRequ
                 step = _take_step(run, position, x, y)
             position.batches_done += 1
             position.seconds = time.perf_counter() - started
-            told: dict[str, float] = {}
+            metrics: dict[str, float] = {}
+            due = position.batches_done % interval == 0
             stopping = bool(stop)
-            if run.world.size > 1:  # All of them, or none; asked where they wait for one another anyway.
-                due = position.batches_done % interval == 0
-                stopping = due and bool(all_reduce(torch.tensor(float(bool(stop)), device=run.device)) > 0)
-            if position.batches_done % interval == 0 or position.batches_done == batches or stopping:
+            if run.world.size > 1:  # All processes stop or none, after a step that synchronises them anyway.
+                stopping = due and bool(all_reduce(torch.tensor(float(stopping), device=run.device)) > 0)
+            if due or position.batches_done == batches or stopping:
                 run.objective.raise_pending_errors()
                 position.eps = float(step.eps)
-                told = {"eps": position.eps, **position.means.read()}
-            progress.step_done(told)
+                metrics = {"eps": position.eps, **position.means.read()}
+            progress.step_done(metrics)
             if stopping:
                 stop.agree()
                 break
@@ -93,17 +81,17 @@ def train_epoch(run: Run, position: Position, progress: Progress, stop: StopRequ
 
 
 def _take_step(run: Run, position: Position, x: Tensor, y: Tensor) -> StepLoss:
-    """One optimiser's step; its batch is computed in parts, whose gradients add up to that of the mean loss."""
-    parts = _parts(run.settings, x, y)
-    # Gradients are averaged over the processes, whose shares of the last batch may differ by a sample.
-    share = run.train_batches.samples_in(position.batches_done) / run.world.size
-    for part_x, part_y in parts:
-        last = part_y is parts[-1][1]
-        with _without_averaging(run) if not last else nullcontext():
+    """Update the weights; the gradients of the micro-batches add up to that of the batch's mean loss."""
+    micro_batches = _micro_batches(run.settings, x, y)
+    # Gradients are averaged over the processes, whose parts of the last batch may differ by a sample.
+    samples = run.train_batches.samples_in(position.batches_done) / run.world.size
+    for number, (micro_x, micro_y) in enumerate(micro_batches, 1):
+        last = number == len(micro_batches)
+        with run.trained.no_sync() if isinstance(run.trained, DistributedDataParallel) and not last else nullcontext():
             with torch.autocast(run.device.type, torch.bfloat16, enabled=run.settings.precision == "bf16"):
-                step: StepLoss = run.trained(part_x, part_y)
-            (step.loss * (len(part_y) / share)).backward()
-        position.means.add(step, len(part_y))
+                step: StepLoss = run.trained(micro_x, micro_y)
+            (step.loss * (len(micro_y) / samples)).backward()
+        position.means.add(step, len(micro_y))
     if run.settings.grad_clip:
         nn.utils.clip_grad_norm_(run.objective.parameters(), run.settings.grad_clip)
     run.optimizer.step()
@@ -114,20 +102,15 @@ def _take_step(run: Run, position: Position, x: Tensor, y: Tensor) -> StepLoss:
     return step
 
 
-def _without_averaging(run: Run) -> AbstractContextManager[None]:
-    """Gradients of a part that others follow stay where they are."""
-    return run.trained.no_sync() if isinstance(run.trained, DistributedDataParallel) else nullcontext()
-
-
-def _parts(settings: Settings, x: Tensor, y: Tensor) -> list[tuple[Tensor, Tensor]]:
-    # Every part keeps two samples, which BatchNorm needs.
+def _micro_batches(settings: Settings, x: Tensor, y: Tensor) -> list[tuple[Tensor, Tensor]]:
+    # BatchNorm needs two samples in each.
     count = max(1, min(settings.accumulate, len(y) // 2 if settings.batchnorm else len(y)))
     return list(zip(x.tensor_split(count), y.tensor_split(count), strict=True))
 
 
 @torch.no_grad()
 def _require_finite(run: Run) -> None:
-    """See that the last step of an epoch, after which no loss was taken, left a network to be kept."""
+    """Check the network after the last step of an epoch, whose effect no later loss shows."""
     bounded = run.objective.bounded.eval()
     x, _ = next(iter(run.test_batches))
     if not all(bool(value.isfinite().all()) for value in (*bounded.state_dict().values(), bounded(x))):

@@ -1,9 +1,11 @@
-"""What a run tells while it goes on, and the means over an epoch that it tells."""
+"""Progress of a run: its interface, the metrics averaged over an epoch, and logs for TensorBoard."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,51 +13,58 @@ from torch import Tensor
 from lirpa_fastwarmup.distributed import all_reduce, world
 from lirpa_fastwarmup.recipe.objective import StepLoss
 
-
-class Progress(Protocol):
-    """Told what happens in a run."""
-
-    def epoch_started(self, epoch: int, batches: int, done: int) -> None:
-        """Epoch ``epoch``, counted from 1, begins, or goes on after ``done`` of its ``batches``."""
-
-    def step_done(self, means: Mapping[str, float]) -> None:
-        """A batch is done; ``means`` over the epoch so far, empty where they were not read."""
-
-    def epoch_done(self, row: Mapping[str, float], seconds: float) -> None:
-        """An epoch is done, with this row of the history; its training took ``seconds``."""
-
-
-class Listeners:
-    """Several :class:`Progress` as one; with none, silence."""
-
-    def __init__(self, *listeners: Progress) -> None:
-        self._listeners = listeners
-
-    def epoch_started(self, epoch: int, batches: int, done: int) -> None:
-        for listener in self._listeners:
-            listener.epoch_started(epoch, batches, done)
-
-    def step_done(self, means: Mapping[str, float]) -> None:
-        for listener in self._listeners:
-            listener.step_done(means)
-
-    def epoch_done(self, row: Mapping[str, float], seconds: float) -> None:
-        for listener in self._listeners:
-            listener.epoch_done(row, seconds)
-
-
 _FIELDS = ("loss", "clean_loss", "robust_loss", "clean_error", "verified_error")
 _TERMS = ("tightness", "relu_balance")
 
 
+class Progress:
+    """Shows the progress of a run; this one shows nothing."""
+
+    def epoch_started(self, epoch: int, batches: int, done: int) -> None:
+        """Epoch ``epoch``, counted from 1, starts, or resumes after ``done`` of its ``batches``."""
+
+    def step_done(self, means: Mapping[str, float]) -> None:
+        """A step is done; ``means`` over the epoch so far, empty if they were not read."""
+
+    def epoch_done(self, row: Mapping[str, float], seconds: float) -> None:
+        """An epoch is done, with this row of the history, after ``seconds`` of training."""
+
+
+class TensorBoard(Progress):
+    """Logs the history of a run to ``folder``, made at the end of the first epoch: a scalar per column and epoch."""
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ImportError(
+                "TensorBoard logs need the tensorboard package: pip install 'lirpa_fastwarmup[tensorboard]'"
+            ) from error
+        self._make_writer = SummaryWriter
+        self._folder = folder
+        self._writer: Any = None
+
+    def epoch_done(self, row: Mapping[str, float], seconds: float) -> None:
+        epoch = int(row["epoch"])
+        if self._writer is None:
+            # A resumed run logs this epoch and later ones again.
+            self._writer = self._make_writer(self._folder, purge_step=epoch)
+        for name, value in {**row, "seconds": seconds}.items():
+            if name != "epoch" and math.isfinite(value):
+                self._writer.add_scalar(name, value, epoch)
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Close the event file."""
+        if self._writer is not None:
+            self._writer.close()
+
+
 class EpochMeans:
-    """Means of a step's figures over an epoch, weighted by batch size, kept on the device until read.
+    """Means of the metrics of a step over an epoch, weighted by batch size, on the device until read.
 
-    A figure that was not computed in a step (NaN) counts in no mean; one that never was stays NaN.
-
-    Args:
-        device: where the steps are computed.
-        terms: names of the objective's terms besides the paper's two, which always have a place.
+    A metric that a step did not compute (NaN) does not count; one that no step computed is NaN. The paper's two terms
+    of the objective always have a place, next to ``terms``.
     """
 
     def __init__(self, device: torch.device, terms: Sequence[str] = ()) -> None:
@@ -64,18 +73,18 @@ class EpochMeans:
         self._counts = torch.zeros_like(self._sums)
 
     def add(self, step: StepLoss, count: int) -> None:
-        """Take in a step over ``count`` samples."""
+        """Add a step over ``count`` samples."""
         nan = torch.full_like(step.loss, torch.nan)
-        figures = [getattr(step, name) for name in _FIELDS] + [step.terms.get(name, nan) for name in self._terms]
-        values = torch.stack([figure.detach() for figure in figures]).double()
+        metrics = [getattr(step, name) for name in _FIELDS] + [step.terms.get(name, nan) for name in self._terms]
+        values = torch.stack([metric.detach() for metric in metrics]).double()
         known = ~values.isnan()
         self._sums += torch.where(known, values * count, 0.0)
         self._counts += known * count
 
     def read(self) -> dict[str, float]:
-        """The means so far, over all processes; this waits for the device, and for the other processes."""
-        sums, counts = all_reduce(torch.stack([self._sums, self._counts]))
-        means: Tensor = sums / counts
+        """The means so far, over all processes. Waits for the device and the other processes."""
+        state = self.state_dict()
+        means = state["sums"] / state["counts"]
         return dict(zip((*_FIELDS, *self._terms), means.tolist(), strict=True))
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -84,7 +93,7 @@ class EpochMeans:
         return {"sums": sums, "counts": counts}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from what :meth:`state_dict` gave, which the first of the processes takes over."""
-        share = 1.0 if world().is_rank_zero else 0.0
-        self._sums.copy_(state["sums"] * share)
-        self._counts.copy_(state["counts"] * share)
+        """Continue from the sums in ``state``, which rank 0 takes over."""
+        weight = 1.0 if world().is_rank_zero else 0.0
+        self._sums.copy_(state["sums"] * weight)
+        self._counts.copy_(state["counts"] * weight)

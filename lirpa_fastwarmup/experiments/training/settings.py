@@ -1,60 +1,65 @@
-"""Everything that determines a training run, in one typed, printable object."""
+"""The settings of a training run, each stated once. This module imports neither PyTorch nor the engine."""
+
+# ruff: noqa: RUF009 (fields are made by a function)
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from lirpa_fastwarmup.experiments.training.methods import Method, settings_of
-from lirpa_fastwarmup.recipe.initialization import INITIALIZATIONS
-from lirpa_fastwarmup.recipe.losses import LOSSES
-from lirpa_fastwarmup.recipe.schedule import SCHEDULES
-
-Optimizer = Literal["adam", "sgd"]
+Method = Literal["fast", "ibp", "gowal", "crown-ibp", "xiao", "colt"]
+# The names in the registries of datasets, models, initialisations, losses and schedules, whose modules import PyTorch.
+Dataset = Literal["mnist5k", "mnist", "cifar10", "tiny-imagenet", "imagenet64", "npz"]
+Model = Literal["cnn7", "wide-resnet8", "resnext"]
+Init = Literal["default", "kaiming", "xavier", "orthogonal", "ibp", "ibp-calibrated"]
+Bound = Literal["ibp", "crown-ibp", "crown-ibp-fused"]
+Schedule = Literal["smoothed", "linear"]
 Select = Literal["last", "validation", "test"]
 Precision = Literal["float32", "tf32", "bf16"]
-EvaluateTest = Literal["every-epoch", "end"]
 
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "method": get_args(Method),
-    "bound": tuple(LOSSES),
-    "init": INITIALIZATIONS,
-    "schedule": tuple(SCHEDULES),
-    "optimizer": get_args(Optimizer),
-    "select": get_args(Select),
-    "precision": get_args(Precision),
-    "evaluate_test": get_args(EvaluateTest),
+# Plain interval bound propagation: the network's own initialisation and nothing added to the loss.
+_PLAIN: dict[str, Any] = {"init": "default", "regularizers": False}
+# What each method changes in the defaults of the objective's settings; full BatchNorm stays with all methods.
+METHODS: dict[str, dict[str, Any]] = {
+    "fast": {},  # The remedies of Shi et al. (NeurIPS 2021).
+    "ibp": _PLAIN,
+    # Gowal et al. (2018): κ·clean + (1 − κ)·robust with κ from 1 to 1/2, and ε growing linearly.
+    "gowal": {**_PLAIN, "kappa": 0.5, "schedule": "linear"},
+    # Zhang et al. (ICLR 2020), with the loss fusion of Xu et al. (NeurIPS 2020).
+    "crown-ibp": {**_PLAIN, "bound": "crown-ibp-fused"},
+    # Xiao et al. (ICLR 2019).
+    "xiao": {**_PLAIN, "stability_weight": 1e-5, "l1_weight": 1e-5},
+    # Balunović and Vechev (ICLR 2020); the weight is our choice.
+    "colt": {**_PLAIN, "volume_weight": 1e-3},
 }
-# Names, what their values must be, and whether a value is that.
-_RULES: list[tuple[tuple[str, ...], str, Callable[[Any], bool]]] = [
-    (("eps",), "above 0 and at most 1, the width of the input range [0, 1]", lambda value: 0 < value <= 1),
+
+# Settings, the condition on their values, and its check.
+_RANGES: list[tuple[str, str, Callable[[Any], bool]]] = [
+    ("eps", "above 0 and at most 1, the width of the input range [0, 1]", lambda value: 0 < value <= 1),
+    ("batch_size accumulate epochs hidden ramp_start width", "at least 1", lambda value: value >= 1),
+    ("ramp_length validation crop_padding pgd_steps pgd_restarts", "at least 0", lambda value: value >= 0),
     (
-        ("batch_size", "accumulate", "epochs", "hidden", "ramp_start", "width"),
-        "at least 1",
-        lambda value: value >= 1,
-    ),
-    (
-        (
-            *("ramp_length", "pgd_steps", "pgd_restarts", "reg_weight", "grad_clip", "momentum", "weight_decay"),
-            *("stability_weight", "l1_weight", "volume_weight", "validation", "crop_padding"),
-        ),
+        "reg_weight stability_weight l1_weight volume_weight grad_clip momentum weight_decay",
         "finite and at least 0",
         lambda value: 0 <= value < math.inf,
     ),
-    (("lr", "lr_factor", "tol"), "finite and above 0", lambda value: 0 < value < math.inf),
-    (("kappa", "average_decay"), "from 0 to 1", lambda value: 0 <= value <= 1),
-    (("seed",), "from 0 to 2^63 − 1", lambda value: 0 <= value < 2**63),
+    ("lr lr_factor tol", "finite and above 0", lambda value: 0 < value < math.inf),
+    ("kappa average_decay", "from 0 to 1", lambda value: 0 <= value <= 1),
+    ("seed", "from 0 to 2^63 − 1", lambda value: 0 <= value < 2**63),
 ]
 
-_ABLATIONS = ("bn_mean", "bn_var", "bn_affine")  # Settings of earlier versions.
+
+def _setting(group: str, text: str, default: Any = MISSING, metavar: str | None = None, flag: str | None = None) -> Any:
+    """A field, with the group, description, metavar and name (by default the field's) of its command-line option."""
+    return dataclasses.field(default=default, metadata={"group": group, "help": text, "metavar": metavar, "flag": flag})
 
 
 def _is_a(value: object, kind: Any) -> bool:
-    """Whether ``value`` is of a field's type; whole numbers are floats, truth values are no numbers."""
+    """Whether ``value`` has a field's type; an int is also a float, a bool is not a number."""
     if get_origin(kind) is Literal:
         return isinstance(value, str)
     if get_origin(kind) is tuple:
@@ -68,157 +73,115 @@ def _is_a(value: object, kind: Any) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """The settings of a run.
+    """The settings of a run."""
 
-    Attributes:
-        preset: name of the preset that the others were taken from.
-        method: name of the method that the objective's settings were taken from; see :meth:`with_method`.
-        dataset: name of the dataset.
-        data_dir: folder of its files; ``None`` for the default.
-        data_limit: samples drawn from the training set; ``None`` for all.
-        validation: samples of these held out for choosing the best epoch.
-        select: whose weights are kept: those of the last epoch, or of the best by verified error on the held-out
-            samples, or on the test set (which makes the reported error optimistic).
-        evaluate_test: when errors on the test set are taken: after every epoch, or once at the end.
-        flip, crop_padding: augmentation: random mirroring; random windows of the image padded by so many pixels.
-        model: name of the network, or ``package.module:factory``.
-        width, hidden: its size; ``width=None`` for the paper's.
-        eps: target radius, in units of the input (pixels from 0 to 1).
-        batch_size: samples in an optimiser's step, of all processes together.
-        accumulate: parts that a batch is computed in, each with BatchNorm statistics of its own.
-        epochs: passes over the training set.
-        schedule, ramp_start, ramp_length: how ε grows, from the start of which epoch (counted from 1), for how many.
-        optimizer, lr, momentum, weight_decay: "adam" or "sgd" (which alone has momentum), and its learning rate.
-        lr_milestones, lr_factor: the rate is multiplied after so many finished epochs.
-        grad_clip: largest norm of the gradient; 0 for no limit.
-        average_decay: decay of the exponential average of weights that is evaluated and kept; ``None`` for none.
-        compile: compile the training step; see :class:`lirpa_fastwarmup.ShortWarmup`.
-        precision: of the products in training alone: float32 as it is, its inputs rounded to TF32 where a GPU does
-            that, or autocast to bfloat16. Errors are always taken in float32.
-        sync_batchnorm: where several processes train, take BatchNorm's statistics, and the figures of the paper's
-            regularisers, over all of them; see :meth:`lirpa_fastwarmup.BoundedModule.join_ranks`.
-        precise_bn: recompute BatchNorm's population statistics over the training set before the last evaluation.
-        allow_untested: train a network with operators whose bounds have not been tested; see
-            :class:`lirpa_fastwarmup.BoundedModule`.
-        init: initialisation; see :func:`lirpa_fastwarmup.recipe.initialization.initialize_`.
-        batchnorm: full BatchNorm.
-        regularizers: the paper's two regularisers, in the warmup.
-        reg_weight, tol: their λ and τ.
-        bound: what bounds the loss; see :class:`lirpa_fastwarmup.ShortWarmup`.
-        kappa: weight of the clean loss at the end of the ramp; ``None`` for none.
-        stability_weight, l1_weight, volume_weight: of the literature's regularisers, throughout training.
-        pgd_steps, pgd_restarts: the attack after training.
-        seed: of weights, order of samples, augmentation and attack.
-    """
+    preset: str = dataclasses.field(metadata={"help": "preset that the settings started from"})
 
-    preset: str
-    dataset: str
-    eps: float
-    batch_size: int
-    epochs: int
-    ramp_start: int
-    ramp_length: int
-    lr_milestones: tuple[int, ...]
-    method: Method = "fast"
-    data_dir: Path | None = None
-    data_limit: int | None = None
-    validation: int = 0
-    select: Select = "last"
-    evaluate_test: EvaluateTest = "every-epoch"
-    flip: bool = False
-    crop_padding: int = 0
-    model: str = "cnn7"
-    width: int | None = None
-    hidden: int = 512
-    accumulate: int = 1
-    schedule: str = "smoothed"
-    optimizer: Optimizer = "adam"
-    lr: float = 5e-4
-    momentum: float = 0.9
-    weight_decay: float = 0.0
-    lr_factor: float = 0.2
-    grad_clip: float = 10.0
-    average_decay: float | None = None
-    compile: bool = False
-    precision: Precision = "tf32"
-    sync_batchnorm: bool = False
-    precise_bn: bool = False
-    allow_untested: bool = False
-    init: str = "ibp"
-    batchnorm: bool = True
-    regularizers: bool = True
-    reg_weight: float = 0.5
-    tol: float = 0.5
-    bound: str = "ibp"
-    kappa: float | None = None
-    stability_weight: float = 0.0
-    l1_weight: float = 0.0
-    volume_weight: float = 0.0
-    pgd_steps: int = 50
-    pgd_restarts: int = 3
-    seed: int = 0
+    method: Method = _setting("method", "training method; sets the objective, which other options change", "fast")
+    init: Init = _setting("method", "initialisation of the weights", "ibp")
+    batchnorm: bool = _setting("method", "full BatchNorm", True, flag="bn")
+    regularizers: bool = _setting("method", "the paper's two regularisers, in the warmup", True, flag="reg")
+
+    dataset: Dataset = _setting("data", "dataset to train and test on")
+    data_dir: Path | None = _setting("data", "folder of the dataset's files; if unset, the user's cache", None, "DIR")
+    data_limit: int | None = _setting("data", "train on N samples, drawn by the seed", None, "N")
+    validation: int = _setting("data", "hold out N training samples, and keep the best epoch on them", 0, "N")
+    select: Select = _setting("data", "keep the last epoch, or the best one on held-out or on test samples", "last")
+    evaluate_test: Literal["every-epoch", "end"] = _setting("data", "when to compute test errors", "every-epoch")
+    flip: bool = _setting("data", "augmentation: mirror images at random", False)
+    crop_padding: int = _setting("data", "augmentation: random crops after padding by P pixels", 0, "P")
+
+    model: str = _setting(
+        "network", f"{', '.join(get_args(Model))}, package.module:factory or file.py:factory", "cnn7", "NAME"
+    )
+    width: int | None = _setting("network", "channels of the first stage (ResNeXt: bottleneck width)", None, "N")
+    hidden: int = _setting("network", "features of the hidden linear layer", 512, "N")
+    allow_untested: bool = _setting("network", "accept operators whose bounds have not been tested", False)
+    sync_batchnorm: bool = _setting("network", "compute batch statistics over all processes, under torchrun", False)
+    precise_bn: bool = _setting("network", "recompute running statistics over the training set at the end", False)
+
+    eps: float = _setting("objective", "target radius in pixel units, a number or a fraction such as 8/255")
+    schedule: Schedule = _setting("objective", "how the radius grows", "smoothed")
+    ramp_start: int = _setting("objective", "epoch, counted from 1, at which the radius starts to grow", metavar="N")
+    ramp_length: int = _setting("objective", "epochs over which the radius grows", metavar="N")
+    bound: Bound = _setting("objective", "method that bounds the loss", "ibp")
+    kappa: float | None = _setting("objective", "weight of the clean loss at the end of the ramp", None)
+    reg_weight: float = _setting("objective", "weight λ of the paper's regularisers", 0.5, "λ")
+    tol: float = _setting("objective", "tolerance τ of the paper's regularisers", 0.5, "τ")
+    stability_weight: float = _setting("objective", "weight of the ReLU stability (Xiao et al.)", 0.0, "W")
+    l1_weight: float = _setting("objective", "weight of the L1 norm of the weights", 0.0, "W")
+    volume_weight: float = _setting("objective", "weight of the relaxation volume (Balunović and Vechev)", 0.0, "W")
+
+    epochs: int = _setting("optimisation", "passes over the training set", metavar="N")
+    batch_size: int = _setting("optimisation", "samples in a step, of all processes together", metavar="N")
+    accumulate: int = _setting("optimisation", "compute a batch in N micro-batches", 1, "N")
+    optimizer: Literal["adam", "sgd"] = _setting("optimisation", "optimiser", "adam")
+    lr: float = _setting("optimisation", "learning rate", 5e-4)
+    lr_milestones: tuple[int, ...] = _setting("optimisation", "epochs after which the learning rate falls", metavar="N")
+    lr_factor: float = _setting("optimisation", "factor of the learning rate at a milestone", 0.2, "F")
+    momentum: float = _setting("optimisation", "momentum of SGD", 0.9, "M")
+    weight_decay: float = _setting("optimisation", "weight decay of the optimiser", 0.0, "W")
+    grad_clip: float = _setting("optimisation", "largest norm of the gradient; 0 for no limit", 10.0, "NORM")
+    average_decay: float | None = _setting("optimisation", "keep an exponential average of the weights", None, "DECAY")
+    compile: bool = _setting("optimisation", "compile the training step, once for each phase", False)
+    precision: Precision = _setting("optimisation", "precision of training; errors are in float32", "tf32")
+    seed: int = _setting("optimisation", "seed of weights, sample order, augmentation and attack", 0, "N")
+
+    pgd_steps: int = _setting("attack after training", "steps of PGD", 50, "N")
+    pgd_restarts: int = _setting("attack after training", "random starts of PGD; 0 for no attack", 3, "N")
 
     def __post_init__(self) -> None:
-        self._check_types()
-        self._check_ranges()
-        if self.select == "validation" and not self.validation:
-            raise ValueError("choosing the best epoch on held-out samples needs some: give their number as validation")
-        if self.select == "test" and self.evaluate_test == "end":
-            raise ValueError("choosing the best epoch on the test set needs its errors after every epoch")
-
-    def _check_types(self) -> None:
         for name, kind in get_type_hints(type(self)).items():
             value = getattr(self, name)
             if not _is_a(value, kind):
                 expected = getattr(kind, "__name__", str(kind))
                 raise TypeError(f"{name} must be of type {expected}; found {value!r}")
-
-    def _check_ranges(self) -> None:
-        for name, known in _CHOICES.items():
-            if getattr(self, name) not in known:
-                raise ValueError(f"unknown {name} {getattr(self, name)!r}; known are {', '.join(known)}")
-        for names, rule, holds in _RULES:
-            for name in names:
+            if get_origin(kind) is Literal and value not in get_args(kind):
+                raise ValueError(f"unknown {name} {value!r}; known are {', '.join(get_args(kind))}")
+        for names, condition, holds in _RANGES:
+            for name in names.split():
                 value = getattr(self, name)
                 if value is not None and not holds(value):
-                    raise ValueError(f"{name} must be {rule}; found {value}")
+                    raise ValueError(f"{name} must be {condition}; found {value}")
+        if self.select == "validation" and not self.validation:
+            raise ValueError("choosing the best epoch on held-out samples needs some: give their number as validation")
+        if self.select == "test" and self.evaluate_test == "end":
+            raise ValueError("choosing the best epoch on the test set needs its errors after every epoch")
 
     def replace(self, **changes: Any) -> Settings:
-        """The same with some values changed."""
+        """Return a copy with some settings changed."""
         return dataclasses.replace(self, **changes)
 
     def with_method(self, method: str) -> Settings:
-        """The same with the objective's settings as ``method`` has them.
+        """Return a copy whose objective is that of ``method``.
 
         Raises:
-            ValueError: no method has that name.
+            ValueError: ``method`` is unknown.
         """
-        return self.replace(**settings_of(method))
-
-    @classmethod
-    def names(cls) -> tuple[str, ...]:
-        """The names of all settings."""
-        return tuple(field.name for field in dataclasses.fields(cls))
+        if method not in METHODS:
+            raise ValueError(f"unknown method {method!r}; known are {', '.join(METHODS)}")
+        objective = {name for changes in METHODS.values() for name in changes}
+        defaults = {field.name: field.default for field in dataclasses.fields(self) if field.name in objective}
+        return self.replace(**{**defaults, **METHODS[method], "method": method})
 
     def as_dict(self) -> dict[str, Any]:
-        """The settings as plain values, for JSON and for checkpoints."""
-        values = dataclasses.asdict(self)
-        values["data_dir"] = None if self.data_dir is None else str(self.data_dir)
-        values["lr_milestones"] = list(self.lr_milestones)
-        return values
+        """The settings as plain values, for JSON and checkpoints."""
+        data_dir = None if self.data_dir is None else str(self.data_dir)
+        return {**vars(self), "data_dir": data_dir, "lr_milestones": list(self.lr_milestones)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Settings:
-        """What :meth:`as_dict` was made from.
+        """The inverse of :meth:`as_dict`.
 
         Raises:
-            TypeError: names that this version does not know, or missing ones.
-            ValueError: a value out of its range.
+            TypeError: a setting is unknown or missing.
+            ValueError: a value is out of range.
         """
         values = dict(values)
-        left_out = [name for name in _ABLATIONS if not values.pop(name, True)]
-        if left_out:
-            raise ValueError(f"{', '.join(left_out)} off: this version trains no network with a part of BatchNorm only")
+        # Settings of earlier versions.
+        ablated = [name for name in ("bn_mean", "bn_var", "bn_affine") if not values.pop(name, True)]
+        if ablated:
+            raise ValueError(f"{', '.join(ablated)} off: this version trains no network with a part of BatchNorm only")
         data_dir = None if values.get("data_dir") is None else Path(values["data_dir"])
         return cls(**{**values, "data_dir": data_dir, "lr_milestones": tuple(values.get("lr_milestones", ()))})
 
@@ -226,3 +189,7 @@ class Settings:
         values = self.as_dict()
         width = max(map(len, values))
         return "\n".join(f"{name:<{width}}  {value}" for name, value in values.items())
+
+
+_ATTRIBUTES = (f"    {one.name}: {one.metadata['help']}" for one in dataclasses.fields(Settings))
+Settings.__doc__ = "\n".join([f"{Settings.__doc__}\n\nAttributes:", *_ATTRIBUTES])

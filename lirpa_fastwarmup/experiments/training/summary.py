@@ -1,8 +1,9 @@
-"""What a run comes to: the network that is kept, its errors, and the figures of ``summary.json``."""
+"""What a run reports: the rows of its history, its curves, and the summary of the network that it keeps."""
 
 from __future__ import annotations
 
 import logging
+import math
 import subprocess
 import time
 from pathlib import Path
@@ -14,12 +15,14 @@ from torch.optim.swa_utils import update_bn
 from lirpa_fastwarmup.distributed import broadcast, broadcast_buffers
 from lirpa_fastwarmup.engine.compat import ENGINE_VERSION
 from lirpa_fastwarmup.experiments import data
-from lirpa_fastwarmup.experiments.training import files
 from lirpa_fastwarmup.experiments.training.build import Run
-from lirpa_fastwarmup.experiments.training.loop import Position
-from lirpa_fastwarmup.experiments.training.network import load_kept_weights, save_model
+from lirpa_fastwarmup.experiments.training.checkpoint import MODEL
+from lirpa_fastwarmup.experiments.training.loop import Position, learning_rate
+from lirpa_fastwarmup.experiments.training.network import load_weights, read_model, save_model
 from lirpa_fastwarmup.experiments.training.settings import Settings
+from lirpa_fastwarmup.inspection.layers import inspect
 from lirpa_fastwarmup.inspection.plots import save_training_curves
+from lirpa_fastwarmup.inspection.statistics import history_columns
 from lirpa_fastwarmup.storage import weights_sum
 from lirpa_fastwarmup.verification import evaluate
 from lirpa_fastwarmup.version import __version__
@@ -34,53 +37,85 @@ _SELECTION = {
 }
 
 
-def _finish_network(run: Run, position: Position, out: Path) -> int:
-    """Put the weights that are kept into the evaluated network; return the epoch that they are of."""
+def draw_curves(history: list[dict[str, float]], settings: Settings, path: Path) -> None:
+    """Draw the curves of a run, if matplotlib is installed."""
+    title = f"{settings.preset}, method {settings.method}, ε = {settings.eps:g}, seed {settings.seed}"
+    try:
+        save_training_curves(history, path, title=title)
+    except ImportError as error:
+        logger.warning("%s was not drawn: %s", path.name, error)
+
+
+def history_row(run: Run, position: Position) -> dict[str, float]:
+    """The row of ``history.csv`` for the epoch that just ended."""
+    means = position.means.read()
+    row = {
+        "epoch": position.epoch,
+        "eps": position.eps,
+        "lr": learning_rate(run.settings, position.epoch),
+        **{f"train_{name}" if name.endswith("error") else name: value for name, value in means.items()},
+        **_errors(run, position),
+    }
+    layers = inspect(run.evaluated.eval(), run.inspected, run.settings.eps)
+    return {**row, "dead": layers.dead, "input_half_width": layers.input_half_width, **history_columns(layers.relus)}
+
+
+def _errors(run: Run, position: Position) -> dict[str, float]:
+    """Errors on the test set and on held-out samples; bounds are checked in the first epoch and before the summary."""
+    broadcast_buffers(run.evaluated.wrapped)
+    check, eps = position.epoch == 1, run.settings.eps
+    row = {"standard_error": math.nan, "verified_error": math.nan}
+    if run.settings.evaluate_test == "every-epoch":
+        found = evaluate(run.evaluated, run.test_batches, eps, restarts=0, check=check, over_ranks=True)
+        row = {"standard_error": found.standard_error.value, "verified_error": found.verified_error.value}
+    elif check:
+        evaluate(run.evaluated, next(iter(run.test_batches)), eps, restarts=0)
+    if run.validation_batches is not None:
+        found = evaluate(run.evaluated, run.validation_batches, eps, restarts=0, check=False, over_ranks=True)
+        row["validation_standard_error"] = found.standard_error.value
+        row["validation_verified_error"] = found.verified_error.value
+    return row
+
+
+def _load_selected_weights(run: Run, position: Position, out: Path) -> int:
+    """Load the weights that the run keeps into the evaluated network; return their epoch."""
     epoch = len(position.history) if position.best is None else position.best[1]
     network = run.evaluated.wrapped
     if run.settings.select != "last":
         if run.world.is_rank_zero:
-            load_kept_weights(network, out / files.MODEL)
+            load_weights(network, read_model(out / MODEL)["state_dict"], out / MODEL)
         network.load_state_dict(broadcast(network.state_dict()))
     if run.settings.precise_bn:
-        update_bn(data.Batches(run.train, _PRECISE_BATCH, drop_single=True, device=run.device), network)
+        samples = run.train_batches.split
+        update_bn(data.Batches(samples, _PRECISE_BATCH, drop_single=True, device=run.device), network)
         if run.world.is_rank_zero:
-            save_model(out / files.MODEL, network, run.architecture, run.settings, epoch)
+            save_model(out / MODEL, network, run.architecture, run.settings, epoch)
     return epoch
 
 
 def summarise(run: Run, position: Position, out: Path, started: float) -> dict[str, Any]:
-    """Finish the network, take its errors, and return what ``summary.json`` holds."""
-    settings = run.settings
-    epoch = _finish_network(run, position, out)
-    network = run.evaluated.wrapped
+    """Select the weights, compute their errors, and return the content of ``summary.json``."""
+    settings, network = run.settings, run.evaluated.wrapped
+    epoch = _load_selected_weights(run, position, out)
     broadcast_buffers(network)
     errors = evaluate(
-        run.evaluated,
-        run.test_batches,
-        settings.eps,
+        *(run.evaluated, run.test_batches, settings.eps),
         pgd_steps=settings.pgd_steps,
         restarts=settings.pgd_restarts,
         seed=settings.seed,
         over_ranks=True,
     )
-    attacked = errors.pgd_error
     return {
-        "preset": settings.preset,
-        "method": settings.method,
-        "model": settings.model,
+        **{name: getattr(settings, name) for name in ("preset", "method", "model", "seed", "eps", "epochs")},
         "dataset": run.dataset_name,
-        "train_samples": len(run.train),
+        "train_samples": len(run.train_batches.split),
         "validation_samples": settings.validation,
         "test_samples": len(run.test_batches.split),
         "processes": run.world.size,
-        "seed": settings.seed,
-        "eps": settings.eps,
-        "epochs": settings.epochs,
         "selected_epoch": epoch,
         "selected_by": _SELECTION[settings.select],
         "standard_error": errors.standard_error.value,
-        "pgd_error": None if attacked is None else attacked.value,
+        "pgd_error": None if errors.pgd_error is None else errors.pgd_error.value,
         "verified_error": errors.verified_error.value,
         "seconds": time.perf_counter() - started,
         "train_seconds_per_epoch": sum(position.epoch_seconds) / len(position.epoch_seconds),
@@ -97,24 +132,14 @@ def summarise(run: Run, position: Position, out: Path, started: float) -> dict[s
 
 
 def _commit() -> str:
-    """The commit of the checkout that this package runs from, or "unknown" for an installed one."""
-    folder = Path(__file__).parent
+    """The commit of the checkout that this package runs from, or "unknown" if it is installed."""
 
     def git(*arguments: str) -> str:
-        result = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True)
-        return result.stdout.strip()
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
         git("ls-files", "--error-unmatch", Path(__file__).name)
         return git("describe", "--always", "--dirty", "--abbrev=12")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-
-
-def draw_curves(history: list[dict[str, float]], settings: Settings, path: Path) -> None:
-    """Draw the curves of a run, where matplotlib is installed."""
-    title = f"{settings.preset}, method {settings.method}, ε = {settings.eps:g}, seed {settings.seed}"
-    try:
-        save_training_curves(history, path, title=title)
-    except ImportError as error:
-        logger.warning("%s was not drawn: %s", path.name, error)

@@ -1,0 +1,29 @@
+"""The names of the package, as type checkers see them: `__init__.py` loads them on first use."""
+
+from lirpa_fastwarmup import attacks as attacks
+from lirpa_fastwarmup import models as models
+from lirpa_fastwarmup.engine.batchnorm import share_batchnorm_state as share_batchnorm_state
+from lirpa_fastwarmup.engine.bounds import input_box as input_box
+from lirpa_fastwarmup.engine.graph import LayerBounds as LayerBounds
+from lirpa_fastwarmup.engine.graph import StructureError as StructureError
+from lirpa_fastwarmup.engine.graph import relu_bounds as relu_bounds
+from lirpa_fastwarmup.engine.module import BoundedModule as BoundedModule
+from lirpa_fastwarmup.engine.tracing import TracedPathWarning as TracedPathWarning
+from lirpa_fastwarmup.inspection.layers import inspect as inspect
+from lirpa_fastwarmup.inspection.statistics import Inspection as Inspection
+from lirpa_fastwarmup.recipe import losses as losses
+from lirpa_fastwarmup.recipe import regularizers as regularizers
+from lirpa_fastwarmup.recipe.compiled import CompilationWarning as CompilationWarning
+from lirpa_fastwarmup.recipe.full_batchnorm import insert_batchnorm as insert_batchnorm
+from lirpa_fastwarmup.recipe.initialization import LayerInit as LayerInit
+from lirpa_fastwarmup.recipe.initialization import ibp_init_ as ibp_init_
+from lirpa_fastwarmup.recipe.initialization import initialize_ as initialize_
+from lirpa_fastwarmup.recipe.objective import NonFiniteLossError as NonFiniteLossError
+from lirpa_fastwarmup.recipe.objective import ShortWarmup as ShortWarmup
+from lirpa_fastwarmup.recipe.objective import StepLoss as StepLoss
+from lirpa_fastwarmup.recipe.schedule import ConstantEpsilon as ConstantEpsilon
+from lirpa_fastwarmup.recipe.schedule import LinearEpsilon as LinearEpsilon
+from lirpa_fastwarmup.recipe.schedule import Schedule as Schedule
+from lirpa_fastwarmup.recipe.schedule import SmoothedEpsilon as SmoothedEpsilon
+from lirpa_fastwarmup.verification.evaluate import verify as verify
+from lirpa_fastwarmup.version import __version__ as __version__
