@@ -15,7 +15,6 @@ from lirpa_fastwarmup import cli, verification
 from lirpa_fastwarmup.engine.compat import ENGINE_VERSION, engine
 from lirpa_fastwarmup.experiments import data
 from lirpa_fastwarmup.experiments.presets import preset
-from lirpa_fastwarmup.experiments.report import page
 from lirpa_fastwarmup.experiments.training import load_model, train
 
 IN_SHAPE = (1, 28, 28)
@@ -150,15 +149,6 @@ def test_limit_takes_evenly_spaced_samples_and_options_are_lenient(run_dir, caps
     status, _, _ = run(capsys, "verify", run_dir, *few, "--radius", "--out", run_dir / "radii")
     assert status == 0
     assert [int(row["index"]) for row in rows_of(run_dir / "radii/radii.csv")] == list(range(0, 1000, 50))
-
-
-def test_reports_read_verifications_of_earlier_versions():
-    rate = {"value": 0.5, "interval_95": [0.4, 0.6]}
-    errors = dict.fromkeys(("standard_error", "pgd_error", "verified_error"), rate)
-    for name in ("attacked", "falsified"):
-        stages = {"PGD": {"samples": 9, name: 4}, "IBP": {"samples": 9, "proved": 5}}
-        rows = page._certificate_rows({"samples": 9, "results": [{"eps": 0.1, **errors, "stages": stages}]})
-        assert rows[1][-1] == "PGD 4, IBP 5"
 
 
 @pytest.mark.parametrize(

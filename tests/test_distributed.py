@@ -138,7 +138,7 @@ def test_shards_make_up_the_batches_of_one_process(samples, batch, size):
 
 def test_batches_that_are_too_small_for_the_processes_are_refused():
     split = data.Split(torch.zeros(40, 1, 4, 4, dtype=torch.uint8), torch.zeros(40, dtype=torch.int64))
-    with pytest.raises(ValueError, match="in batches of 5 leave no batch with two samples .* for each of 3 process"):
+    with pytest.raises(ValueError, match=r"in batches of 5 leave no batch with two samples .* for each of 3 process"):
         data.Batches(split, 5, drop_single=True, shard=(0, 3))
     assert len(data.Batches(split, 6, drop_single=True, shard=(0, 3))) == 6  # Four samples are left over.
 
