@@ -27,12 +27,8 @@ _MODULES = {
     "verification.evaluate": ("verify",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
-_SUBMODULES = {
-    "attacks": "attacks",
-    "losses": "recipe.losses",
-    "models": "models",
-    "regularizers": "recipe.regularizers",
-}
+_SUBMODULES = {"losses": "recipe.losses", "regularizers": "recipe.regularizers"}
+_SUBMODULES |= {name: name for name in ("attacks", "experiments", "inspection", "models", "verification")}
 
 __all__ = ["__version__", *_HOME, *_SUBMODULES]
 

@@ -1,7 +1,10 @@
 """The names of the package, as type checkers see them: `__init__.py` loads them on first use."""
 
 from lirpa_fastwarmup import attacks as attacks
+from lirpa_fastwarmup import experiments as experiments
+from lirpa_fastwarmup import inspection as inspection
 from lirpa_fastwarmup import models as models
+from lirpa_fastwarmup import verification as verification
 from lirpa_fastwarmup.engine.batchnorm import share_batchnorm_state as share_batchnorm_state
 from lirpa_fastwarmup.engine.bounds import input_box as input_box
 from lirpa_fastwarmup.engine.graph import LayerBounds as LayerBounds

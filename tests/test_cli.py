@@ -4,6 +4,7 @@ import argparse
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -226,3 +227,13 @@ def test_names_are_checked_before_anything_is_downloaded(capsys, tmp_path, monke
         status, _, err = run(capsys, "train", "cifar10", "--out", tmp_path / "run", *mistake)
         assert status == 1
         assert mistake[1].partition(":")[0] in err
+
+
+def test_the_current_folder_replaces_no_module_of_others(tmp_path):
+    (tmp_path / "queue.py").write_text("raise SystemExit('a file of the current folder was imported')")
+    (tmp_path / "torch.py").write_text("raise SystemExit('a file of the current folder was imported')")
+    program = Path(sys.executable).parent / "lirpa-fastwarmup"
+    command = [program, "train", "mnist5k", "--model", "mine:make", "--out", "run"]
+    found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert found.returncode == 1
+    assert "the module 'mine' of the network" in found.stderr

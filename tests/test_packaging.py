@@ -73,7 +73,7 @@ def test_wheel_imports_from_an_empty_environment(built, tmp_path):
 
     installed = run(python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", str(wheel))
     assert installed.returncode == 0, installed.stderr
-    bare = run(python, "-c", "import lirpa_fastwarmup")
+    bare = run(python, "-c", "from lirpa_fastwarmup import BoundedModule")
     assert "No module named 'torch'" in bare.stderr  # Nothing but the wheel is there.
     # Lend it the dependencies of this environment, behind its own packages, and none of the checkout.
     packages = next((tmp_path / "env" / "lib").glob("python*/site-packages"))

@@ -7,6 +7,7 @@ from typing import get_args
 
 import pytest
 
+from lirpa_fastwarmup.experiments import data
 from lirpa_fastwarmup.experiments.data import LOADERS
 from lirpa_fastwarmup.experiments.presets import DESCRIPTIONS, PRESETS, preset
 from lirpa_fastwarmup.experiments.training import METHODS, Settings
@@ -204,3 +205,10 @@ IMPOSSIBLE = [
 def test_impossible_settings_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         preset("mnist").replace(**change)
+
+
+def test_datasets_can_be_registered(monkeypatch):
+    monkeypatch.setitem(data.LOADERS, "mine", data.LOADERS["mnist5k"])
+    assert preset("mnist5k").replace(dataset="mine").dataset == "mine"
+    with pytest.raises(ValueError, match="unknown dataset 'yours'"):
+        data.load(preset("mnist5k").replace(dataset="yours").dataset)

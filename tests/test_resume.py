@@ -416,6 +416,11 @@ def test_options_beside_resume_must_be_those_of_the_run(stopped, capsys):
     assert "lr 0.0005, not 0.1. Leave" in err
     assert cli.main(["train", "mnist5k", "--resume", "--out", str(stopped)]) == 1
     assert "width 2, not 8" in capsys.readouterr().err
+    # The epochs scale the preset's ramp, which is not that of the run: nobody asked for it.
+    command = ["train", "mnist5k", "--epochs", str(SETTINGS.epochs), "--resume", "--out", str(stopped)]
+    assert cli.main(command) == 1
+    assert "ramp_length" not in (err := capsys.readouterr().err.split("Leave")[0].split("resumed run")[1])
+    assert "width 2, not 8" in err
     assert cli.main(["train", "--resume", "--out", str(stopped), "--show"]) == 0
     assert "average_decay     0.5" in capsys.readouterr().out
     assert cli.main(["train", "--resume", "--out", str(stopped), "--seed", "0"]) == 0

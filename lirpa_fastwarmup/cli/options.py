@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib
 import logging
 import sys
 from types import NoneType
@@ -66,7 +67,10 @@ def device_named(name: str | None) -> torch.device:
 
 def find_factories_here(name: str | None, *, trust: bool = False) -> None:
     """Import factories from the current folder too, as ``python -m`` does, if the command names or trusts one."""
-    if (trust or ":" in (name or "")) and "" not in sys.path:
+    module, colon, _ = (name or "").partition(":")
+    if (trust or (colon and not module.endswith(".py"))) and "" not in sys.path:
+        # Imported first, so that no file of the current folder takes the place of a module that this package needs.
+        importlib.import_module("lirpa_fastwarmup.experiments.training.run")
         sys.path.insert(0, "")
 
 

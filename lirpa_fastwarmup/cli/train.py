@@ -107,8 +107,11 @@ def _resumed_settings(options: argparse.Namespace) -> Settings:
 
     settings = settings_of_run(_folder(options))
     saved = vars(settings)
-    given = (vars(settings_of(options)) if options.preset else saved) | given_settings(options)
-    changed = [name for name in saved if name != "data_dir" and given[name] != saved[name]]
+    typed = given_settings(options)
+    given = (vars(settings_of(options)) if options.preset else saved) | typed
+    # What --epochs scales was not asked for, and earlier versions did not scale it.
+    free = {"data_dir", *({"ramp_length", "lr_milestones"} - typed.keys() if "epochs" in typed else ())}
+    changed = [name for name in saved if name not in free and given[name] != saved[name]]
     if changed:
         raise ValueError(
             f"a resumed run keeps its settings, and the command line gives the run in {options.out} others: "

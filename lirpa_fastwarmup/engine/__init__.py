@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import sys
 from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
-from importlib.util import spec_from_loader
 from types import ModuleType
 
 _ENGINE = "auto_LiRPA"
@@ -23,12 +23,17 @@ class _PatchingFinder(MetaPathFinder, Loader):
         if name != _ENGINE or self._used:
             return None
         self._used = True
-        importlib.import_module("lirpa_fastwarmup.engine.compat")
+        try:
+            importlib.import_module("lirpa_fastwarmup.engine.compat")
+        except BaseException:
+            self._used = False
+            raise
         engine = sys.modules.get(name)
-        if engine is None:
+        if engine is None or engine.__spec__ is None:
             return None  # compat itself is importing it.
         # The import system loads what the module's own spec says: this one keeps it from being executed again.
-        self._spec, engine.__spec__ = engine.__spec__, spec_from_loader(name, self)
+        self._spec, engine.__spec__ = engine.__spec__, copy.copy(engine.__spec__)
+        engine.__spec__.loader = self
         return engine.__spec__
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:

@@ -19,16 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lirpa_fastwarmup.engine.bounds import (
-    crown_lower,
-    fused_crown_loss,
-    ibp_margin_bounds,
-    ibp_margins,
-    log_sum_exp,
-    margin_matrix,
-    mixed_log,
-    proved,
-)
+from lirpa_fastwarmup.engine import bounds
 
 
 @dataclass(frozen=True)
@@ -45,16 +36,16 @@ LossFunction = Callable[[Any, Any, Tensor, int, float | Tensor], RobustLoss]
 
 def ibp(bounded: Any, box: Any, labels: Tensor, classes: int, fraction: float | Tensor = 1.0) -> RobustLoss:
     """The loss from IBP bounds, whatever the ``fraction``."""
-    lower = ibp_margins(bounded, box, labels, classes, reuse_statistics=True)
-    return RobustLoss(log_sum_exp(-lower).mean(), proved(lower))
+    lower = bounds.ibp_margins(bounded, box, labels, classes, reuse_statistics=True)
+    return RobustLoss(bounds.log_sum_exp(-lower).mean(), bounds.proved(lower))
 
 
 def crown_ibp(bounded: Any, box: Any, labels: Tensor, classes: int, fraction: float | Tensor) -> RobustLoss:
     """The loss from mixed margins; CROWN's backward pass has classes − 1 rows."""
-    lower = ibp_margins(bounded, box, labels, classes, reuse_statistics=True)
-    crown = crown_lower(bounded, margin_matrix(labels, classes, lower.dtype))
+    lower = bounds.ibp_margins(bounded, box, labels, classes, reuse_statistics=True)
+    crown = bounds.crown_lower(bounded, bounds.margin_matrix(labels, classes, lower.dtype))
     mixed = (1 - fraction) * crown + fraction * lower
-    return RobustLoss(log_sum_exp(-mixed).mean(), proved(torch.maximum(crown, lower)))
+    return RobustLoss(bounds.log_sum_exp(-mixed).mean(), bounds.proved(torch.maximum(crown, lower)))
 
 
 def crown_ibp_fused(bounded: Any, box: Any, labels: Tensor, classes: int, fraction: float | Tensor) -> RobustLoss:
@@ -62,10 +53,10 @@ def crown_ibp_fused(bounded: Any, box: Any, labels: Tensor, classes: int, fracti
 
     Samples are certified by their IBP margins alone, because CROWN's margins are not computed.
     """
-    lower, upper = ibp_margin_bounds(bounded, box, labels, classes, reuse_statistics=True)
-    loss = fused_crown_loss(bounded, -upper, -lower, labels, classes)
-    loss = mixed_log(loss, log_sum_exp(-lower), 1 - fraction)
-    return RobustLoss(loss.mean(), proved(lower))
+    lower, upper = bounds.ibp_margin_bounds(bounded, box, labels, classes, reuse_statistics=True)
+    loss = bounds.fused_crown_loss(bounded, -upper, -lower, labels, classes)
+    loss = bounds.mixed_log(loss, bounds.log_sum_exp(-lower), 1 - fraction)
+    return RobustLoss(loss.mean(), bounds.proved(lower))
 
 
 LOSSES: dict[str, LossFunction] = {"ibp": ibp, "crown-ibp": crown_ibp, "crown-ibp-fused": crown_ibp_fused}

@@ -22,7 +22,7 @@ from lirpa_fastwarmup.experiments.training.network import read_model
 from lirpa_fastwarmup.inspection.layers import inspect
 from lirpa_fastwarmup.inspection.statistics import Inspection
 from lirpa_fastwarmup.storage import file_sum, read_csv, read_json, read_tensors, weights_sum
-from lirpa_fastwarmup.verification import evaluate
+from lirpa_fastwarmup.verification import OutOfMemoryError, UnsoundBoundError, evaluate
 from lirpa_fastwarmup.verification import folder as verified
 
 logger = logging.getLogger(__name__)
@@ -34,6 +34,8 @@ _SHOWN = 6
 _SAME = 1e-12  # Radii that differ by less are equal.
 
 Image = np.ndarray[Any, np.dtype[np.uint8]]
+
+_EXPECTED = (OSError, ValueError, ImportError, TypeError, NotImplementedError, UnsoundBoundError, OutOfMemoryError)
 
 
 @dataclass(frozen=True)
@@ -162,7 +164,7 @@ def read_record(folder: Path, data_dir: Path | None = None, *, trust: bool = Fal
     _read_certificates(record, folder, model)
     try:
         _inspect_network(record, model, data_dir, trust=trust)
-    except (OSError, ValueError, ImportError, TypeError, NotImplementedError) as error:
+    except _EXPECTED as error:
         record.missing.append(f"The network could not be inspected: {error}.")
     return record
 

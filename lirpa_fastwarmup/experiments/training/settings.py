@@ -136,7 +136,8 @@ class Settings:
             if not _is_a(value, kind):
                 expected = getattr(kind, "__name__", str(kind))
                 raise TypeError(f"{name} must be of type {expected}; found {value!r}")
-            if get_origin(kind) is Literal and value not in get_args(kind):
+            # Datasets may also be registered in data.LOADERS; loading refuses unknown ones.
+            if get_origin(kind) is Literal and name != "dataset" and value not in get_args(kind):
                 raise ValueError(f"unknown {name} {value!r}; known are {', '.join(get_args(kind))}")
         for names, condition, holds in _RANGES:
             for name in names.split():
