@@ -133,6 +133,8 @@ def test_indices_name_samples(tmp_path):
     assert [one.index for one in radii] == [5, 7, 9]
     with pytest.raises(ValueError, match="one index per sample"):
         fw.verify(bounded, (x, y), 0.015, indices=[1, 2])
+    with pytest.raises(ValueError, match=f"found 99 indices for {len(y)} samples"):
+        fw.verify(bounded, (x, y), 0.015, ["IBP"], restarts=0, indices=range(99))
 
 
 def test_results_of_earlier_versions_are_read():

@@ -504,3 +504,14 @@ def test_building_under_autocast(x):
     lower, upper = bounded.compute_bounds(x=(fw.input_box(x, 0.01),), method="IBP")
     assert (lower <= model(x)).all()
     assert (model(x) <= upper).all()
+
+
+def test_copies_share_no_options(x):
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+    bounded = fw.BoundedModule(net, x, bound_opts={"optimize_bound_args": {"iteration": 3}})
+    other = copy.deepcopy(bounded)
+    other.given_options["optimize_bound_args"]["iteration"] = 7
+    bounded.given_options["conv_mode"] = "matrix"
+    assert bounded.given_options == {"optimize_bound_args": {"iteration": 3}}
+    with pytest.raises(AttributeError):
+        bounded.untested = ()

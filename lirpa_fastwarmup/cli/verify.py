@@ -110,14 +110,15 @@ def _run(
         certified = computed("radius", search, summary) if options.radius else None
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"finished batches are kept in {journal.path}; the same command resumes") from None
+    used = journal.used_by_all()  # Before rank 0 writes: if that fails, no other rank waits.
     if ranks.is_rank_zero:
         about = {"network": subject.name, "dataset": subject.dataset, "samples": len(subject.samples)}
         about |= {"classes": subject.classes, "methods": options.methods, "pgd_steps": options.pgd_steps}
         about |= {"pgd_restarts": options.pgd_restarts, "seed": options.seed}
         about["seconds"] = time.perf_counter() - started
         write_results(out, bounded, verifications, certified, _TOLERANCE, about)
+        journal.forget_in_all(used)
         print(f"written to {out}")
-    journal.forget_used()
     if contradictions:
         raise UnsoundBoundError(contradictions)
     return 0

@@ -57,6 +57,12 @@ def _check_structure(model: nn.Module, example: tuple[Tensor, ...]) -> None:
         )
 
 
+def _built_again(
+    kind: type[BoundedModule], model: nn.Module, example: Any, options: Any, arguments: Any
+) -> BoundedModule:
+    return kind(model, example, options, **arguments)
+
+
 class BoundedModule(engine.BoundedModule):
     """``auto_LiRPA.BoundedModule``, with one state for the wrapped model and its bounded view.
 
@@ -99,8 +105,7 @@ class BoundedModule(engine.BoundedModule):
     wrapped: nn.Module
     example: tuple[Tensor, ...]
     any_batch: bool
-    untested: tuple[str, ...]
-    given_options: dict[str, Any]
+    _options: dict[str, Any]
     over_ranks = False
     _arguments: dict[str, Any]
     _reviewed: Acceptance
@@ -121,7 +126,7 @@ class BoundedModule(engine.BoundedModule):
         like = _like(model)
         example = (global_input,) if isinstance(global_input, Tensor) else tuple(global_input)
         self.example = tuple(x.to(like.device) for x in example)
-        self.given_options, operators = dict(bound_opts or {}), dict(custom_ops or {})
+        self._options, operators = dict(bound_opts or {}), dict(custom_ops or {})
         # Copies are built with these, on the device that the model has then.
         self._arguments = {"verbose": verbose, "custom_ops": operators, "allow_untested": allow_untested}
         if device == "auto":  # The engine's own choice fails without parameters.
@@ -133,7 +138,6 @@ class BoundedModule(engine.BoundedModule):
             self._build_engine(model, global_input, device)
             if self._reviewed.needs_matrices and self.conv_mode == "patches":
                 self._build_engine(model, global_input, device, conv_mode="matrix")
-        self.untested = self._reviewed.untested
         if self.untested and not allow_untested:
             raise untested_error(self.untested)
         object.__setattr__(self, "wrapped", model)
@@ -145,7 +149,7 @@ class BoundedModule(engine.BoundedModule):
 
     def _build_engine(self, model: nn.Module, global_input: Any, device: Any, **options: Any) -> None:
         """Build the engine's graph in evaluation mode, where BatchNorm is one node; replace and review its nodes."""
-        options = {**self.given_options, **options}
+        options = {**self._options, **options}
         verbose, ops = self._arguments["verbose"], {**CUSTOM_OPERATORS, **self._arguments["custom_ops"]}
         with tracing.quiet_conversion():
             super().__init__(model, global_input, bound_opts=options, device=device, verbose=verbose, custom_ops=ops)
@@ -156,15 +160,24 @@ class BoundedModule(engine.BoundedModule):
         # Nodes hold the graphs of the last pass, so copies and pickles are rebuilt from their copy of the model.
         like = _like(self.wrapped)
         example = tuple(x.to(like) if x.is_floating_point() else x.to(like.device) for x in self.example)
-        build = functools.partial(type(self), bound_opts=self.given_options, **self._arguments)
-        return build, (self.wrapped, example)
+        return _built_again, (type(self), self.wrapped, example, self._options, self._arguments)
+
+    @property
+    def given_options(self) -> dict[str, Any]:
+        """The ``bound_opts`` that were passed."""
+        return dict(self._options)
+
+    @property
+    def untested(self) -> tuple[str, ...]:
+        """Operators and attributes, with their places, whose bounds have not been tested."""
+        return self._reviewed.untested
 
     def rebuilt(self, dtype: torch.dtype, **changes: Any) -> BoundedModule:
         """A BoundedModule of a copy of the model in ``dtype``, in evaluation mode, that supports every bounding method.
 
         The copy's parameters require no gradient; ``changes`` apply to the engine's ``bound_opts``.
         """
-        options = {**self.given_options, **changes}
+        options = {**self._options, **changes}
         nodes = [node for node in self._modules.values() if isinstance(node, _bound.BoundOptimizableActivation)]
         # 0.3's sparse slopes fail where neurons are stable over the whole batch, 0.7's beyond vectors and images.
         if ENGINE_VERSION.startswith("0.3"):

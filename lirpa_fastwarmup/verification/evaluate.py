@@ -68,12 +68,10 @@ def over_batches(
     count = first = 0
     with patient_group() if ranks.size > 1 else nullcontext() as group:
         for x, y in batches_of(samples, plan.batch_size):
+            numbers = _numbers(indices, first, len(y))  # Checked on every rank, so that none waits for another.
             if count % ranks.size == ranks.rank:
                 check_input_shapes([x], bounded.example)
                 check_batch(x, y, classes, plan.input_range)
-                numbers = range(first, first + len(y)) if indices is None else indices[first : first + len(y)]
-                if len(numbers) != len(y):
-                    raise ValueError(f"there must be one index per sample; found only {len(indices or ())} indices")
                 key = digest({**described, "x": x, "y": y}) if journal else ""
                 stored = journal.get(key) if journal else None
                 result = compute(x.to(device), y.to(device)) if stored is None else BatchResult.from_dict(kind, stored)
@@ -85,6 +83,8 @@ def over_batches(
             count, first = count + 1, first + len(y)
         if count == 0:
             raise ValueError("there are no samples")
+        if indices is not None and len(indices) != first:
+            raise ValueError(f"pass one index per sample; found {len(indices)} indices for {first} samples")
         by_rank = all_gather(own, group) if ranks.size > 1 else [own]
     total: BatchResult[Result] = BatchResult()
     for turn in itertools.zip_longest(*by_rank):
@@ -92,6 +92,15 @@ def over_batches(
             if one is not None:
                 total.add(one)
     return total
+
+
+def _numbers(indices: Sequence[int] | None, first: int, count: int) -> Sequence[int]:
+    if indices is None:
+        return range(first, first + count)
+    found = indices[first : first + count]
+    if len(found) != count:
+        raise ValueError(f"pass one index per sample; found only {len(indices)} indices")
+    return found
 
 
 def verify(

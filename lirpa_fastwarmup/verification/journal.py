@@ -66,12 +66,14 @@ class Journal:
         else:
             self.path.unlink(missing_ok=True)
 
-    def forget_used(self) -> None:
-        """Remove the results that any process used from the journals of all processes; called by every process."""
-        used = set().union(*all_gather(self.used))
-        if world().is_rank_zero:
-            for path in _journals_beside(self.path):
-                Journal(path).forget(used)
+    def used_by_all(self) -> set[str]:
+        """The keys that any process asked for. Every process must call this."""
+        return set().union(*all_gather(self.used))
+
+    def forget_in_all(self, keys: Collection[str]) -> None:
+        """Remove the results of ``keys`` from the journals of all processes."""
+        for path in _journals_beside(self.path):
+            Journal(path).forget(keys)
 
 
 def _journals_beside(path: Path) -> list[Path]:
