@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from lirpa_fastwarmup import models
 from lirpa_fastwarmup.cli.options import add_trust, find_factories_here
 from lirpa_fastwarmup.experiments import data
-from lirpa_fastwarmup.experiments.training import load_model, load_weights, settings_of_model
+from lirpa_fastwarmup.experiments.training import load_model, load_weights
 from lirpa_fastwarmup.experiments.training.checkpoint import MODEL
+from lirpa_fastwarmup.experiments.training.network import read_model
 from lirpa_fastwarmup.storage import read_tensors
 from lirpa_fastwarmup.verification import read_onnx
 
@@ -113,7 +114,8 @@ def subject_of_run(
         raise FileNotFoundError(
             f"{folder} holds no trained network ({MODEL}): name the folder of a training run that finished an epoch"
         )
-    network, settings = load_model(path, trust=trust), settings_of_model(path)
+    content = read_model(path)
+    network, settings = load_model(path, trust=trust, content=content), content["settings"]
     loaded = data.load(dataset or settings.dataset, data_dir or (None if dataset else settings.data_dir))
     return _subject(network, str(path), loaded, limit, settings.eps, allow_untested=settings.allow_untested)
 

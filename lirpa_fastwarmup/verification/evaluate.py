@@ -173,7 +173,7 @@ def verify(
     options = {"indices": indices, "journal": journal, "progress": progress, "over_ranks": over_ranks}
     found = _verification(bounded, samples, eps, certifier, **options)
     _warn_of_unseen_classes([sample.label for sample in found.certificates], class_count(bounded))
-    return found
+    return _without_contradictions(found)
 
 
 def evaluate(
@@ -208,7 +208,7 @@ def evaluate(
     with _evaluating(bounded):
         network = MarginBounds(bounded, dtype, live=True)
         certifier = Certifier([network], plan, untested=bool(bounded.untested), check=check)
-        return _verification(bounded, samples, eps, certifier, over_ranks=over_ranks)
+        return _without_contradictions(_verification(bounded, samples, eps, certifier, over_ranks=over_ranks))
 
 
 def _verification(
@@ -221,7 +221,10 @@ def _verification(
     total = over_batches(bounded, samples, certify, Certificate, certifier.plan, conditions, **options)
     # A subclass of float may print differently, such as 8/255.
     shown = eps.tolist() if isinstance(eps, Tensor) else eps if isinstance(eps, float) else float(eps)
-    found = Verification(shown, total.certificates, total.stages, total.sentences(), bounded.untested)
+    return Verification(shown, total.certificates, total.stages, total.sentences(), bounded.untested)
+
+
+def _without_contradictions(found: Verification) -> Verification:
     if found.contradictions:
         raise UnsoundBoundError(found.contradictions, found)
     return found

@@ -8,6 +8,7 @@ import logging
 import socket
 import sys
 import tarfile
+import threading
 import time
 import urllib.error
 import zipfile
@@ -25,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 _ATTEMPTS = 4
 _TIMEOUT = 30.0  # Seconds.
+_ONE_AT_A_TIME = threading.Lock()  # The default time-out of sockets is the whole process's.
 
 
 class CorruptFileError(ValueError):
@@ -99,12 +101,13 @@ def _download(source: Source, folder: Path, pause: float) -> None:
 
 
 def _fetch(source: Source, path: Path) -> None:
-    timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(_TIMEOUT)  # torch sets none, and would wait for a stalled connection forever.
-    try:
-        torch.hub.download_url_to_file(source.url, str(path), progress=sys.stderr.isatty())
-    finally:
-        socket.setdefaulttimeout(timeout)
+    with _ONE_AT_A_TIME:
+        timeout = socket.getdefaulttimeout()
+        socket.setdefaulttimeout(_TIMEOUT)  # torch sets none, and would wait for a stalled connection forever.
+        try:
+            torch.hub.download_url_to_file(source.url, str(path), progress=sys.stderr.isatty())
+        finally:
+            socket.setdefaulttimeout(timeout)
     # torch does not notice when a connection ends early: only the checksum shows that the file is incomplete.
     found = checksum(path, source.checksum.partition(":")[0])
     if found != source.checksum:

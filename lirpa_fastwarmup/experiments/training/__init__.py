@@ -15,18 +15,17 @@ if TYPE_CHECKING:
         UntrustedError,
         load_model,
         load_weights,
-        settings_of_model,
     )
     from lirpa_fastwarmup.experiments.training.run import resume, settings_of_run, train
 
 _MODULES = {
     "build": ("build_run",),
     "checkpoint": ("OutputExistsError",),
-    "network": ("UntrustedError", "load_model", "load_weights", "settings_of_model"),
+    "network": ("UntrustedError", "load_model", "load_weights"),
     "run": ("resume", "settings_of_run", "train"),
 }
 __all__ = ["METHODS", "OutputExistsError", "Settings", "TrainingInterrupted", "UntrustedError", "build_run"]
-__all__ += ["load_model", "load_weights", "resume", "settings_of_model", "settings_of_run", "train"]
+__all__ += ["load_model", "load_weights", "resume", "settings_of_run", "train"]
 
 
 def __getattr__(name: str) -> Any:

@@ -69,12 +69,6 @@ def load_model(path: Path, *, trust: bool = False, content: Mapping[str, Any] | 
     return model.eval()
 
 
-def settings_of_model(path: Path) -> Settings:
-    """Return the settings of the run that wrote ``model.pt``; raises OSError or ValueError as :func:`load_model`."""
-    settings: Settings = read_model(path)["settings"]
-    return settings
-
-
 def require_trust(name: str, path: Path, *, trust: bool) -> None:
     """Raise :class:`UntrustedError` if ``name``, read from ``path``, is a factory and ``trust`` is off."""
     if name not in models.MODELS and not trust:
