@@ -24,10 +24,10 @@ from lirpa_fastwarmup.experiments.training import (
     checkpoint,
     load_model,
     resume,
-    settings_of_model,
     settings_of_run,
     train,
 )
+from lirpa_fastwarmup.experiments.training.network import read_model
 from lirpa_fastwarmup.verification import Journal
 
 SETTINGS = preset("mnist5k").replace(
@@ -267,7 +267,7 @@ def test_runs_of_earlier_versions_are_read(run_dir, tmp_path, capsys):
 
 def test_runs_without_a_part_of_batchnorm_are_refused(run_dir, tmp_path):
     out = of_an_earlier_version(run_dir, tmp_path / "run", bn_var=False)
-    for read in (lambda: settings_of_run(out), lambda: settings_of_model(out / "model.pt")):
+    for read in (lambda: settings_of_run(out), lambda: read_model(out / "model.pt")):
         with pytest.raises(ValueError, match="bn_var off: this version trains no network with a part of BatchNorm"):
             read()
     with pytest.raises(ValueError, match="bn_var off"):
