@@ -49,9 +49,14 @@ def check_eps(eps: Epsilon, input_range: InputRange | None = None) -> None:
 
 
 def check_radius(eps: Epsilon, input_range: InputRange | None) -> None:
-    """Refuse a radius that cannot be certified; as :func:`check_eps`, and ValueError if ``eps`` is 0."""
+    """Refuse a radius that cannot be certified; as :func:`check_eps` and :func:`check_positive`."""
     check_eps(eps, input_range)
-    if not bool(torch.as_tensor(eps).gt(0).all()):
+    check_positive(eps)
+
+
+def check_positive(eps: Epsilon) -> None:
+    """Raise ValueError if ``eps`` is 0, for every element."""
+    if not bool(torch.as_tensor(eps).gt(0).any()):
         raise ValueError(
             f"eps must be above 0, found {eps}: a box of radius 0 is the sample itself, which the standard error "
             "covers. Pass the radius to certify, in units of the input, such as 8/255"
@@ -126,10 +131,15 @@ def inputs_error(x: Tensor, input_range: InputRange | None) -> ValueError:
     if input_range is None:
         return ValueError(f"inputs must be finite; {found}")
     return ValueError(
-        f"inputs must lie in input_range {input_range}, to which the box is clipped; {found}. Keep the data in its own "
+        f"inputs must lie in input_range {_shown(input_range)}, to which the box is clipped; {found}. Keep the data in its own "
         "units and make normalisation the network's first layer (lirpa_fastwarmup.models.Normalize), pass the data's "
         "range as input_range, or None for data without one"
     )
+
+
+def _shown(input_range: InputRange) -> str:
+    ends = (end if isinstance(end, float | int) or end.numel() < 9 else f"{end.min():g} or more" for end in input_range)
+    return f"({', '.join(map(str, ends))})"
 
 
 def check_batch(x: Tensor, y: Tensor, classes: int, input_range: InputRange | None) -> None:

@@ -19,8 +19,7 @@ from lirpa_fastwarmup import memory, verification
 from lirpa_fastwarmup.engine import precision
 from lirpa_fastwarmup.engine.bounds import MarginBounds, ibp_margins
 from lirpa_fastwarmup.engine.compat import engine
-from lirpa_fastwarmup.verification import METHODS, Certificate, Journal, UnsoundBoundError, certify
-from lirpa_fastwarmup.verification.result import BatchResult
+from lirpa_fastwarmup.verification import METHODS, Journal, UnsoundBoundError, certify
 from tests import networks
 from tests.test_verification import LABELS, POINTS, linear_classifier
 
@@ -106,10 +105,7 @@ def test_a_verification_prints_as_a_table():
         [name, str(stage.samples), str(stage.hits)] for name, stage in found.stages.items()
     ]
     assert lines[8:] == ["  float64 changes the verdicts of 0 samples"]
-    page = found._repr_html_()
-    assert page.startswith("<table><caption>eps 0.015: 24 samples")
-    for cell in (str(found.verified_error), "CROWN-IBP", "s per sample"):
-        assert f">{cell}</td>" in page
+    assert found._repr_html_() == f"<pre>{found}</pre>"
 
 
 def test_indices_name_samples(tmp_path):
@@ -135,13 +131,6 @@ def test_indices_name_samples(tmp_path):
         fw.verify(bounded, (x, y), 0.015, indices=[1, 2])
     with pytest.raises(ValueError, match=f"found 99 indices for {len(y)} samples"):
         fw.verify(bounded, (x, y), 0.015, ["IBP"], restarts=0, indices=range(99))
-
-
-def test_results_of_earlier_versions_are_read():
-    values = {"index": 0, "label": 1, "prediction": 1, "verified": False, "method": None, "margin": -1.0}
-    stored = {"certificates": [{**values, "attacked": True}], "stages": {}, "contradictions": []}
-    (sample,) = BatchResult.from_dict(Certificate, stored).certificates
-    assert sample == Certificate(**values, falsified=True)
 
 
 def test_loaders_and_tensors_give_the_same():
@@ -353,9 +342,9 @@ def test_an_interrupted_verification_goes_on(torn, tmp_path, monkeypatch):
     fw.verify(bounded, (x, y), 0.004, **given, journal=Journal(path))
     assert calls == 3 * [5, 5, 5, 5, 4]
     # What a finished verification used is taken out, and no more.
-    before = len(path.read_text().splitlines())
+    before = len(path.read_text().split("\n{"))
     journal.forget(journal.used)
-    assert len(path.read_text().splitlines()) == before - 5 - torn or torn
+    assert len(path.read_text().split("\n{")) == before - 5 - torn
 
 
 def test_a_journal_goes_with_its_last_line(tmp_path):
@@ -497,7 +486,7 @@ BAD = {
     "float labels": (lambda b, x, y: (b, (x, y.float()), 0.1), TypeError, "labels must be class numbers"),
     "labels too high": (lambda b, x, y: (b, (x, y + 2), 0.1), ValueError, "labels must be between 0 and 2"),
     "nothing": (lambda b, x, y: (b, [], 0.1), ValueError, "no samples"),
-    "plain network": (lambda b, x, y: (b.wrapped, (x, y), 0.1), TypeError, "expected a lirpa_fastwarmup.BoundedModule"),
+    "plain network": (lambda b, x, y: (b.wrapped, (x, y), 0.1), TypeError, "expected a BoundedModule, found Sequential"),
     "method": (lambda b, x, y: (b, (x, y), 0.1, ["MILP"]), ValueError, "unknown method 'MILP'; name at least one of"),
     "no method": (lambda b, x, y: (b, (x, y), 0.1, []), ValueError, "name at least one of IBP"),
     "method as text": (lambda b, x, y: (b, (x, y), 0.1, "IBP"), ValueError, "as a sequence"),
@@ -642,14 +631,14 @@ def test_the_journal_tells_networks_apart_by_what_they_compute(tmp_path):
             found.append(fw.verify(bounded, (x, y), 0.3, ("IBP",), journal=Journal(tmp_path / "journal"), **given))
             alone = fw.verify(bounded, (x, y), 0.3, ("IBP",), **given)
             assert alone.certificates == found[-1].certificates
-    assert len((tmp_path / "journal").read_text().splitlines()) == 4
+    assert (tmp_path / "journal").read_text().count("\n{") == 4
 
 
 def test_a_damaged_line_of_the_journal_is_computed_again(tmp_path):
     bounded, x, y = trained_digits()
     path = tmp_path / "journal"
     expected = fw.verify(bounded, (x, y), 0.004, ("IBP",), restarts=0, batch_size=8, journal=Journal(path))
-    lines = path.read_text().splitlines()
+    lines = [line for line in path.read_text().splitlines() if line]
     lines[1] = (
         lines[1].replace('"verified": true', '"verified": false').replace('"verified": false', '"verified": true')
     )

@@ -331,7 +331,7 @@ def test_paths_that_a_trace_cannot_follow_warn(x):
         fw.BoundedModule(TrainsOtherwise(), x)
 
 
-def test_dropout_is_fine_in_evaluation_and_refused_in_training(x):
+def test_dropout_is_off_in_everything_that_is_bounded(x):
     model = nn.Sequential(
         nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 3)
     )
@@ -339,11 +339,15 @@ def test_dropout_is_fine_in_evaluation_and_refused_in_training(x):
     assert torch.allclose(bounded.eval()(x), model(x), atol=1e-6)
     bounds(bounded, x)
     bounded.train()
-    for attempt in (bounded, lambda x: bounds(bounded, x)):
-        with pytest.raises(NotImplementedError, match=r"Dropout draws a new mask at every pass \(4\)"):
-            attempt(x)
-    model[4].eval()
-    assert torch.allclose(bounded(x), copy.deepcopy(model)(x), atol=1e-6)
+    assert model[4].training
+    without = copy.deepcopy(model)
+    without[4].eval()
+    assert torch.allclose(bounded(x), without(x), atol=1e-6)
+    lower, upper = bounds(bounded, x)
+    assert bool((lower <= bounded(x)).all() and (bounded(x) <= upper).all())
+    with pytest.warns(UserWarning, match=r"Dropout \(4\) is off in certified training"):
+        warmup = fw.ShortWarmup(bounded, fw.ConstantEpsilon(0.01), regularizers=())
+    assert warmup(x, torch.zeros(len(x), dtype=torch.int64)).loss.isfinite()
 
 
 def test_batchnorm_without_statistics_is_refused(x):

@@ -263,10 +263,8 @@ def test_bad_arguments(arguments, kind, message, x):
 
 
 def test_networks_that_the_objective_cannot_take(x):
-    import auto_LiRPA
-
     with pytest.raises(TypeError, match=r"fastwarmup\.BoundedModule\(model, example_inputs\)"):
-        fw.ShortWarmup(auto_LiRPA.BoundedModule(networks.multilayer(False), x), fw.ConstantEpsilon(0.1))
+        fw.ShortWarmup(networks.multilayer(False), fw.ConstantEpsilon(0.1))
     smooth = nn.Sequential(nn.Flatten(), nn.Linear(64, 4), nn.LeakyReLU(), nn.Linear(4, 3))
     with pytest.raises(fw.StructureError, match=r"no ReLU.*regularizers=\(\)"):
         objective(smooth, x)

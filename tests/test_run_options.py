@@ -254,10 +254,6 @@ def seven():
 def text():
     return "net"
 
-def noisy():
-    net = Net()
-    net.head.add_module("last", nn.Dropout())
-    return net
 """
 
 
@@ -294,7 +290,6 @@ def test_a_network_of_ones_own_is_trained_with_all_remedies(own_networks):
         (["--model", "my_networks:text"], "str"),
         (["--model", "my_networks:seven"], "(2, 7)"),
         (["--model", "my_networks:Sines"], "auto_LiRPA"),
-        (["--model", "my_networks:noisy"], "Dropout"),
         (["--dataset", "cifar10", "--data-dir", "{tmp}"], "data_batch_1"),
         (["--dataset", "npz", "--data-dir", "{tmp}"], "train.npz"),
         (["--validation", "96"], "hold"),

@@ -45,6 +45,7 @@ class _PatchingFinder(MetaPathFinder, Loader):
 
 def patch_engine_on_import() -> None:
     """Patch auto_LiRPA when it is first imported; a process that never imports it does not load PyTorch either."""
-    known = any(isinstance(finder, _PatchingFinder) for finder in sys.meta_path)
-    if not known and _ENGINE not in sys.modules:
+    if _ENGINE in sys.modules:
+        importlib.import_module("lirpa_fastwarmup.engine.compat")
+    elif not any(isinstance(finder, _PatchingFinder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _PatchingFinder())

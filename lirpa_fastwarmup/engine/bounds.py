@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import io
 import logging
-import math
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from typing import Any
@@ -13,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lirpa_fastwarmup.boxes import Epsilon, InputRange, box_ends, check_eps, check_pair, inputs_error, inputs_fit
+from lirpa_fastwarmup.boxes import box_ends, check_eps, check_pair, inputs_error, inputs_fit
 from lirpa_fastwarmup.engine.compat import engine
+from lirpa_fastwarmup.engine.inputs import Inputs, Layout, bounded_tensor
 from lirpa_fastwarmup.engine.module import BoundedModule
 
 logger = logging.getLogger(__name__)
@@ -23,13 +23,18 @@ _ARGUMENTS = inspect.signature(engine.BoundedModule.compute_bounds).parameters
 _INTERMEDIATE = next(name for name in ("interm_bounds", "intermediate_layer_bounds") if name in _ARGUMENTS)  # 0.7, 0.3
 
 
-def input_box(x: Tensor, eps: Epsilon, input_range: InputRange | None = (0.0, 1.0)) -> Any:
+def input_box(x: Inputs, eps: Any, input_range: Any = (0.0, 1.0)) -> Any:
     """The box ``{x' : |x' − x| ≤ eps, elementwise} ∩ input_range``, as a BoundedTensor.
 
     Args:
-        x: clean inputs ``(batch, *input)``, within ``input_range``.
-        eps: radius in units of the input: a number, one per channel, or a tensor of the input's shape.
-        input_range: lowest and highest valid input, numbers or tensors; ``None`` for unclipped data.
+        x: clean inputs ``(batch, *input)``, within ``input_range``; or a tuple of the inputs of a network.
+        eps: radius in units of the input: a number, one per channel, a tensor of the input's shape, or one value per
+            sample, shape (batch, 1, …). For several inputs also a tuple, one for each; 0 for an unperturbed input.
+        input_range: lowest and highest valid input, numbers or tensors; ``None`` for unclipped data. For several inputs
+            also a tuple of these.
+
+    Returns:
+        The box; for several inputs a tuple of boxes, with integer inputs as they are.
 
     Raises:
         TypeError: ``eps`` is neither a number nor a tensor.
@@ -40,16 +45,16 @@ def input_box(x: Tensor, eps: Epsilon, input_range: InputRange | None = (0.0, 1.
         >>> box = fw.input_box(x, eps=8 / 255)
         >>> lower, upper = bounded.compute_bounds(x=(box,), method="IBP")
     """
+    if not isinstance(x, Tensor):
+        layout = Layout(tuple(x))
+        each = zip(x, layout.radii(eps), layout.ranges(input_range), strict=True)
+        return tuple(input_box(*one) if one[0].is_floating_point() else one[0] for one in each)
     check_pair(input_range)
     if not isinstance(eps, Tensor) or eps.device.type == "cpu":
         check_eps(eps)
     if x.device.type == "cpu" and not bool(inputs_fit(x, input_range)):
         raise inputs_error(x, input_range)
-    lower, upper = box_ends(x, eps, input_range)
-    # The engine's constructor does the same, but fails under the dispatch mode of `memory`.
-    box: Any = Tensor._make_subclass(engine.BoundedTensor, x, x.requires_grad)
-    box.ptb = engine.PerturbationLpNorm(norm=math.inf, eps=eps, x_L=lower, x_U=upper)
-    return box
+    return bounded_tensor(x, *box_ends(x, eps, input_range), eps)
 
 
 def class_count(bounded: Any) -> int:
@@ -102,9 +107,16 @@ class _Margins(Tensor):
 def ibp_margin_bounds(
     bounded: Any, box: Any, labels: Tensor, classes: int, *, reuse_statistics: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """IBP lower and upper bounds on z_y − z_j for j ≠ y over the box, each of shape (batch, classes − 1)."""
-    matrix = _Margins.of(labels, classes, box.dtype)
-    lower, upper = bounded.compute_bounds(x=(box,), C=matrix, method="IBP", reuse_statistics=reuse_statistics)
+    """IBP lower and upper bounds on z_y − z_j for j ≠ y over the box, each of shape (batch, classes − 1).
+
+    ``box`` is a BoundedTensor, or a tuple of the network's inputs.
+    """
+    boxes = box if isinstance(box, tuple) else (box,)
+    dtype = next(x.dtype for x in boxes if x.is_floating_point())
+    matrix = _Margins.of(labels, classes, dtype)
+    # The engine's own module always uses the statistics of the last forward pass.
+    options = {"reuse_statistics": reuse_statistics} if isinstance(bounded, BoundedModule) else {}
+    lower, upper = bounded.compute_bounds(x=boxes, C=matrix, method="IBP", **options)
     others = other_classes(labels, classes)
     return lower.gather(1, others), upper.gather(1, others)
 
@@ -211,8 +223,8 @@ class MarginBounds:
 
     @property
     def model(self) -> nn.Module:
-        """The plain network whose margins are bounded, in evaluation mode."""
-        return self._with_patches.wrapped
+        """The plain network whose margins are bounded, in evaluation mode, of packed inputs if there are several."""
+        return self._with_patches.plain
 
     def bounded(self, method: str) -> BoundedModule:
         """The bounded copy that ``method`` uses, with the intermediate bounds of its last pass."""

@@ -6,18 +6,22 @@ only where it is missing, so later releases stay unpatched, and no file of the e
 
 from __future__ import annotations
 
+import functools
 import importlib
+import inspect
 import logging
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
 import torch.onnx.symbolic_helper as symbolic_helper
+from torch import Tensor
 
 
 def _export_globals() -> Any:
@@ -106,8 +110,47 @@ def _patch(bounded_module: Any) -> Iterator[str]:
         yield "auto_LiRPA.BoundedModule._named_members"
 
 
+RECORD = "_fastwarmup_record"
+
+
+@dataclass(frozen=True)
+class Record:
+    """What an engine module was built from, the model's buffers before and after, and the module's copies of them."""
+
+    model: Any
+    arguments: dict[str, Any]
+    before: dict[str, Tensor]
+    after: dict[str, Tensor]
+    copies: dict[str, Tensor]
+
+
+def _record_models(bounded_module: Any) -> None:
+    """Let every engine module keep a :class:`Record`, which it needs to be used as a view of its model."""
+    build = bounded_module.__init__
+
+    @functools.wraps(build)
+    def build_and_record(self: Any, *args: Any, **kwargs: Any) -> None:
+        arguments = inspect.signature(build).bind(self, *args, **kwargs).arguments
+        model = arguments["model"]
+        if type(self).__module__.partition(".")[0] == "lirpa_fastwarmup" or isinstance(model, bounded_module):
+            build(self, *args, **kwargs)  # Of this package, or a shallow copy of a module that has its record.
+            return
+        before = _cloned(model.named_buffers())
+        build(self, *args, **kwargs)
+        copies = _cloned((node.ori_name, node.buffer) for node in self._modules.values() if hasattr(node, "buffer"))
+        record = Record(model, dict(arguments), before, _cloned(model.named_buffers()), copies)
+        object.__setattr__(self, RECORD, record)
+
+    bounded_module.__init__ = build_and_record
+
+
+def _cloned(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in tensors}
+
+
 engine: Any = _import_engine()
 ACTIVE_PATCHES: tuple[str, ...] = tuple(_patch(engine.BoundedModule))
+_record_models(engine.BoundedModule)
 ENGINE_VERSION: str = engine.__version__
 
 

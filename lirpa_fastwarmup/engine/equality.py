@@ -45,6 +45,12 @@ def check_same_function(bounded: Any, model: nn.Module, example: Sequence[Tensor
     return True
 
 
+def same_outputs(found: Tensor, model: nn.Module, inputs: Sequence[Tensor]) -> bool:
+    """Whether ``found`` are the outputs of ``model``, up to rounding."""
+    expected = _outputs(model, inputs)
+    return found.shape == expected.shape and _close(found, expected, model, inputs)
+
+
 def _trial(model: nn.Module, example: Sequence[Tensor], size: int) -> tuple[list[Tensor], Tensor]:
     """``size`` random samples and the model's outputs, or of the example's if the model refuses random ones."""
     generator = torch.Generator().manual_seed(0)

@@ -9,13 +9,13 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._python_dispatch import _disable_current_modes
 
 from lirpa_fastwarmup.boxes import check_input_shapes
 from lirpa_fastwarmup.engine import batchnorm, tracing
 from lirpa_fastwarmup.engine.compat import ENGINE_VERSION, engine
 from lirpa_fastwarmup.engine.equality import check_same_function
+from lirpa_fastwarmup.engine.inputs import Layout, Unpacked
 from lirpa_fastwarmup.engine.nodes import CUSTOM_OPERATORS, adopt
 from lirpa_fastwarmup.engine.operators import Acceptance, review, untested_error
 from lirpa_fastwarmup.engine.precision import default_dtype, exact_arithmetic
@@ -71,7 +71,8 @@ class BoundedModule(engine.BoundedModule):
     later have no effect.
 
     In training mode, forward passes update BatchNorm's running statistics, as in any nn.Module; :meth:`compute_bounds`
-    uses the statistics of its own clean batch without updating them.
+    uses the statistics of its own clean batch without updating them. Dropout is off in both, in either mode: bounds for
+    one random mask would not hold for the next, and certificates are about the network without masks.
 
     Args:
         model: the network, any nn.Module that returns one tensor and whose operators the engine bounds.
@@ -104,6 +105,7 @@ class BoundedModule(engine.BoundedModule):
 
     wrapped: nn.Module
     example: tuple[Tensor, ...]
+    layout: Layout
     any_batch: bool
     _options: dict[str, Any]
     over_ranks = False
@@ -126,6 +128,7 @@ class BoundedModule(engine.BoundedModule):
         like = _like(model)
         example = (global_input,) if isinstance(global_input, Tensor) else tuple(global_input)
         self.example = tuple(x.to(like.device) for x in example)
+        self.layout = Layout(self.example)
         self._options, operators = dict(bound_opts or {}), dict(custom_ops or {})
         # Copies are built with these, on the device that the model has then.
         self._arguments = {"verbose": verbose, "custom_ops": operators, "allow_untested": allow_untested}
@@ -139,7 +142,7 @@ class BoundedModule(engine.BoundedModule):
             if self._reviewed.needs_matrices and self.conv_mode == "patches":
                 self._build_engine(model, global_input, device, conv_mode="matrix")
         if self.untested and not allow_untested:
-            raise untested_error(self.untested)
+            raise untested_error(self._reviewed)
         object.__setattr__(self, "wrapped", model)
         self._links = batchnorm.state_links(self, model)
         self._built = True
@@ -151,10 +154,10 @@ class BoundedModule(engine.BoundedModule):
         """Build the engine's graph in evaluation mode, where BatchNorm is one node; replace and review its nodes."""
         options = {**self._options, **options}
         verbose, ops = self._arguments["verbose"], {**CUSTOM_OPERATORS, **self._arguments["custom_ops"]}
-        with tracing.quiet_conversion():
+        with tracing.quiet_conversion(model, self.example):
             super().__init__(model, global_input, bound_opts=options, device=device, verbose=verbose, custom_ops=ops)
-        adopt(self, model)
-        self._reviewed = review(self, len(self.example[0]))
+            adopt(self, model)
+        self._reviewed = review(self, model)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Nodes hold the graphs of the last pass, so copies and pickles are rebuilt from their copy of the model.
@@ -166,6 +169,11 @@ class BoundedModule(engine.BoundedModule):
     def given_options(self) -> dict[str, Any]:
         """The ``bound_opts`` that were passed."""
         return dict(self._options)
+
+    @property
+    def plain(self) -> nn.Module:
+        """The wrapped model, as a function of packed inputs (:class:`Layout`) if there are several."""
+        return self.wrapped if self.layout.is_single else Unpacked(self.wrapped, self.layout)
 
     @property
     def untested(self) -> tuple[str, ...]:
@@ -247,6 +255,7 @@ class BoundedModule(engine.BoundedModule):
             if isinstance(node, _bound.BoundConstant) and isinstance(node.value, Tensor):
                 node.value = fn(node.value)
         self.device = _like(self.wrapped).device
+        self.example = tuple(x.to(self.device) for x in self.example)
         self._follow_wrapped()
         return self
 
@@ -260,15 +269,18 @@ class BoundedModule(engine.BoundedModule):
         """The network's output; arguments as in the engine.
 
         Raises:
-            NotImplementedError: a Dropout module is in training mode.
             ValueError: inputs have another shape than the example's, batch aside.
         """
         if not self._built:
             return super().forward(*x, **kwargs)
         self._follow_wrapped()
-        self._refuse_dropout()
+        x = self._unpacked(x)
         check_input_shapes(x, self.example)
         return super().forward(*x, **kwargs)
+
+    def _unpacked(self, x: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Several inputs from one tensor that packs them; anything else as it is."""
+        return self.layout.unpack(x[0]) if len(x) == 1 < len(self.example) else x
 
     def compute_bounds(self, x: Any = None, *args: Any, reuse_statistics: bool = False, **kwargs: Any) -> Any:
         """Bounds on the output, by any of the engine's methods; other arguments as in the engine.
@@ -287,8 +299,8 @@ class BoundedModule(engine.BoundedModule):
             Lower and upper bounds, each of the output's shape.
 
         Raises:
-            NotImplementedError: a Dropout module is in training mode; or the engine has no such bounds for an operator,
-                or fails, and the message names method and place.
+            NotImplementedError: the engine has no such bounds for an operator, or fails; the message names method and
+                place.
             ValueError: inputs have another shape than the example's, batch aside.
 
         Example:
@@ -297,16 +309,15 @@ class BoundedModule(engine.BoundedModule):
         if self._bounding:  # The engine optimises bounds by calling this repeatedly.
             return super().compute_bounds(x, *args, **kwargs)
         if x is not None:
-            x = (x,) if isinstance(x, Tensor) else tuple(x)
+            x = self._unpacked((x,) if isinstance(x, Tensor) else tuple(x))
             check_input_shapes(x, self.example)
         method = kwargs.get("method", args[2] if len(args) > 2 else None) or "backward"
         if self._reviewed.interval_only and method.lower() not in ("ibp", "interval"):
             raise NotImplementedError(
                 f"auto_LiRPA {ENGINE_VERSION} has only IBP bounds for {'; '.join(self._reviewed.interval_only)}: use "
-                "method='IBP', or write the network with other operators"
+                f"method='IBP', or write the network with other operators.{self._reviewed.advice}"
             )
         self._follow_wrapped()
-        self._refuse_dropout()
         self._bounding = True
         dtype = _like(self.wrapped).dtype  # Both releases create some tensors without a dtype.
         try:
@@ -321,12 +332,3 @@ class BoundedModule(engine.BoundedModule):
         """Whether nodes keep statistics or shapes of the last batch."""
         nodes = [(node, getattr(node, "bn_mode", None)) for node in self._modules.values()]
         return any(isinstance(node, _bound.BoundShape) or (mode == "forward" and node.training) for node, mode in nodes)
-
-    def _refuse_dropout(self) -> None:
-        modules = self.wrapped.named_modules()
-        names = [name for name, module in modules if isinstance(module, _DropoutNd) and module.training and module.p]
-        if names:
-            raise NotImplementedError(
-                f"Dropout draws a new mask at every pass ({', '.join(names)}), and bounds for one mask do not hold for "
-                "the next: put these modules in evaluation mode, or remove them"
-            )

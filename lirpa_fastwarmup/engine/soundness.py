@@ -188,7 +188,7 @@ class _Search:
     @torch.no_grad()
     def visit(self, point: Tensor) -> None:
         """Compare all values at ``point``, and the margins of the model itself, with their bounds."""
-        attained = class_margins(self.bounded.wrapped(point), self.y)
+        attained = class_margins(self.bounded.plain(point), self.y)
         self.bounded.forward(point)
         for sample in contradicted(self.margins, attained).nonzero().flatten():
             self.found.append((int(sample), "has a margin below its lower bound at a point of its box"))

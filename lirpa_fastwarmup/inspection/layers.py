@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lirpa_fastwarmup.boxes import Epsilon, InputRange, check_input_shapes, check_radius, inputs_error, inputs_fit
+from lirpa_fastwarmup.boxes import Epsilon, InputRange, check_input_shapes, check_positive, inputs_error, inputs_fit
 from lirpa_fastwarmup.engine import graph
 from lirpa_fastwarmup.engine.bounds import ibp_margins, input_box, proved
 from lirpa_fastwarmup.engine.module import BoundedModule
+from lirpa_fastwarmup.engine.plain import view_of
 from lirpa_fastwarmup.engine.precision import exact_arithmetic
 from lirpa_fastwarmup.inspection.diagnosis import findings
 from lirpa_fastwarmup.inspection.statistics import AffineStatistics, Inspection, OutputStatistics, ReluStatistics
@@ -22,34 +23,29 @@ from lirpa_fastwarmup.recipe.regularizers import state_moments
 
 
 @torch.no_grad()
-def inspect(
-    bounded: BoundedModule,
-    x: Tensor | tuple[Tensor, ...],
-    eps: Epsilon,
-    *,
-    input_range: InputRange | None = (0.0, 1.0),
-) -> Inspection:
+def inspect(bounded: Any, x: Tensor | tuple[Tensor, ...], eps: Any, *, input_range: Any = (0.0, 1.0)) -> Inspection:
     """Compute statistics of interval bounds over the boxes around ``x``, and of weights, for each layer.
 
     BatchNorm uses the statistics of ``x`` in training mode, as a training step does, and its running statistics in
     evaluation mode, as certificates do. Nothing changes, except that the network holds the bounds of this pass.
 
     Args:
-        bounded: the network.
+        bounded: the network, a BoundedModule of this package or the engine's own.
         x: inputs ``(batch, *input)``, or a tuple of them for a network of several inputs. A BoundedTensor brings its
             own box.
-        eps: radius of the box, in units of the input.
-        input_range: lowest and highest valid input, to which the box is clipped; ``None`` for unclipped data.
+        eps: radius of the box, in units of the input; for several inputs also a tuple, one for each.
+        input_range: lowest and highest valid input, to which the box is clipped; ``None`` for unclipped data; for
+            several inputs also a tuple of these.
 
     Returns:
         The statistics of each layer and the findings, which name problems and their remedies.
 
     Raises:
-        TypeError: ``bounded`` is not a :class:`lirpa_fastwarmup.BoundedModule`.
+        TypeError: ``bounded`` is not a BoundedModule.
         ValueError: the batch is empty, or has one sample while BatchNorm is in training mode; number or shapes of the
             inputs differ from those that the network was wrapped with; ``eps`` is 0 (all widths would be 0), negative,
             not finite or wider than the input range; ``x`` lies outside its range.
-        NotImplementedError: Dropout is in training mode.
+        NotImplementedError: an engine module with bounds that are not proved.
 
     Example:
         >>> bounded = fw.BoundedModule(net, x)
@@ -58,22 +54,21 @@ def inspect(
         >>> [finding.kind for finding in found.findings]
         ['exploded bounds', 'no BatchNorm']
     """
-    if not isinstance(bounded, BoundedModule):
-        raise TypeError(
-            f"expected a lirpa_fastwarmup.BoundedModule, found {type(bounded).__name__}: wrap the network first, "
-            "bounded = lirpa_fastwarmup.BoundedModule(model, example_inputs)"
-        )
-    check_radius(eps, input_range)
+    bounded = view_of(bounded)
+    layout = bounded.layout
+    largest = torch.as_tensor(layout.pack_eps(eps, input_range)).max()
+    check_positive(largest)
     tensors = (x,) if isinstance(x, Tensor) else tuple(x)
     _check_inputs(bounded, tensors)
-    boxes = tuple(one if hasattr(one, "ptb") else _box(one, eps, input_range) for one in tensors)
+    each = zip(tensors, layout.radii(eps), layout.ranges(input_range), strict=True)
+    boxes = tuple(_box(*one) for one in each)
     with exact_arithmetic(boxes[0].device), torch.autocast(boxes[0].device.type, enabled=False):
         outputs = graph.outputs_of_batch(bounded, tuple(torch.as_tensor(one) for one in tensors))
         output = _bound(bounded, boxes, outputs)
     network = graph.read_graph(bounded)
     at_input = float(graph.input_half_width(bounded)) if network.first_sources else math.nan
     found = Inspection(
-        eps=float(torch.as_tensor(eps).max()),
+        eps=float(largest),
         samples=len(tensors[0]),
         training=bounded.training,
         input_half_width=at_input,
@@ -96,18 +91,20 @@ def _check_inputs(bounded: BoundedModule, tensors: tuple[Tensor, ...]) -> None:
 
 
 def _box(x: Tensor, eps: Epsilon, input_range: InputRange | None) -> Any:
+    if hasattr(x, "ptb") or not x.is_floating_point():
+        return x
     if not bool(inputs_fit(x, input_range)):  # Waits for the device, as reading the statistics does.
         raise inputs_error(x, input_range)
     return input_box(x, eps, input_range)
 
 
 def _bound(bounded: BoundedModule, boxes: tuple[Any, ...], outputs: Tensor) -> OutputStatistics | None:
-    """Bound every layer in one pass; return the statistics of the outputs of a classifier with one input."""
-    if len(boxes) > 1 or outputs.ndim != 2 or outputs.shape[1] < 2:
+    """Bound every layer in one pass; return the statistics of the outputs of a classifier."""
+    if outputs.ndim != 2 or outputs.shape[1] < 2:
         bounded.compute_bounds(x=boxes, method="IBP", reuse_statistics=True)
         return None
     top = outputs.topk(2, dim=1)
-    margins = ibp_margins(bounded, boxes[0], top.indices[:, 0], outputs.shape[1], reuse_statistics=True)
+    margins = ibp_margins(bounded, boxes, top.indices[:, 0], outputs.shape[1], reuse_statistics=True)
     return OutputStatistics(
         gap=float((top.values[:, 0] - top.values[:, 1]).double().mean()),
         lower_bound=float(margins.amin(1).double().mean()),

@@ -8,6 +8,7 @@ Before the ramp, at ε = 0, the clean cross-entropy replaces L_robust.
 from __future__ import annotations
 
 import math
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,12 +19,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 
 from lirpa_fastwarmup import boxes
-from lirpa_fastwarmup.boxes import Epsilon, InputRange
+from lirpa_fastwarmup.boxes import Epsilon
 from lirpa_fastwarmup.engine.bounds import class_count, input_box
 from lirpa_fastwarmup.engine.graph import StructureError, read_graph
+from lirpa_fastwarmup.engine.inputs import Inputs
 from lirpa_fastwarmup.engine.module import BoundedModule
+from lirpa_fastwarmup.engine.plain import view_of
 from lirpa_fastwarmup.recipe.compiled import CompiledSteps, scalar_like
 from lirpa_fastwarmup.recipe.losses import LOSSES, LossFunction, ibp
 from lirpa_fastwarmup.recipe.regularizers import BUILT_IN, Regularizer, relu_balance, tightness
@@ -165,8 +169,10 @@ class ShortWarmup(nn.Module):
     its bounded view. The state dict holds the step count, under ``step``, and the wrapped model's own keys.
 
     Args:
-        bounded: the network, a :class:`lirpa_fastwarmup.BoundedModule` of a classifier.
-        schedule: the radius over the steps, such as :class:`lirpa_fastwarmup.SmoothedEpsilon`.
+        bounded: the network, a BoundedModule of a classifier: this package's, or the engine's own, of which a
+            :class:`lirpa_fastwarmup.BoundedModule` is built then.
+        schedule: the radius over the steps, such as :class:`lirpa_fastwarmup.SmoothedEpsilon`. For a network of several
+            inputs, its ``max_eps`` may be a tuple, one radius per input; 0 for an unperturbed one.
         bound: the bounds in the robust loss: "ibp", "crown-ibp" (CROWN-IBP and IBP margins mixed with weights
             1 − ε/ε_max and ε/ε_max), or "crown-ibp-fused" (the same with loss fusion: a step costs the same for any
             number of classes).
@@ -179,7 +185,7 @@ class ShortWarmup(nn.Module):
             0-dim tensor.
         penalties: terms of the same kind, each with its own weight, constant throughout training.
         input_range: lowest and highest valid input, numbers or tensors, to which the box is clipped; ``None`` for
-            unclipped data.
+            unclipped data. For several inputs it may be a tuple of these.
         min_eps: the smallest radius of the box while regularisers or penalties are on. A smaller box is below the
             resolution of float32.
         compile: compile the training step once per batch shape and phase (before, in and after the ramp), which takes
@@ -189,7 +195,8 @@ class ShortWarmup(nn.Module):
         compile_batch_size: compile for batches of this many samples only, and run others eagerly.
 
     Raises:
-        TypeError: ``bounded`` is no :class:`lirpa_fastwarmup.BoundedModule`.
+        TypeError: ``bounded`` is not a BoundedModule.
+        NotImplementedError: an engine module with bounds that are not proved.
         StructureError: there are regularisers, and the network has no ReLU.
         ValueError: an argument out of its range; a largest radius wider than the input range; the output is not
             (batch, classes); or the network has a parameter called ``step``.
@@ -206,7 +213,7 @@ class ShortWarmup(nn.Module):
 
     def __init__(
         self,
-        bounded: BoundedModule,
+        bounded: Any,
         schedule: Schedule,
         *,
         bound: str = "ibp",
@@ -215,17 +222,13 @@ class ShortWarmup(nn.Module):
         tol: float = 0.5,
         regularizers: Sequence[str | Regularizer] = ("tightness", "relu_balance"),
         penalties: Mapping[str | Regularizer, float] | None = None,
-        input_range: InputRange | None = (0.0, 1.0),
+        input_range: Any = (0.0, 1.0),
         min_eps: float = 1e-6,
         compile: bool = False,  # noqa: A002 (as PyTorch calls it)
         compile_batch_size: int | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(bounded, BoundedModule):
-            raise TypeError(
-                f"expected a lirpa_fastwarmup.BoundedModule, found {type(bounded).__name__}. Build it from your "
-                "network: bounded = lirpa_fastwarmup.BoundedModule(model, example_inputs)"
-            )
+        bounded = view_of(bounded)
         penalties = penalties or {}
         _check_weights(reg_weight, tol, min_eps, kappa, penalties.values())
         if bound not in LOSSES:
@@ -235,7 +238,7 @@ class ShortWarmup(nn.Module):
                 "expected a schedule such as SmoothedEpsilon(max_eps, start, length, steps_per_epoch), or "
                 f"ConstantEpsilon(eps) for a constant radius; found {schedule!r}"
             )
-        boxes.check_eps(schedule.max_eps, input_range)
+        bounded.layout.pack_eps(schedule.max_eps, input_range)  # Checks it.
         self.classes = class_count(bounded)
         # Not a registered module: it is a view of `model`, which is registered.
         object.__setattr__(self, "bounded", bounded)
@@ -247,6 +250,8 @@ class ShortWarmup(nn.Module):
         self.reg_weight = reg_weight
         self.min_eps = min_eps
         self.input_range = input_range
+        self._range = bounded.layout.pack_range(input_range)
+        _warn_of_dropout(self.model)
         fading = _named(regularizers, tol)
         constant = _named(list(penalties), tol, used=fading)
         self.regularizers = fading if reg_weight > 0 else {}
@@ -260,7 +265,7 @@ class ShortWarmup(nn.Module):
             )
         self.steps_done = 0
         self._checks = ValueChecks()
-        self._compiled = CompiledSteps(bounded, input_range, batch_size=compile_batch_size) if compile else None
+        self._compiled = CompiledSteps(bounded, self._range, batch_size=compile_batch_size) if compile else None
         self.register_load_state_dict_pre_hook(_to_registered_keys)
         self.training = self.model.training
 
@@ -273,14 +278,16 @@ class ShortWarmup(nn.Module):
         """ε/ε_max of the next call: the schedule's at this step, 1 in evaluation mode."""
         return self.schedule.fraction(self.steps_done) if self.training else 1.0
 
-    def forward(self, x: Tensor, y: Tensor) -> StepLoss:
+    def forward(self, x: Inputs, y: Tensor, max_eps: Any = None) -> StepLoss:
         """The objective on one batch.
 
         Off the CPU, errors about values are kept for :meth:`raise_pending_errors`.
 
         Args:
-            x: clean inputs ``(batch, *input)``, within ``input_range``.
+            x: clean inputs ``(batch, *input)``, within ``input_range``; or a tuple of the network's inputs.
             y: labels (batch,), int64.
+            max_eps: the radius at the end of the schedule for this batch, instead of the schedule's own: for example
+                one value per sample, shape (batch, 1, …).
 
         Raises:
             TypeError: labels are not int64.
@@ -288,6 +295,7 @@ class ShortWarmup(nn.Module):
                 one while BatchNorm is in training mode. The network and its running statistics are then unchanged.
             NonFiniteLossError: the loss is NaN or infinite; the message names the step and ε.
         """
+        x = self.bounded.layout.pack(x)
         self._check_batch(x, y)
         if y.device.type != "cpu":
             y = y.clamp(0, self.classes - 1)  # A wrong label would kill the device's context before it is reported.
@@ -302,17 +310,23 @@ class ShortWarmup(nn.Module):
             constant=self.penalties if self.training else {},
         )
         smallest = self.min_eps if terms.fading or terms.constant else 0.0
-        eps = self.schedule.max_eps * fraction
+        eps = self._max_eps(max_eps) * fraction
         eps = eps.clamp(min=smallest) if isinstance(eps, Tensor) else max(eps, smallest)
         step = partial(compute_step, terms, self.bounded)
         values = self._compiled.run(step, terms.key, x, y, eps, fraction) if self._compiled else None
         if values is None:
-            values = step(x, y, input_box(x, eps, self.input_range), fraction)
+            values = step(x, y, input_box(x, eps, self._range), fraction)
         step_loss = self._step_loss(values, eps)
         loss = step_loss.loss.detach()
         facts = [loss, torch.full_like(loss, self.steps_done), step_loss.eps]
         self._checks.require("loss", loss.isfinite(), facts, _not_finite)
         return step_loss
+
+    def _max_eps(self, given: Any) -> Epsilon:
+        layout, own = self.bounded.layout, self.schedule.max_eps
+        if given is None and layout.is_single and not isinstance(own, tuple):
+            return own  # Checked already.
+        return layout.pack_eps(own if given is None else given, self.input_range)
 
     def _step_loss(self, values: Mapping[str, Tensor], eps: Epsilon) -> StepLoss:
         nan = torch.full_like(values["clean_loss"], torch.nan, requires_grad=False)
@@ -332,7 +346,6 @@ class ShortWarmup(nn.Module):
 
     def _check_batch(self, x: Tensor, y: Tensor) -> None:
         boxes.check_shapes(x, y)
-        boxes.check_input_shapes([x], self.bounded.example)
         if len(x) == 1 and any(isinstance(m, _BatchNorm) and m.training for m in self.model.modules()):
             raise ValueError(
                 "a batch of one sample cannot train BatchNorm, because it has no statistics: drop it, or use larger "
@@ -340,8 +353,8 @@ class ShortWarmup(nn.Module):
             )
         labels_error = partial(boxes.labels_error, classes=self.classes)
         self._checks.require("labels", boxes.labels_fit(y, self.classes), [y], labels_error)
-        inputs_error = partial(boxes.inputs_error, input_range=self.input_range)
-        self._checks.require("inputs", boxes.inputs_fit(x, self.input_range), [x], inputs_error)
+        inputs_error = partial(boxes.inputs_error, input_range=self._range)
+        self._checks.require("inputs", boxes.inputs_fit(x, self._range), [x], inputs_error)
 
     # One mode and one state dict with the wrapped model.
 
@@ -371,6 +384,16 @@ class ShortWarmup(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         self.bounded._apply(fn, recurse)
         return self
+
+
+def _warn_of_dropout(model: nn.Module) -> None:
+    names = [name for name, module in model.named_modules() if isinstance(module, _DropoutNd) and module.p]
+    if names:
+        warnings.warn(
+            f"Dropout ({', '.join(names)}) is off in certified training: bounds for one random mask would not hold for "
+            "the next. Remove it, or set its p to 0, to silence this",
+            stacklevel=3,
+        )
 
 
 def _not_finite(loss: Tensor, step: Tensor, eps: Tensor) -> NonFiniteLossError:

@@ -12,11 +12,16 @@ from typing import Protocol
 from lirpa_fastwarmup.boxes import Epsilon, check_eps
 
 
+def _check(max_eps: Epsilon | tuple[Epsilon, ...]) -> None:
+    for eps in max_eps if isinstance(max_eps, tuple) else (max_eps,):
+        check_eps(eps)
+
+
 class Schedule(Protocol):
     """The interface that :class:`lirpa_fastwarmup.ShortWarmup` needs of a schedule."""
 
     @property
-    def max_eps(self) -> Epsilon:
+    def max_eps(self) -> Epsilon | tuple[Epsilon, ...]:
         """The radius at the end, in units of the input."""
 
     def fraction(self, step: int) -> float:
@@ -27,15 +32,15 @@ class Schedule(Protocol):
 class ConstantEpsilon:
     """ε = ``max_eps`` at every step (so that the regularisers, weighted 1 − ε/ε_max, are off)."""
 
-    max_eps: Epsilon
+    max_eps: Epsilon | tuple[Epsilon, ...]
 
     def __post_init__(self) -> None:
-        check_eps(self.max_eps)
+        _check(self.max_eps)
 
     def fraction(self, step: int) -> float:
         return 1.0
 
-    def __call__(self, step: int) -> Epsilon:
+    def __call__(self, step: int) -> Epsilon | tuple[Epsilon, ...]:
         return self.max_eps
 
 
@@ -44,13 +49,13 @@ class _Ramp:
     """A schedule that grows from 0 to ``max_eps`` between two steps.
 
     Attributes:
-        max_eps: the radius at the end, in units of the input: a number, or a tensor.
+        max_eps: the radius at the end, in units of the input: a number, a tensor, or one of these per input.
         start: the epoch, counted from 1, at whose first step the ramp begins.
         length: epochs of the ramp; with 0, ε is ``max_eps`` from the start on.
         steps_per_epoch: batches in an epoch.
     """
 
-    max_eps: Epsilon
+    max_eps: Epsilon | tuple[Epsilon, ...]
     start: int
     length: int
     steps_per_epoch: int
@@ -58,7 +63,7 @@ class _Ramp:
     last_step: int = field(init=False)
 
     def __post_init__(self) -> None:
-        check_eps(self.max_eps)
+        _check(self.max_eps)
         if self.start < 1 or self.length < 0 or self.steps_per_epoch < 1:
             raise ValueError(
                 "a schedule needs start ≥ 1 (epochs count from 1), length ≥ 0 and steps_per_epoch ≥ 1; found "
@@ -76,8 +81,11 @@ class _Ramp:
     def _rise(self, step: int) -> float:
         return (step - self.first_step) / (self.last_step - self.first_step)
 
-    def __call__(self, step: int) -> Epsilon:
-        return self.max_eps * self.fraction(step)
+    def __call__(self, step: int) -> Epsilon | tuple[Epsilon, ...]:
+        fraction = self.fraction(step)
+        if isinstance(self.max_eps, tuple):
+            return tuple(eps * fraction for eps in self.max_eps)
+        return self.max_eps * fraction
 
 
 @dataclass(frozen=True)

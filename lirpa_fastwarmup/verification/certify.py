@@ -159,7 +159,7 @@ class Certifier:
             if len(self._bounds) > 1:
                 contradictions_only: BatchResult[Certificate] = BatchResult(contradictions=result.contradictions)
                 second = self._bound_all(_Batch(self._bounds[1], x, y, eps, self.plan, points), contradictions_only)
-            result.certificates = self._certificates(first, second)
+            result.certificates = self._certificates(first, second, _own_radii(eps, x))
         return result
 
     def _attack(self, x: Tensor, y: Tensor, eps: Epsilon, result: BatchResult[Certificate]) -> Tensor:
@@ -215,7 +215,7 @@ class Certifier:
             found += beyond_intervals(network.bounded(method), x[some], per_sample(eps, x)(some), input_range)
         return found
 
-    def _certificates(self, first: _Batch, second: _Batch | None) -> list[Certificate]:
+    def _certificates(self, first: _Batch, second: _Batch | None, radii: Sequence[float] | None) -> list[Certificate]:
         places = first.method
         if second is not None:  # A proof needs both precisions.
             places = torch.where(second.method >= 0, first.method, second.method)
@@ -231,6 +231,7 @@ class Certifier:
                 falsified=falsified[index] if self.plan.restarts else None,
                 float64=None if second is None else _changes(first, second, index),
                 untested=self._untested,
+                eps=None if radii is None else radii[index],
             )
             for index, place in enumerate(places.tolist())
         ]
@@ -238,6 +239,14 @@ class Certifier:
 
 def _all(y: Tensor) -> Tensor:
     return torch.arange(len(y), device=y.device)
+
+
+def _own_radii(eps: Epsilon, x: Tensor) -> list[float] | None:
+    """The largest radius of each sample, where each has its own."""
+    if not (isinstance(eps, Tensor) and eps.ndim == x.ndim):
+        return None
+    radii: list[float] = eps.flatten(1).amax(1).expand(len(x)).tolist()
+    return radii
 
 
 def _changes(first: _Batch, second: _Batch, index: int) -> str:
@@ -261,7 +270,10 @@ def beyond_intervals(bounded: BoundedModule, x: Tensor, eps: Epsilon, input_rang
     :func:`interval_bounds` has no rule for.
     """
     try:
-        reference = interval_bounds(bounded.wrapped, corners_of(x, eps, input_range))
+        lower, upper = (bounded.layout.unpack(end) for end in corners_of(x, eps, input_range))
+        pairs = zip(lower, upper, strict=True)
+        boxes = [(low, high) if low.is_floating_point() else low for low, high in pairs]
+        reference = interval_bounds(bounded.wrapped, *boxes)
     except (NotImplementedError, RuntimeError, ValueError, ArithmeticError) as error:
         logger.info("IBP is not compared with interval arithmetic on this network: %s", error)
         return []

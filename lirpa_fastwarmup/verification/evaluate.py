@@ -12,20 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lirpa_fastwarmup.boxes import (
-    Epsilon,
-    InputRange,
-    check_batch,
-    check_eps,
-    check_input_shapes,
-    check_radius,
-    check_shapes,
-)
+from lirpa_fastwarmup.boxes import InputRange, check_batch, check_positive, check_shapes
 from lirpa_fastwarmup.distributed import SINGLE, all_gather, patient_group, world
 from lirpa_fastwarmup.engine.bounds import MarginBounds, class_count
 from lirpa_fastwarmup.engine.compat import ENGINE_VERSION
 from lirpa_fastwarmup.engine.graph import fingerprint
+from lirpa_fastwarmup.engine.inputs import Inputs, Layout
 from lirpa_fastwarmup.engine.module import BoundedModule
+from lirpa_fastwarmup.engine.plain import view_of
 from lirpa_fastwarmup.engine.soundness import UnsoundBoundError
 from lirpa_fastwarmup.verification.certify import Certifier, Plan, ordered
 from lirpa_fastwarmup.verification.journal import Journal, digest
@@ -34,17 +28,19 @@ from lirpa_fastwarmup.version import __version__
 
 logger = logging.getLogger(__name__)
 
-Samples = tuple[Tensor, Tensor] | Iterable[tuple[Tensor, Tensor]]
+Samples = tuple[Inputs, Tensor] | Iterable[tuple[Inputs, Tensor] | tuple[Inputs, Tensor, Any]]
+Batch = tuple[Tensor, Tensor, Any]  # Packed inputs, labels, and their radius.
 
 
 def over_batches(
     bounded: BoundedModule,
     samples: Samples,
-    compute: Callable[[Tensor, Tensor], BatchResult[Result]],
+    compute: Callable[[Tensor, Tensor, Any], BatchResult[Result]],
     kind: type[Result],
     plan: Plan,
     conditions: Mapping[str, object],
     *,
+    eps: Any = None,
     indices: Sequence[int] | None = None,
     journal: Journal | None = None,
     progress: Callable[[Sequence[Result]], None] | None = None,
@@ -53,9 +49,10 @@ def over_batches(
     """The results of all batches.
 
     Args:
-        compute: the function of a batch, x and y on the network's device.
+        compute: the function of a batch: x and y on the network's device, and their radius.
         kind: the class of its results.
         conditions: what the results depend on besides network, plan and batch, for the journal.
+        eps: the radius of all samples, packed; ``None`` for a search of radii.
         bounded, samples, indices, journal, progress, over_ranks: see :func:`verify`.
 
     Raises:
@@ -67,14 +64,17 @@ def over_batches(
     own: list[BatchResult[Result]] = []
     count = first = 0
     with patient_group() if ranks.size > 1 else nullcontext() as group:
-        for x, y in batches_of(samples, plan.batch_size):
+        for x, y, radius in batches_of(samples, plan.batch_size if bounded.any_batch else 1, bounded.layout, eps):
             numbers = _numbers(indices, first, len(y))  # Checked on every rank, so that none waits for another.
             if count % ranks.size == ranks.rank:
-                check_input_shapes([x], bounded.example)
                 check_batch(x, y, classes, plan.input_range)
-                key = digest({**described, "x": x, "y": y}) if journal else ""
+                key = digest({**described, "x": x, "y": y, "eps": radius}) if journal else ""
                 stored = journal.get(key) if journal else None
-                result = compute(x.to(device), y.to(device)) if stored is None else BatchResult.from_dict(kind, stored)
+                result = (
+                    compute(x.to(device), y.to(device), radius)
+                    if stored is None
+                    else BatchResult.from_dict(kind, stored)
+                )
                 if journal and stored is None:
                     journal.put(key, result.as_dict())
                 own.append(result.numbered(numbers))
@@ -104,14 +104,14 @@ def _numbers(indices: Sequence[int] | None, first: int, count: int) -> Sequence[
 
 
 def verify(
-    bounded: BoundedModule,
+    bounded: Any,
     samples: Samples,
-    eps: Epsilon,
+    eps: Any,
     methods: Sequence[str] = ("IBP", "CROWN-IBP"),
     *,
     pgd_steps: int = 50,
     restarts: int = 5,
-    input_range: InputRange | None = (0.0, 1.0),
+    input_range: Any = (0.0, 1.0),
     float64: bool = False,
     batch_size: int = 100,
     seed: int = 0,
@@ -127,13 +127,17 @@ def verify(
     the network, in micro-batches where a batch does not fit into memory.
 
     Args:
-        bounded: the network, in evaluation mode.
-        samples: inputs and labels (x, y), or batches of these.
-        eps: radius of the boxes, in units of the input.
+        bounded: the network, in evaluation mode: a BoundedModule of this package, or the engine's own.
+        samples: inputs and labels (x, y), or batches of these; x is a tuple for a network of several inputs. A batch
+            may be (x, y, eps), with the radius of its samples in place of ``eps``.
+        eps: radius of the boxes, in units of the input: a number, one per channel, a tensor of the input's shape, or
+            one value per sample, shape (samples, 1, …). For several inputs also a tuple, one for each; 0 for an
+            unperturbed input. ``None`` if every batch has its own.
         methods: any of IBP, CROWN-IBP, CROWN and alpha-CROWN, in any order and case.
         pgd_steps: steps of the attack, each of length eps/10.
         restarts: random starts of the attack; 0 for no attack.
-        input_range: lowest and highest valid input, to which boxes are clipped; ``None`` for unclipped data.
+        input_range: lowest and highest valid input, to which boxes are clipped; ``None`` for unclipped data. For
+            several inputs also a tuple of these.
         float64: repeat the verdicts in double precision, and record changes.
         batch_size: samples per batch, unless ``samples`` are batches.
         seed: of the attack's starts.
@@ -147,8 +151,8 @@ def verify(
         The certificates, errors and stages; it prints as a table.
 
     Raises:
-        TypeError: ``bounded`` is not a BoundedModule of this package, labels are missing or not int64, inputs are not
-            floating-point numbers, or ``eps`` is not a number.
+        TypeError: ``bounded`` is not a BoundedModule, labels are missing or not int64, inputs are not floating-point
+            numbers, or ``eps`` is not a number.
         ValueError: the network is in training mode; ``eps`` is not above 0 or wider than the input range; inputs lie
             outside their range; labels are not classes of the network; a method is unknown; there are no samples.
         NotImplementedError: the engine has no such bounds for the network.
@@ -162,12 +166,14 @@ def verify(
         6.30% [4.96%, 7.98%]
         >>> robust = [sample.index for sample in found.certificates if sample.verified]
     """
-    check_network(bounded)
-    check_radius(eps, input_range)
+    bounded = check_network(bounded)
+    packed_range = _checked_range(bounded, eps, input_range)
+    if eps is not None:
+        check_positive(bounded.layout.pack_eps(eps))
     if pgd_steps < 0 or restarts < 0 or batch_size < 1:
         found_values = f"{pgd_steps}, {restarts} and {batch_size}"
         raise ValueError(f"pgd_steps and restarts must be at least 0 and batch_size at least 1; found {found_values}")
-    plan = Plan(ordered(methods), pgd_steps, restarts, input_range, float64, batch_size, seed)
+    plan = Plan(ordered(methods), pgd_steps, restarts, packed_range, float64, batch_size, seed)
     dtypes = (torch.float32, torch.float64) if float64 else (torch.float32,)
     certifier = Certifier([MarginBounds(bounded, dtype) for dtype in dtypes], plan, untested=bool(bounded.untested))
     options = {"indices": indices, "journal": journal, "progress": progress, "over_ranks": over_ranks}
@@ -177,13 +183,13 @@ def verify(
 
 
 def evaluate(
-    bounded: BoundedModule,
+    bounded: Any,
     samples: Samples,
-    eps: Epsilon,
+    eps: Any,
     *,
     pgd_steps: int = 50,
     restarts: int = 3,
-    input_range: InputRange | None = (0.0, 1.0),
+    input_range: Any = (0.0, 1.0),
     batch_size: int = 250,
     seed: int = 0,
     check: bool = True,
@@ -202,8 +208,9 @@ def evaluate(
     Raises:
         Exception: see :func:`verify`.
     """
-    check_eps(eps, input_range)
-    plan = Plan(("IBP",), pgd_steps, restarts, input_range, False, batch_size, seed)
+    bounded = view_of(bounded)
+    packed_range = _checked_range(bounded, eps, input_range)
+    plan = Plan(("IBP",), pgd_steps, restarts, packed_range, False, batch_size, seed)
     dtype = next((value.dtype for value in bounded.wrapped.parameters()), torch.get_default_dtype())
     with _evaluating(bounded):
         network = MarginBounds(bounded, dtype, live=True)
@@ -211,17 +218,28 @@ def evaluate(
         return _without_contradictions(_verification(bounded, samples, eps, certifier, over_ranks=over_ranks))
 
 
-def _verification(
-    bounded: BoundedModule, samples: Samples, eps: Epsilon, certifier: Certifier, **options: Any
-) -> Verification:
-    def certify(x: Tensor, y: Tensor) -> BatchResult[Certificate]:
-        return certifier.certify(x, y, eps)
+def _checked_range(bounded: BoundedModule, eps: Any, input_range: Any) -> InputRange | None:
+    """The packed input range, after checks of it and of the radius."""
+    if eps is not None:
+        bounded.layout.pack_eps(eps, input_range)
+    return bounded.layout.pack_range(input_range)
 
-    conditions = {"eps": eps if isinstance(eps, Tensor) else float(eps)}
-    total = over_batches(bounded, samples, certify, Certificate, certifier.plan, conditions, **options)
+
+def _verification(
+    bounded: BoundedModule, samples: Samples, eps: Any, certifier: Certifier, **options: Any
+) -> Verification:
+    packed = None if eps is None else bounded.layout.pack_eps(eps)
+    total = over_batches(bounded, samples, certifier.certify, Certificate, certifier.plan, {}, eps=packed, **options)
+    own = [sample.eps for sample in total.certificates if sample.eps is not None]
+    return Verification(own or _plain(eps), total.certificates, total.stages, total.sentences(), bounded.untested)
+
+
+def _plain(eps: Any) -> Any:
+    """``eps`` as numbers and lists of numbers."""
+    if isinstance(eps, tuple | list):
+        return [_plain(one) for one in eps]
     # A subclass of float may print differently, such as 8/255.
-    shown = eps.tolist() if isinstance(eps, Tensor) else eps if isinstance(eps, float) else float(eps)
-    return Verification(shown, total.certificates, total.stages, total.sentences(), bounded.untested)
+    return eps.tolist() if isinstance(eps, Tensor) else eps if isinstance(eps, float) else float(eps)
 
 
 def _without_contradictions(found: Verification) -> Verification:
@@ -241,13 +259,9 @@ def _evaluating(bounded: BoundedModule) -> Iterator[None]:
             module.training = training
 
 
-def check_network(bounded: BoundedModule) -> None:
-    """Refuse a network that cannot be verified, with the errors of :func:`verify`."""
-    if not isinstance(bounded, BoundedModule):
-        raise TypeError(
-            f"expected a lirpa_fastwarmup.BoundedModule, found {type(bounded).__name__}: wrap the plain network, "
-            "fw.BoundedModule(network, x)"
-        )
+def check_network(bounded: Any) -> BoundedModule:
+    """Refuse a network that cannot be verified, with the errors of :func:`verify`; return this package's view of it."""
+    bounded = view_of(bounded)
     training = [name or "the network itself" for name, module in bounded.wrapped.named_modules() if module.training]
     if training:
         raise ValueError(
@@ -255,11 +269,12 @@ def check_network(bounded: BoundedModule) -> None:
             "the output for one sample depends on the other samples of its batch: call bounded.eval()"
         )
     class_count(bounded)
-    if not bounded.any_batch:
+    if not bounded.any_batch and len(bounded.example[0]) > 1:  # Batches of one sample suffice.
         raise ValueError(
             f"the network accepts only batches of {len(bounded.example[0])}, but methods run on smaller batches: keep "
             "its first dimension open, x.view(len(x), …)"
         )
+    return bounded
 
 
 def _network_and_software(bounded: BoundedModule) -> dict[str, object]:
@@ -273,31 +288,58 @@ def _network_and_software(bounded: BoundedModule) -> dict[str, object]:
     }
 
 
-def batches_of(samples: Samples, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """``samples`` as checked batches: the given batches, or batches of ``size`` from one pair of tensors.
+def batches_of(samples: Samples, size: int, layout: Layout, eps: Any) -> Iterator[Batch]:
+    """``samples`` as checked and packed batches with their radius: the given ones, or batches of ``size`` from tensors.
+
+    A ``size`` of 1 also splits the given ones.
 
     Raises:
         TypeError: labels are missing, or inputs are not floating-point numbers.
+        ValueError: there is no radius, one of 0, or not one per sample.
     """
-    if isinstance(samples, tuple | list) and samples and all(not isinstance(part, tuple | list) for part in samples):
-        x, y = _pair(samples)
-        yield from ((x[start : start + size], y[start : start + size]) for start in range(0, len(x), size))
-    else:
-        yield from map(_pair, samples)
+    is_whole = isinstance(samples, tuple | list) and bool(samples) and isinstance(samples[-1], Tensor)
+    first = 0
+    for batch in [samples] if is_whole else samples:
+        x, y, own = _batch(batch, layout)
+        radius = _rows(eps, x, first) if own is None else _rows(own, x, 0)
+        step = size if is_whole or size == 1 else len(x)
+        for start in range(0, len(x), step):
+            part = slice(start, start + step)
+            per_sample = isinstance(radius, Tensor) and radius.ndim == x.ndim and len(radius) == len(x)
+            yield x[part], y[part], radius[part] if per_sample else radius
+        first += len(x)
+    if isinstance(eps, Tensor) and eps.ndim == 1 + len(layout.packed_shape) and len(eps) not in (1, first):
+        raise ValueError(f"eps has a radius for each of {len(eps)} samples; found {first} samples")
 
 
-def _pair(batch: object) -> tuple[Tensor, Tensor]:
-    if not (isinstance(batch, tuple | list) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch)):
-        found = [type(part).__name__ for part in batch] if isinstance(batch, tuple | list) else type(batch).__name__
+def _rows(eps: Any, x: Tensor, first: int) -> Any:
+    """The radii of the samples ``x``, from number ``first`` on, where ``eps`` has one per sample."""
+    if eps is None:
+        raise ValueError("there is no radius: pass eps, or batches (x, y, eps)")
+    if not (isinstance(eps, Tensor) and eps.ndim == x.ndim):
+        return eps
+    rows = eps if len(eps) == 1 else eps[first : first + len(x)]
+    if len(rows) not in (1, len(x)):
+        raise ValueError(f"eps has radii for {len(eps)} samples only: pass one value, or one per sample")
+    if not bool((rows.flatten(1).amax(1) > 0).all()):
+        raise ValueError("eps is 0 for some samples: their boxes are the samples themselves. Leave these samples out")
+    return rows
+
+
+def _batch(batch: Any, layout: Layout) -> Batch:
+    parts = list(batch) if isinstance(batch, tuple | list) else []
+    inputs = parts[0] if parts and isinstance(parts[0], tuple | list) else parts[:1]
+    if not (len(parts) in (2, 3) and all(isinstance(one, Tensor) for one in (*inputs, parts[1])) and len(inputs)):
+        found = [type(part).__name__ for part in parts] if parts else type(batch).__name__
         raise TypeError(
-            f"expected inputs and labels, two tensors (x, y), found {found}: labels are needed, because a certificate "
-            "states that a sample's own class wins everywhere in its box"
+            f"expected inputs and labels, (x, y), found {found}: labels are needed, because a certificate states that "
+            "a sample's own class wins everywhere in its box"
         )
-    x, y = batch
-    if not x.is_floating_point():
-        raise TypeError(f"inputs must be floating-point numbers, found {x.dtype}: for bytes, pass x.float() / 255")
-    check_shapes(x, y)
-    return x, y
+    for x, example in zip(inputs, layout.example, strict=False):
+        if example.is_floating_point() and not x.is_floating_point():
+            raise TypeError(f"inputs must be floating-point numbers, found {x.dtype}: for bytes, pass x.float() / 255")
+    check_shapes(inputs[0], parts[1])
+    return layout.pack(inputs), parts[1], layout.pack_eps(parts[2]) if len(parts) == 3 else None
 
 
 def _warn_of_unseen_classes(labels: Sequence[int], classes: int) -> None:

@@ -8,9 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lirpa_fastwarmup.boxes import InputRange
 from lirpa_fastwarmup.engine.bounds import MarginBounds, input_box, proved
-from lirpa_fastwarmup.engine.module import BoundedModule
 from lirpa_fastwarmup.engine.precision import exact_arithmetic
 from lirpa_fastwarmup.engine.soundness import Finding, UnsoundBoundError, find_contradictions
 from lirpa_fastwarmup.verification.certify import Plan, attack_samples, ordered
@@ -20,7 +18,7 @@ from lirpa_fastwarmup.verification.result import ATTACK, BatchResult, Radius
 
 
 def certified_radii(
-    bounded: BoundedModule,
+    bounded: Any,
     samples: Samples,
     methods: Sequence[str] = ("IBP", "CROWN-IBP"),
     *,
@@ -28,7 +26,7 @@ def certified_radii(
     tolerance: float = 1e-4,
     pgd_steps: int = 50,
     restarts: int = 1,
-    input_range: InputRange | None = (0.0, 1.0),
+    input_range: Any = (0.0, 1.0),
     batch_size: int = 100,
     seed: int = 0,
     indices: Sequence[int] | None = None,
@@ -54,17 +52,21 @@ def certified_radii(
         UnsoundBoundError: a point of a certified box is misclassified; the error's ``result`` holds the radii.
         Exception: see :func:`lirpa_fastwarmup.verify`.
     """
-    check_network(bounded)
+    bounded = check_network(bounded)
+    if not all(x.is_floating_point() for x in bounded.example):
+        raise ValueError(
+            "radii are searched for floating-point inputs only: use verify, with the radius 0 for integers"
+        )
     if not 0 < tolerance < largest < float("inf"):
         raise ValueError(
             "the search runs from 0 to largest, to within tolerance, and needs 0 < tolerance < largest; found "
             f"tolerance {tolerance} and largest {largest}"
         )
-    plan = Plan(ordered(methods), pgd_steps, restarts, input_range, False, batch_size, seed)
+    plan = Plan(ordered(methods), pgd_steps, restarts, bounded.layout.pack_range(input_range), False, batch_size, seed)
     search = _Search(MarginBounds(bounded, torch.float32), plan, largest, tolerance, untested=bool(bounded.untested))
     conditions = {"largest": largest, "tolerance": tolerance}
     options: dict[str, Any] = {"indices": indices, "journal": journal, "progress": progress, "over_ranks": over_ranks}
-    found = over_batches(bounded, samples, search.radii, Radius, plan, conditions, **options)
+    found = over_batches(bounded, samples, search.radii, Radius, plan, conditions, eps=1.0, **options)
     if found.contradictions:
         raise UnsoundBoundError(found.sentences(), found.certificates)
     return found.certificates
@@ -81,7 +83,7 @@ class _Search:
         self._checked = False
 
     @torch.no_grad()
-    def radii(self, x: Tensor, y: Tensor) -> BatchResult[Radius]:
+    def radii(self, x: Tensor, y: Tensor, _: Any) -> BatchResult[Radius]:
         """The radii of a batch, and contradictions."""
         x = x.float()
         methods = self._plan.methods

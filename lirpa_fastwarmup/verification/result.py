@@ -28,6 +28,7 @@ class Certificate:
         falsified: whether a misclassified point of the box was found; ``None`` without an attack.
         float64: how double precision changes the verdicts, "" for no change; ``None`` without ``float64``.
         untested: whether the certificate relies on bounds that have not been tested.
+        eps: its own radius (the largest of its elements), where samples differ; otherwise ``None``.
     """
 
     index: int
@@ -39,6 +40,7 @@ class Certificate:
     falsified: bool | None
     float64: str | None = None
     untested: bool = False
+    eps: float | None = None
 
     @property
     def correct(self) -> bool:
@@ -164,10 +166,9 @@ class BatchResult(Generic[Result]):
     @classmethod
     def from_dict(cls, kind: type[Result], values: dict[str, Any]) -> BatchResult[Result]:
         """The inverse of :meth:`as_dict`."""
-        renamed = {"attacked": "falsified"}  # In journals of earlier versions.
-        rows = [{renamed.get(name, name): value for name, value in row.items()} for row in values["certificates"]]
         stages = {name: Stage(**stage) for name, stage in values["stages"].items()}
-        return BatchResult([kind(**row) for row in rows], stages, [(at, text) for at, text in values["contradictions"]])
+        contradictions = [(index, text) for index, text in values["contradictions"]]
+        return BatchResult([kind(**row) for row in values["certificates"]], stages, contradictions)
 
 
 @dataclass(frozen=True)
@@ -175,14 +176,14 @@ class Verification:
     """The certificates of all samples at one radius. Prints as a table.
 
     Attributes:
-        eps: the radius in units of the input: a number, or nested lists of one value per channel or element.
+        eps: the radius in units of the input: a number, or lists of one value per input, channel, element or sample.
         certificates: one per sample, in order.
         stages: "PGD" and the methods, in the order in which they ran.
         contradictions: findings that are impossible if all bounds are sound, one sentence each.
         untested: operators of the network whose bounds have not been tested; every certificate relies on them.
     """
 
-    eps: float | list[float]
+    eps: float | list[Any]
     certificates: list[Certificate]
     stages: dict[str, Stage] = field(default_factory=dict)
     contradictions: list[str] = field(default_factory=list)
@@ -220,7 +221,8 @@ class Verification:
             row |= {"verified": int(sample.verified), "method": sample.method or ""}
             row["margin_lower_bound"] = "" if math.isnan(sample.margin) else repr(sample.margin)
             row["falsified"] = "" if sample.falsified is None else int(sample.falsified)
-            row["eps"] = self.eps if isinstance(self.eps, list) else float(self.eps)
+            own = self.eps if sample.eps is None else sample.eps
+            row["eps"] = own if isinstance(own, list) else float(own)
             if sample.float64 is not None:
                 row["float64"] = sample.float64
             if sample.untested:
@@ -250,34 +252,24 @@ class Verification:
     def _has_float64(self) -> bool:
         return any(sample.float64 is not None for sample in self.certificates)
 
-    def _table(self) -> tuple[list[str], list[tuple[str, str]], list[tuple[str, str, str, str]], list[str]]:
-        """Headings, errors, stages and notes."""
-        head = [f"eps {self.eps}: {len(self.certificates):,} samples, errors with 95 % intervals"]
-        if self.untested:
-            head.append(f"relies on untested bounds of {'; '.join(self.untested)}")
-        rates = {"standard": self.standard_error, "PGD": self.pgd_error, "verified": self.verified_error}
-        errors = [(f"{name} error", "none" if rate is None else str(rate)) for name, rate in rates.items()]
-        stages = [("stage", "samples", "decided", "s per sample")]
-        for name, stage in self.stages.items():
-            seconds = f"{stage.seconds / stage.samples:.4f}"
-            stages.append((name, f"{stage.samples:,}", f"{stage.hits:,}", seconds))
-        changed = self.changed_in_float64
-        notes = [f"float64 changes the verdicts of {len(changed)} samples"] if self._has_float64() else []
-        return head, errors, stages, notes + [f"  sample {sample.index}: {sample.float64}" for sample in changed]
-
     def __str__(self) -> str:
-        (first, *more), errors, stages, notes = self._table()
-        lines = [*more, *("{:<14}  {}".format(*cells) for cells in errors)]
-        lines += ["{:<11} {:>8} {:>8}  {}".format(*cells) for cells in stages]
-        return "\n  ".join([first, *lines, *notes])
+        own = [sample.eps for sample in self.certificates if sample.eps is not None]
+        eps = f"{min(own):g} to {max(own):g}" if own else self.eps
+        lines = [f"eps {eps}: {len(self.certificates):,} samples, errors with 95 % intervals"]
+        if self.untested:
+            lines.append(f"relies on untested bounds of {'; '.join(self.untested)}")
+        rates = {"standard": self.standard_error, "PGD": self.pgd_error, "verified": self.verified_error}
+        lines += [f"{f'{name} error':<14}  {'none' if rate is None else rate}" for name, rate in rates.items()]
+        lines.append("stage        samples  decided  s per sample")
+        for name, one in self.stages.items():
+            lines.append(f"{name:<11} {one.samples:>8,} {one.hits:>8,}  {one.seconds / one.samples:.4f}")
+        if self._has_float64():
+            lines.append(f"float64 changes the verdicts of {len(self.changed_in_float64)} samples")
+        lines += [f"  sample {sample.index}: {sample.float64}" for sample in self.changed_in_float64]
+        return "\n  ".join(lines)
 
     def _repr_html_(self) -> str:
-        """The table in a notebook."""
-        head, errors, stages, notes = self._table()
-        rows = [f"<tr><td>{name}</td><td colspan=3>{rate}</td></tr>" for name, rate in errors]
-        rows += [f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in cells)}</tr>" for cells in stages]
-        caption, after = ("<br>".join(map(html.escape, lines)) for lines in (head, notes))
-        return f"<table><caption>{caption}</caption>{''.join(rows)}</table>{after}"
+        return f"<pre>{html.escape(str(self))}</pre>"
 
 
 def _rate(flags: Sequence[bool]) -> ErrorRate:

@@ -1,0 +1,111 @@
+"""The engine's own BoundedModule, taken where one of this package is needed.
+
+It does not keep the nn.Module that it was built from, and copies its buffers. So :mod:`.compat` records both at
+building, and :func:`view_of` builds this package's BoundedModule of the same nn.Module, with all of its checks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lirpa_fastwarmup.engine.batchnorm import share_batchnorm_state
+from lirpa_fastwarmup.engine.compat import RECORD, Record, engine
+from lirpa_fastwarmup.engine.equality import same_outputs
+from lirpa_fastwarmup.engine.module import BoundedModule
+from lirpa_fastwarmup.engine.nodes import SharedParameter
+from lirpa_fastwarmup.engine.tracing import unchanged
+
+_VIEW = "_fastwarmup_view"
+_BUILD = "Build lirpa_fastwarmup.BoundedModule(model, example_inputs) instead"
+
+
+def view_of(bounded: Any) -> BoundedModule:
+    """``bounded`` itself if it is this package's, otherwise a BoundedModule of the nn.Module that it was built from.
+
+    The view is built once, and follows the mode of ``bounded``. From then on both share one state: parameters, and
+    BatchNorm's running statistics, which are those of ``bounded`` if it was trained, and the nn.Module's if that was.
+
+    Raises:
+        TypeError: ``bounded`` is not a BoundedModule.
+        ValueError: it was built before this package was imported; both it and its nn.Module have moved their running
+            statistics; or it computes another function than its nn.Module.
+        NotImplementedError: the bounds of an operator are not proved; see :class:`lirpa_fastwarmup.BoundedModule`.
+    """
+    if isinstance(bounded, BoundedModule):
+        return bounded
+    if not isinstance(bounded, engine.BoundedModule):
+        inner = getattr(bounded, "module", None)
+        hint = "pass its .module" if isinstance(inner, engine.BoundedModule) else "wrap the network first, bounded = "
+        hint += (
+            "" if isinstance(inner, engine.BoundedModule) else "lirpa_fastwarmup.BoundedModule(model, example_inputs)"
+        )
+        raise TypeError(f"expected a BoundedModule, found {type(bounded).__name__}: {hint}")
+    view: BoundedModule | None = vars(bounded).get(_VIEW)
+    if view is None:
+        view = _joined(bounded)
+        object.__setattr__(bounded, _VIEW, view)
+    if view.training != bounded.training:
+        view.train(bounded.training)
+    return view
+
+
+def _joined(bounded: Any) -> BoundedModule:
+    record: Record | None = vars(bounded).get(RECORD)
+    if record is None:
+        raise ValueError(
+            "this auto_LiRPA BoundedModule was built before lirpa_fastwarmup was imported, so the network that it was "
+            f"built from is unknown: import lirpa_fastwarmup at the top of the script. {_BUILD}, if that is no option"
+        )
+    model: nn.Module = record.model
+    _choose_statistics(bounded, record)
+    given = {name: value for name, value in record.arguments.items() if name not in ("self", "model", "verbose")}
+    with unchanged(model):  # The engine may have left it in another mode.
+        view = BoundedModule(model, **{**given, "device": bounded.device})
+    share_batchnorm_state(bounded, model)
+    for node in bounded._modules.values():
+        if type(node) is engine.bound_general.BoundParams:
+            node.__class__ = SharedParameter  # The engine's changes requires_grad with the mode.
+    with unchanged(model), torch.no_grad():
+        _require_same(bounded, view, model)
+    return view
+
+
+def _choose_statistics(bounded: Any, record: Record) -> None:
+    """Load the buffers of ``bounded`` into the nn.Module, unless only the latter's have moved since building."""
+    own = dict(record.model.named_buffers())
+    nodes = [node for node in bounded._modules.values() if hasattr(node, "buffer")]
+    copies = {node.ori_name: node.buffer for node in nodes if node.buffer is not own.get(node.ori_name)}
+    moved = [name for name, value in copies.items() if not _equal(value, record.copies.get(name))]
+    own_moved = [name for name, value in own.items() if not _equal(value, record.after.get(name))]
+    if moved and any(name in copies for name in own_moved):
+        raise ValueError(
+            f"the BoundedModule and the network that it was built from both changed {moved[0]!r} since, each its own "
+            "copy, so it is unknown which one to certify: call lirpa_fastwarmup.share_batchnorm_state(bounded, model) "
+            "right after building it"
+        )
+    if copies and not own_moved:  # Otherwise the network goes its own way, also through shared buffers.
+        with torch.no_grad():
+            for name, value in {**record.before, **copies}.items():
+                own[name].copy_(value)
+
+
+def _equal(value: Tensor, other: Tensor | None) -> bool:
+    return other is not None and torch.equal(value.cpu(), other.cpu())
+
+
+def _require_same(bounded: Any, view: BoundedModule, model: nn.Module) -> None:
+    training = bounded.training
+    bounded.eval()  # Which returns nothing, in 0.3.
+    try:
+        found = bounded.forward(*view.example)
+    finally:
+        bounded.train(training)
+    model.eval()
+    if not same_outputs(found, model, view.example):
+        raise ValueError(
+            "this auto_LiRPA BoundedModule computes another function than the network that it was built from: the "
+            f"network was changed since, or the engine converts it wrongly. {_BUILD}"
+        )
