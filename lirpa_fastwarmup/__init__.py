@@ -20,7 +20,7 @@ _MODULES = {
     "inspection.layers": ("inspect",),
     "inspection.statistics": ("Inspection",),
     "recipe.compiled": ("CompilationWarning",),
-    "recipe.full_batchnorm": ("insert_batchnorm",),
+    "recipe.full_batchnorm": ("fold_batchnorm", "insert_batchnorm"),
     "recipe.initialization": ("LayerInit", "ibp_init_", "initialize_"),
     "recipe.objective": ("NonFiniteLossError", "ShortWarmup", "StepLoss"),
     "recipe.schedule": ("ConstantEpsilon", "LinearEpsilon", "Schedule", "SmoothedEpsilon"),

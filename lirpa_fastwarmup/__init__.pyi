@@ -17,6 +17,7 @@ from lirpa_fastwarmup.inspection.statistics import Inspection as Inspection
 from lirpa_fastwarmup.recipe import losses as losses
 from lirpa_fastwarmup.recipe import regularizers as regularizers
 from lirpa_fastwarmup.recipe.compiled import CompilationWarning as CompilationWarning
+from lirpa_fastwarmup.recipe.full_batchnorm import fold_batchnorm as fold_batchnorm
 from lirpa_fastwarmup.recipe.full_batchnorm import insert_batchnorm as insert_batchnorm
 from lirpa_fastwarmup.recipe.initialization import LayerInit as LayerInit
 from lirpa_fastwarmup.recipe.initialization import ibp_init_ as ibp_init_

@@ -29,7 +29,7 @@ def add_to(command: argparse.ArgumentParser) -> None:
     command.set_defaults(command=_export)
     add_arguments(command)
     what = command.add_argument_group("properties")
-    what.add_argument("--eps", type=number, help="radius in pixel units; by default the run's")
+    what.add_argument("--eps", type=number, help="radius in units of the inputs; by default the run's")
     text = "indices of the test set, such as 0 5 10-19; by default 0-9"
     what.add_argument("--samples", type=_indices, nargs="+", metavar="I", default=[range(10)], help=text)
     what.add_argument("--timeout", type=int, default=120, help="seconds for each property (default: 120)")
@@ -41,7 +41,7 @@ def _export(options: argparse.Namespace) -> int:
         raise ValueError("name the folder for the files with --out DIR")
     check_named(options)
     if options.eps is not None:
-        check_radius(options.eps, (0.0, 1.0))
+        check_radius(options.eps, None)
     subject = subject_of(options)
     eps = subject.eps if options.eps is None else options.eps
     if eps is None:
@@ -56,6 +56,9 @@ def _export(options: argparse.Namespace) -> int:
     indices = list(dict.fromkeys(index for given in options.samples for index in given))
     chosen = subject.samples.take(torch.tensor(indices))
     out = options.out or options.run / _FOLDER
-    export(subject.network, chosen.inputs, chosen.labels, eps, out, indices=indices, timeout=options.timeout)
+    given = {"indices": indices, "input_range": subject.input_range, "timeout": options.timeout}
+    note = export(subject.network, chosen.inputs, chosen.labels, eps, out, **given)
     print(f"{len(indices)} properties at eps {eps} written to {out}")
+    if note:
+        print(note)
     return 0

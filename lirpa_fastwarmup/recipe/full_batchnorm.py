@@ -1,4 +1,4 @@
-"""Full batch normalisation: BatchNorm after every affine layer but the classification layers.
+"""Full batch normalisation: BatchNorm after every affine layer but the classification layers, inserted and folded.
 
 It keeps ReLUs from going dead in the warmup (Shi et al., NeurIPS 2021, section 3.2).
 """
@@ -6,18 +6,23 @@ It keeps ReLUs from going dead in the warmup (Shi et al., NeurIPS 2021, section 
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
+from lirpa_fastwarmup.engine.compat import engine
 from lirpa_fastwarmup.engine.graph import AffineLayer, NetworkGraph, StructureError, read_graph
 from lirpa_fastwarmup.engine.module import BoundedModule
-from lirpa_fastwarmup.engine.tracing import unchanged, untraceable
+from lirpa_fastwarmup.engine.tracing import Recorder, copy_of, unchanged, untraceable
 
 logger = logging.getLogger(__name__)
 
 _CHILD = "batchnorm"
 _BY_RANK = (nn.BatchNorm1d, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)  # Spatial dimensions: 0, 1, 2, 3.
+_FOLDABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 def _normalise_output(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
@@ -31,7 +36,8 @@ def insert_batchnorm(model: nn.Module, *example_inputs: Tensor) -> list[str]:
     The BatchNorm becomes the child ``batchnorm`` of the layer's module and normalises its output in a forward hook: the
     model keeps its class, its ``forward`` and its state-dict keys, and gets new keys for the new modules. Biases stay.
     Classification layers (whose output reaches the network's output without a non-linearity) get none, nor do layers
-    with BatchNorm directly after them or after the sum that they feed; a second call inserts nothing.
+    with BatchNorm directly after them or after the sum that they feed; a second call inserts nothing. To deploy the
+    trained network without this package, :func:`fold_batchnorm` folds the BatchNorm into the weights.
 
     Args:
         model: any nn.Module whose operators the installed engine bounds.
@@ -41,6 +47,7 @@ def insert_batchnorm(model: nn.Module, *example_inputs: Tensor) -> list[str]:
         The qualified names of the modules that got a BatchNorm, in order of execution.
 
     Raises:
+        TypeError: ``model`` is a BoundedModule.
         StructureError: the path through the network depends on the data, a module is called in several places (one
             BatchNorm cannot hold the statistics of both), or a layer's output has no channel dimension to normalise.
             The model is then unchanged.
@@ -51,6 +58,11 @@ def insert_batchnorm(model: nn.Module, *example_inputs: Tensor) -> list[str]:
         >>> fw.insert_batchnorm(net, torch.zeros(2, 1, 28, 28))
         ['0']
     """
+    if isinstance(model, engine.BoundedModule):
+        raise TypeError(
+            "expected the network itself, found a BoundedModule: insert BatchNorm before wrapping it, because a "
+            "bounded module keeps the operators that it was built with"
+        )
     with unchanged(model):
         observed, reasons = untraceable(model, example_inputs)
     if reasons:
@@ -68,7 +80,9 @@ def insert_batchnorm(model: nn.Module, *example_inputs: Tensor) -> list[str]:
             f"{', '.join(sorted(repeated))}: called in several places of the network, and one BatchNorm cannot hold "
             "the statistics of both. Give each place its own module, or add BatchNorm yourself"
         )
-    modules = [(layer.name, model.get_submodule(layer.name), _batchnorm_for(model, graph, layer)) for layer in layers]
+    modules: list[tuple[str, nn.Module, Any]] = [
+        (layer.name, model.get_submodule(layer.name), _batchnorm_for(model, graph, layer)) for layer in layers
+    ]
     hooks = []
     for _, module, batchnorm in modules:
         module.add_module(_CHILD, batchnorm)
@@ -82,7 +96,10 @@ def insert_batchnorm(model: nn.Module, *example_inputs: Tensor) -> list[str]:
             f"{', '.join(missed)}: the module does not return the plain output of its weight, or other code uses the "
             "weight, so BatchNorm cannot be put directly after it. Add BatchNorm yourself"
         )
-    for name, _, batchnorm in modules:
+    reads = _reads_of_parameters(model, example_inputs)
+    for name, module, batchnorm in modules:
+        own = [module._parameters.get("weight"), module._parameters.get("bias")]
+        batchnorm.folding_is_exact = all(reads[id(parameter)] <= 1 for parameter in own)
         logger.info("inserted %s after %s", type(batchnorm).__name__, name)
     return [layer.name for layer in layers]
 
@@ -95,6 +112,19 @@ def _without_effect(model: nn.Module, example_inputs: tuple[Tensor, ...], names:
         logger.debug("the network fails with BatchNorm inserted", exc_info=True)
         return sorted(names)
     return [layer.name for layer in graph.affine if layer.name in names and not graph.has_batchnorm(layer)]
+
+
+def _reads_of_parameters(model: nn.Module, example_inputs: tuple[Tensor, ...]) -> Counter[int]:
+    """How many calls of torch functions compute tensors from each parameter, by its id."""
+    reads: Counter[int] = Counter()
+
+    def look(_: str, args: Any, kwargs: Any, result: Any) -> None:
+        if any(isinstance(leaf, Tensor) for leaf in tree_leaves(result)):  # A weight's shape or dtype does no harm.
+            reads.update({id(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, nn.Parameter)})
+
+    with unchanged(model), torch.no_grad():
+        Recorder(look).run(model.eval(), example_inputs)
+    return reads
 
 
 def _batchnorm_for(model: nn.Module, graph: NetworkGraph, layer: AffineLayer) -> nn.Module:
@@ -117,3 +147,113 @@ def _batchnorm_for(model: nn.Module, graph: NetworkGraph, layer: AffineLayer) ->
     channels = module.out_features if isinstance(module, nn.Linear) else module.out_channels
     batchnorm = _BY_RANK[rank](channels, device=module.weight.device, dtype=module.weight.dtype)
     return batchnorm.train(module.training)
+
+
+def fold_batchnorm(model: nn.Module) -> nn.Module:
+    """A copy of ``model``, with the BatchNorm that :func:`insert_batchnorm` inserted folded into weights and biases.
+
+    The copy is of the author's class, needs nothing of this package, and has the state-dict keys from before
+    ``insert_batchnorm``, plus a bias in each folded layer that had none. It computes what ``model`` computes in
+    evaluation mode, up to rounding. BatchNorm of the author's own code stays; a network without inserted BatchNorm is
+    copied as it is.
+
+    Args:
+        model: the trained network, in any mode. It is not changed.
+
+    Returns:
+        The copy, in evaluation mode: the running statistics are part of its weights, so that further training
+        continues without BatchNorm.
+
+    Raises:
+        TypeError: ``model`` is not the network itself, but a BoundedModule or a module that holds one.
+        StructureError: BatchNorm cannot be folded into a layer, because its weight is parametrised, pruned or shared;
+            other code of the network reads the weight; its class has a ``forward`` of its own; other hooks run before
+            the BatchNorm; or the BatchNorm was replaced. The message names the layer.
+
+    Example:
+        >>> folded = fw.fold_batchnorm(net)
+        >>> MyNet().load_state_dict(folded.state_dict())
+        <All keys matched successfully>
+    """
+    if not isinstance(model, nn.Module) or any(map(_is_bounded, model.modules())):
+        raise TypeError(
+            f"expected the network itself, found {type(model).__name__}: pass the nn.Module that insert_batchnorm was "
+            "called with (bounded.wrapped, if bounded is a lirpa_fastwarmup.BoundedModule)"
+        )
+    layers = {name: part for name, part in model.named_modules() if _normalise_output in part._forward_hooks.values()}
+    for name, layer in layers.items():
+        obstacle = _obstacle_to_folding(layer, model)
+        if obstacle:
+            raise StructureError(f"BatchNorm cannot be folded into {name!r}: {obstacle}")
+    folded = copy_of(model).eval()
+    for name in layers:
+        _fold_(folded.get_submodule(name))
+    return folded
+
+
+def _is_bounded(module: nn.Module) -> bool:
+    """Whether ``module`` is a BoundedModule, or holds one as ShortWarmup does."""
+    return any(isinstance(value, engine.BoundedModule) for value in (module, *vars(module).values()))
+
+
+def _obstacle_to_folding(layer: nn.Module, model: nn.Module) -> str:
+    """Why BatchNorm cannot be folded into ``layer``, and what to do; "" if it can."""
+    kind = type(layer)
+    batchnorm: Any = layer._modules.get(_CHILD)
+    base: Any = next((base for base in kind.__mro__ if base in _FOLDABLE), None)
+    methods = [name for name in ("__call__", "forward", "_conv_forward") if hasattr(base, name)]
+    if base is None or "forward" in vars(layer) or any(getattr(kind, one) is not getattr(base, one) for one in methods):
+        return (
+            f"{kind.__name__} has a forward of its own, which may not be affine in weight and bias: call an nn.Linear "
+            "or convolution module in it instead"
+        )
+    if not _has_own(layer):
+        return (
+            "its weight or bias is computed from other parameters (parametrised, weight_norm, spectral_norm, pruned): "
+            "first make it permanent, with torch.nn.utils.parametrize.remove_parametrizations, remove_weight_norm, "
+            "remove_spectral_norm or prune.remove"
+        )
+    own = {id(parameter) for parameter in layer.parameters(recurse=False)}
+    parts = [(name, part) for name, part in model.named_modules() if part is not layer]
+    sharing = [repr(name) for name, part in parts if own & {id(value) for value in part._parameters.values()}]
+    if sharing:
+        return f"its weight or bias is shared with {', '.join(sharing)}: give each module its own parameters"
+    hooks = list(layer._forward_hooks.values())
+    if layer._forward_pre_hooks or hooks[0] is not _normalise_output or hooks.count(_normalise_output) > 1:
+        return "another hook runs before its BatchNorm, and may read or change what folding changes: remove the hook"
+    if type(batchnorm) not in _BY_RANK or not _has_own(batchnorm):
+        return f"its child {_CHILD!r} is now a {type(batchnorm).__name__}: restore the BatchNorm that was inserted"
+    if batchnorm._forward_hooks or batchnorm._forward_pre_hooks:
+        return "its BatchNorm has hooks, which would be lost: remove them"
+    if batchnorm.running_mean is None or batchnorm.running_var is None:
+        return "its BatchNorm has no running statistics, and normalises every batch by itself"
+    if not getattr(batchnorm, "folding_is_exact", False):
+        return "other code of the network reads its weight or bias, which folding changes: deploy the network as it is"
+    return ""
+
+
+def _has_own(module: Any) -> bool:
+    """Whether weight and bias are the module's parameters (or None), not computed from others."""
+    return {"weight", "bias"} <= module._parameters.keys()
+
+
+def _exact(value: Tensor | None, absent: float = 0.0) -> Tensor:
+    return torch.tensor(absent).double() if value is None else value.detach().cpu().double()  # MPS has no float64.
+
+
+@torch.no_grad()
+def _fold_(layer: Any) -> None:
+    """Fold the BatchNorm of ``layer``, in float64 until the result is rounded once."""
+    batchnorm, weight = layer.batchnorm, layer.weight
+    scale = _exact(batchnorm.weight, 1.0) / (_exact(batchnorm.running_var) + batchnorm.eps).sqrt()
+    bias = (_exact(layer.bias) - _exact(batchnorm.running_mean)) * scale + _exact(batchnorm.bias)
+    # Outputs come first in a weight; in a transposed one after the inputs, which are split into groups.
+    groups = layer.groups if getattr(layer, "transposed", False) else len(scale)
+    grouped = _exact(weight).unflatten(0, (groups, -1))
+    folded = (grouped * scale.view(groups, 1, -1, *[1] * (weight.ndim - 2))).flatten(0, 1)
+    for name, value, old in (("weight", folded, weight), ("bias", bias, layer.bias)):
+        like = weight if old is None else old
+        layer.register_parameter(name, nn.Parameter(value.to(like), requires_grad=like.requires_grad))
+    delattr(layer, _CHILD)
+    for key in [key for key, hook in layer._forward_hooks.items() if hook is _normalise_output]:
+        del layer._forward_hooks[key]

@@ -8,6 +8,8 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from lirpa_fastwarmup.boxes import InputRange, box_ends, check_batch, check_radius
+from lirpa_fastwarmup.engine.graph import StructureError
+from lirpa_fastwarmup.recipe.full_batchnorm import fold_batchnorm
 from lirpa_fastwarmup.storage import make_folder, write_atomically
 from lirpa_fastwarmup.verification.onnx import write_onnx
 from lirpa_fastwarmup.verification.vnnlib import robustness_property
@@ -25,11 +27,15 @@ def export(
     indices: Sequence[int] | None = None,
     input_range: InputRange | None = (0.0, 1.0),
     timeout: int = 120,
-) -> None:
+) -> str:
     """Write ``network.onnx``, ``properties/*.vnnlib``, ``instances.csv`` and ``abcrown.yaml`` to ``out``.
 
     ``instances.csv`` lists network, property and timeout as in the VNN competitions. α,β-CROWN reads it with
     ``python abcrown.py --config OUT/abcrown.yaml``.
+
+    The BatchNorm that ``insert_batchnorm`` inserted is folded into the weights of ``network.onnx`` where that is
+    possible (``fold_batchnorm``). Certificates of ``model`` are not computed again: the outputs of the two networks
+    differ by rounding.
 
     Args:
         model: the plain network, on the CPU, in evaluation mode.
@@ -41,11 +47,16 @@ def export(
         input_range: lowest and highest valid input, to which the boxes are clipped.
         timeout: seconds for each property.
 
+    Returns:
+        Whether inserted BatchNorm was folded, or why not, in a sentence that ``abcrown.yaml`` repeats; "" if the
+        network has none.
+
     Raises:
         ImportError: a package of the extra ``onnx`` is missing.
         OSError: ``out`` cannot be written to.
+        TypeError: ``model`` is a BoundedModule.
         ValueError: the network is in training mode; radius, samples or labels cannot be verified; onnxruntime's
-            outputs differ from the outputs of ``model``.
+            outputs differ from the outputs of ``model`` (before folding).
     """
     if model.training:
         raise ValueError("the network is in training mode: call model.eval() before exporting it")
@@ -54,8 +65,9 @@ def export(
     check_batch(x, y, classes, input_range)
     lower, upper = box_ends(x, eps, input_range)
     instances = []
+    written, note = _without_inserted_batchnorm(model)
     with make_folder(out / PROPERTIES):
-        write_onnx(model, x.shape[1:], out / NETWORK)
+        write_onnx(written, x.shape[1:], out / NETWORK, original=model)
         for place, index in enumerate(range(len(x)) if indices is None else indices):
             name, label = f"{PROPERTIES}/{index:06d}.vnnlib", int(y[place])
             comment = f"sample {index}, label {label}, eps {eps!r}"
@@ -64,12 +76,28 @@ def export(
             instances.append(f"{NETWORK},{name},{timeout}\n")
         write_atomically(out / INSTANCES, "".join(instances).encode())
         shape = ", ".join(map(str, (-1, *x.shape[1:])))
-        write_atomically(out / CONFIGURATION, _CONFIGURATION.format(instances=INSTANCES, shape=shape).encode())
+        text = _CONFIGURATION.format(note=f"# {note}\n" if note else "", instances=INSTANCES, shape=shape)
+        write_atomically(out / CONFIGURATION, text.encode())
+    return note
+
+
+def _without_inserted_batchnorm(model: nn.Module) -> tuple[nn.Module, str]:
+    """The network to write, and a sentence that says whether inserted BatchNorm was folded."""
+    try:
+        folded = fold_batchnorm(model)
+    except StructureError as error:
+        return model, f"{NETWORK} contains the inserted BatchNorm: {error}"
+    if folded.state_dict().keys() == model.state_dict().keys():
+        return model, ""
+    return folded, (
+        f"{NETWORK} is the folded network: inserted BatchNorm is part of its weights. Certificates of the run are of "
+        "the network before folding, whose outputs differ by rounding."
+    )
 
 
 _CONFIGURATION = """\
 # python abcrown.py --config THIS_FILE (add --device cpu on a machine without a GPU)
-general:
+{note}general:
   root_path: ${{CONFIG_PATH}}  # The folder of this file.
   csv_name: {instances}
 model:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.machinery
 import importlib.util
 import logging
+import math
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+logger = logging.getLogger(__name__)
+
 _OPSET = 18
 # onnx2pytorch imports these for operators on images, which no engine bounds.
 _OF_TORCHVISION = {
@@ -25,12 +28,12 @@ _OF_TORCHVISION = {
 }
 
 
-def write_onnx(model: nn.Module, in_shape: Sequence[int], path: Path) -> None:
+def write_onnx(model: nn.Module, in_shape: Sequence[int], path: Path, *, original: nn.Module | None = None) -> None:
     """Write ``model``, in evaluation mode and float32, with inputs (batch, *in_shape) and outputs ``logits``.
 
     Raises:
         ImportError: a package of the extra ``onnx`` is missing.
-        ValueError: onnxruntime's outputs for the file differ from the outputs of ``model``.
+        ValueError: onnxruntime's outputs for the file differ from the outputs of ``original`` (by default, ``model``).
     """
     _require("onnx", "onnxscript", "onnxruntime")
     example = _example(in_shape)
@@ -41,21 +44,45 @@ def write_onnx(model: nn.Module, in_shape: Sequence[int], path: Path) -> None:
         program = torch.onnx.export(model, (example,), dynamo=True, dynamic_shapes=shapes, verbose=False, **names)
         assert program is not None  # Not with dynamo=True.
         program.save(str(path), external_data=False)
-    _compare(model, path, example)
+    _compare(model if original is None else original, path, example)
 
 
 def read_onnx(path: Path, in_shape: Sequence[int]) -> nn.Module:
     """The network in an ONNX file, converted by onnx2pytorch, as a module in evaluation mode for (batch, *in_shape).
+
+    A file for a single sample, with a first dimension of 1 or without one, becomes a network for batches if that
+    computes the same, and otherwise one that refuses batches of more than one sample. Its input may also be the
+    flattened sample, or differ from ``in_shape`` in dimensions of 1.
 
     Raises:
         ImportError: a package is missing; the message says how to install it.
         OSError: the file cannot be read.
         NotImplementedError: an operator cannot be converted; the message names it.
         ValueError: the file is not an ONNX network with one input and one output, the network does not accept such
-            inputs, or its outputs after the conversion differ from onnxruntime's.
+            inputs, or its outputs after the conversion differ from onnxruntime's, which are compared sample by sample
+            if the file is for one.
     """
     _require("onnx", "onnxruntime")
-    content = _loaded(path)
+    content, example = _loaded(path), _example(in_shape)
+    if (fixed := _fixed_shape(content, in_shape, path)) is not None:
+        return _of_one_sample(content, path, fixed, example)
+    model = _converted(content, path)
+    try:
+        with torch.no_grad():
+            output = model(example)
+    except Exception as error:
+        raise ValueError(
+            f"the network in {path} cannot be run on a batch of two inputs of shape {tuple(in_shape)}, the dataset's "
+            f"({type(error).__name__}: {error}): name the dataset that it was trained on"
+        ) from error
+    if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != 2:
+        found = tuple(output.shape) if isinstance(output, Tensor) else f"of type {type(output).__name__}"
+        raise ValueError(f"the output of {path} for two inputs is {found}, and should be (2, classes)")
+    _compare(model, path, example)
+    return model
+
+
+def _converted(content: Any, path: Path) -> nn.Module:
     converter = _converter()
     operators = sorted({node.op_type for node in content.graph.node})
     try:
@@ -67,21 +94,81 @@ def read_onnx(path: Path, in_shape: Sequence[int]) -> nn.Module:
             f"{path} cannot be converted to a PyTorch module: {error}. Its operators are {', '.join(operators)}; "
             "replace the one in this message, or name the network as package.module:factory"
         ) from error
-    example = _example(in_shape)
+    return model
+
+
+class _Reshaped(nn.Module):
+    """A network whose input has a shape of its own; batches that do not fit into it raise RuntimeError."""
+
+    def __init__(self, network: nn.Module, shape: Sequence[int]) -> None:
+        super().__init__()
+        self.network, self.shape = network, tuple(shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.network(x.reshape(self.shape))
+        # Margins are bounded together with a last layer that is followed by nothing.
+        return logits if logits.ndim == 2 else logits.reshape(x.shape[0], -1)
+
+
+def _fixed_shape(content: Any, in_shape: Sequence[int], path: Path) -> tuple[int, ...] | None:
+    """The shape of the input in a file for a single sample; ``None`` if its first dimension is open."""
+    (given,) = _inputs_of(content)
+    shape = tuple(max(0, size.dim_value) for size in given.type.tensor_type.shape.dim)  # 0 for open sizes.
+    if not shape or shape[0] == 0:
+        return None
+    if 0 in shape and len(shape) == 1 + len(in_shape):
+        shape = (shape[0], *(size or expected for size, expected in zip(shape[1:], in_shape, strict=True)))
+    found, expected = ([size for size in one if size != 1] for one in (shape, in_shape))
+    is_flat = min(len(found), len(expected)) <= 1
+    if found != expected and not (is_flat and math.prod(shape) == math.prod(in_shape)):
+        raise ValueError(
+            f"the input of {path} has the shape {shape}, and a sample of the dataset {tuple(in_shape)}: name the "
+            "dataset that it was trained on, with its dimensions in this order; a fixed batch must be of one sample"
+        )
+    return shape
+
+
+def _of_one_sample(content: Any, path: Path, shape: tuple[int, ...], x: Tensor) -> nn.Module:
+    """The network of a file for one sample of ``shape``: for batches, if that computes the same, or for one sample."""
+    expected = torch.cat([_onnxruntime(path, one.reshape(shape)).reshape(1, -1) for one in x])
+    sizes = shape[1:] if shape[0] == 1 and len(shape) > 1 else shape
+    opened = _converted(_with_batch(content), path)
+    batched = opened if sizes == x.shape[1:] else _Reshaped(opened, (-1, *sizes)).eval()
     try:
         with torch.no_grad():
-            output = model(example)
+            if _difference(batched(x), expected) == 0:
+                return batched
+    except Exception as error:  # Any kind.
+        logger.info("the network in %s runs on single samples only: %s", path, error)
+    single = _Reshaped(_converted(content, path), shape).eval()
+    try:
+        with torch.no_grad():
+            found = torch.cat([single(one.unsqueeze(0)) for one in x])
     except Exception as error:
         raise ValueError(
-            f"the network in {path} cannot be run on a batch of two inputs of shape {tuple(in_shape)}, the dataset's "
-            f"({type(error).__name__}: {error}): name the dataset that it was trained on, and export it with an open "
-            "batch dimension (dynamic_shapes of torch.onnx.export)"
+            f"the network in {path} cannot be run on a sample of shape {shape} after its conversion "
+            f"({type(error).__name__}: {error}): name the network as package.module:factory"
         ) from error
-    if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != 2:
-        found = tuple(output.shape) if isinstance(output, Tensor) else f"of type {type(output).__name__}"
-        raise ValueError(f"the output of {path} for two inputs is {found}, and should be (2, classes)")
-    _compare(model, path, example)
-    return model
+    _require_equal(found, expected, path)
+    return single
+
+
+def _with_batch(content: Any) -> Any:
+    """A copy of a graph for one sample whose reshapes keep an open first dimension.
+
+    It may compute something else, so that its outputs must be compared.
+    """
+    import onnx
+
+    inferred = onnx.shape_inference.infer_shapes(content, data_prop=True)
+    shapes = {one.name: one.type.tensor_type.shape.dim for one in (*inferred.graph.value_info, *inferred.graph.output)}
+    for node in inferred.graph.node:
+        sizes = [size.dim_value for size in shapes.get(node.output[0], ())]
+        if node.op_type == "Reshape" and sizes and all(sizes):
+            rest = sizes[1:] if sizes[0] == 1 and len(sizes) > 1 else sizes
+            del node.input[1:], node.attribute[:]
+            node.attribute.append(onnx.helper.make_attribute("shape", [-1, *rest]))  # As before opset 5.
+    return inferred
 
 
 def _example(in_shape: Sequence[int]) -> Tensor:
@@ -97,8 +184,7 @@ def _loaded(path: Path) -> Any:
         onnx.checker.check_model(content)
     except (DecodeError, onnx.checker.ValidationError) as error:
         raise ValueError(f"{path} is no valid ONNX file: {str(error).splitlines()[0]}") from error
-    constants = {constant.name for constant in content.graph.initializer}
-    inputs = [one.name for one in content.graph.input if one.name not in constants]
+    inputs = [one.name for one in _inputs_of(content)]
     if len(inputs) != 1 or len(content.graph.output) != 1:
         raise ValueError(
             f"{path} has the inputs {', '.join(inputs)} and {len(content.graph.output)} output(s); certificates need a "
@@ -117,15 +203,40 @@ def _loaded(path: Path) -> Any:
     return content
 
 
+def _inputs_of(content: Any) -> list[Any]:
+    constants = {constant.name for constant in content.graph.initializer}
+    return [one for one in content.graph.input if one.name not in constants]
+
+
 def _compare(model: nn.Module, path: Path, x: Tensor) -> None:
+    with torch.no_grad():
+        _require_equal(model(x), _onnxruntime(path, x), path)
+
+
+def _onnxruntime(path: Path, x: Tensor) -> Tensor:
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-    with torch.no_grad():
-        expected = model(x)
-    difference = float((torch.from_numpy(found) - expected).abs().max())
-    if not difference <= 1e-4 * (1 + float(expected.abs().max())):
+    try:
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    except Exception as error:  # onnxruntime has many kinds.
+        text = str(error).splitlines()[0]
+        raise ValueError(f"onnxruntime cannot run {path} on an input of shape {tuple(x.shape)}: {text}") from error
+    return torch.from_numpy(found)
+
+
+def _difference(found: Tensor, expected: Tensor) -> float:
+    """By how much outputs differ, 0 for a difference that rounding explains, infinity for other shapes or NaN."""
+    if found.shape != expected.shape:
+        return math.inf
+    difference = float((found - expected).abs().max())
+    if difference <= 1e-4 * (1 + float(expected.abs().max())):
+        return 0.0
+    return math.inf if math.isnan(difference) else difference
+
+
+def _require_equal(found: Tensor, expected: Tensor, path: Path) -> None:
+    if difference := _difference(found, expected):
         raise ValueError(
             f"from {path} onnxruntime computes other logits than PyTorch, by up to {difference:g}: the conversion is "
             "wrong, and certificates would be of another network. Name the network as package.module:factory"
