@@ -42,16 +42,10 @@ class MicroBatches:
         self._measured = False
 
     def each(self, compute: Callable[[Tensor], Tensor], samples: Tensor, what: str) -> Tensor:
-        """``compute`` of each micro-batch of ``samples``, concatenated.
+        """``compute`` of each micro-batch of ``samples``, which are indices (n,), concatenated.
 
-        Args:
-            compute: maps indices (n,) to one row for each; on the CPU it is first called with one sample, and that
-                row is discarded.
-            samples: indices (n,), n ≥ 1.
-            what: name of the computation, for messages.
-
-        Raises:
-            OutOfMemoryError: one sample alone does not fit.
+        On the CPU, ``compute`` is first called with one sample, and that result is discarded. Raises OutOfMemoryError
+        with the name ``what`` of the computation if one sample alone does not fit.
         """
         results: list[Tensor] = []
         done = 0
@@ -105,20 +99,16 @@ class _PeakBytes(TorchDispatchMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                self._count(tensor.untyped_storage())
+        storages = {leaf.untyped_storage() for leaf in tree_leaves(result) if isinstance(leaf, Tensor)}
+        for storage in storages.difference(self._seen):
+            self._seen.add(storage)
+            self._change(storage.nbytes())
+            weakref.finalize(storage, self._change, -storage.nbytes())
         return result
 
-    def _count(self, storage: Any) -> None:
-        if storage not in self._seen:
-            self._seen.add(storage)
-            self._alive += storage.nbytes()
-            self.peak = max(self.peak, self._alive)
-            weakref.finalize(storage, self._free, storage.nbytes())
-
-    def _free(self, size: int) -> None:
-        self._alive -= size
+    def _change(self, size: int) -> None:
+        self._alive += size
+        self.peak = max(self.peak, self._alive)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -127,12 +117,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def free_memory(system: Path = Path("/")) -> int | None:
-    """Bytes available to the process, in the system and its control group; ``None`` if unknown.
+    """Bytes available to the process, in the system (its files below ``system``) and its control group, if known.
 
     The file cache of a control group counts as available, because the system drops it on demand.
-
-    Args:
-        system: root of the file system.
     """
     free = []
     with suppress(OSError):

@@ -10,22 +10,20 @@ import logging
 import os
 import re
 import socket
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout  # A dependency of torch.
 from torch import Tensor
-
-try:
-    import fcntl
-except ImportError:  # Windows: folders are not locked there.
-    fcntl = None  # type: ignore[assignment]
 
 logger = logging.getLogger(__name__)
 
+_STRING = re.compile(r'"(?:[^"\\]|\\.)*"', re.S)
+_NESTED = 50
 LOCK = ".lirpa_fastwarmup.lock"
 _PARTIAL = ".partial"
 _CHECKSUM = "checksum"
@@ -66,39 +64,37 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, without its checksum.
-
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: it holds no JSON object, or was changed after :func:`write_json` wrote it.
-    """
-    try:
+    """The object in a JSON file, without its checksum; raises ValueError if :func:`write_json` wrote another one."""
+    with refused(f"{path} cannot be read as JSON", ValueError):  # Also raised for text in another encoding.
         content = parse_json(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # Also for text in another encoding.
-        raise ValueError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no object; found {type(content).__name__}")
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds no object; found {type(content).__name__}")
     expected = content.pop(_CHECKSUM, None)  # Files of earlier versions have none.
-    if expected is not None and expected != _json_sum(content):
+    if expected not in (None, _json_sum(content)):
         raise ValueError(
             f"{path} was changed after it was written: its checksum differs. Restore it from a copy, or write it again"
         )
     return content
 
 
+@contextmanager
+def refused(problem: str, *kinds: type[Exception], advice: str = "") -> Iterator[None]:
+    """Raise ValueError, "problem: reason" and ``advice``, for errors of ``kinds`` in the block."""
+    try:
+        yield
+    except kinds as error:
+        raise ValueError(f"{problem}: {error}{advice}") from error
+
+
 def parse_json(text: str) -> Any:
-    """Parse JSON; raise ValueError if brackets are nested so deep that Python's parser might crash the process."""
-    depth = deepest = 0
-    for bracket in re.findall(r"[\[\]{}]", _STRING.sub("", text)):
-        depth += 1 if bracket in "[{" else -1
-        deepest = max(deepest, depth)
-    if deepest > _NESTED:
-        raise ValueError(f"its brackets are nested {deepest} deep")
+    """Parse JSON; raise ValueError if it is nested deeper than any file of this package.
+
+    auto_LiRPA lifts Python's recursion limit, so that the parser would crash the process instead of raising.
+    """
+    brackets = re.findall(r"[\[\]{}]", _STRING.sub("", text))
+    if max(accumulate(1 if one in "[{" else -1 for one in brackets), default=0) > _NESTED:
+        raise ValueError("its brackets are nested too deep")
     return json.loads(text)
-
-
-_STRING = re.compile(r'"(?:[^"\\]|\\.)*"', re.S)
-_NESTED = 50
 
 
 def _json_sum(values: Mapping[str, Any]) -> str:
@@ -122,25 +118,16 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def read_csv(path: Path, columns: Sequence[str], what: str) -> list[dict[str, str]]:
-    """The rows of a CSV file that must have ``columns``.
-
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: it is not a table of text, a column is missing, or lines differ in length; the message names the
-            file and ``what`` it should be.
-    """
-    try:
+    """The rows of a CSV file; raises ValueError if it is not ``what``, a table with ``columns``."""
+    with refused(f"{path} cannot be read as {what}", ValueError, csv.Error):
         with path.open(newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file, strict=True)
             rows: list[dict[str, str]] = list(reader)
-            there = reader.fieldnames or ()
-        missing = [name for name in columns if name not in there]
+            missing = [name for name in columns if name not in (reader.fieldnames or ())]
         if missing:
             raise ValueError(f"it has no column {', '.join(map(repr, missing))}")
         if any(None in row or None in row.values() for row in rows):
             raise ValueError("its lines are not of one length")
-    except (ValueError, csv.Error) as error:
-        raise ValueError(f"{path} cannot be read as {what}: {error}") from error
     return rows
 
 
@@ -153,12 +140,7 @@ def write_tensors(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def read_tensors(path: Path, otherwise: str) -> Any:
-    """Tensors and plain values that ``torch.save`` wrote to ``path``, on the CPU.
-
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: torch did not write it, or it is damaged; the message is the path and ``otherwise``.
-    """
+    """Tensors and plain values of ``torch.save``, on the CPU; raises ValueError, "path otherwise", if damaged."""
     whole = path.read_bytes()
     trailer = _TRAILER.search(whole, max(0, len(whole) - _TRAILER_LENGTH))
     if trailer and hashlib.sha256(whole[: trailer.start()]).hexdigest().encode() != trailer[1]:
@@ -176,10 +158,10 @@ def has_checksum(path: Path) -> bool:
         return _TRAILER.search(file.read()) is not None
 
 
-def file_sum(path: Path) -> str:
-    """The checksum of a file, as other files record it."""
+def file_sum(path: Path, algorithm: str = "sha256") -> str:
+    """The checksum of a file, such as "sha256:9fb6…"."""
     with path.open("rb") as file:
-        return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+        return f"{algorithm}:{hashlib.file_digest(file, algorithm).hexdigest()}"
 
 
 def weights_sum(state_dict: Mapping[str, Any]) -> str:
@@ -196,13 +178,10 @@ def add_to_hash(hashed: Any, value: Any) -> None:
         value = value.detach().cpu().contiguous()
         hashed.update(f"tensor {value.dtype} {tuple(value.shape)} ".encode())
         hashed.update(value.view(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b"")
-    elif isinstance(value, Mapping):
-        hashed.update(f"mapping {len(value)} ".encode())
-        for item in value.items():
-            add_to_hash(hashed, item)
-    elif isinstance(value, list | tuple):
-        hashed.update(f"{type(value).__name__} {len(value)} ".encode())
-        for item in value:
+    elif isinstance(value, Mapping | list | tuple):
+        kind, items = ("mapping", value.items()) if isinstance(value, Mapping) else (type(value).__name__, value)
+        hashed.update(f"{kind} {len(value)} ".encode())
+        for item in items:
             add_to_hash(hashed, item)
     else:
         text = value if isinstance(value, bytes) else repr(value).encode()
@@ -211,14 +190,13 @@ def add_to_hash(hashed: Any, value: Any) -> None:
 
 @contextmanager
 def make_folder(folder: Path) -> Iterator[None]:
-    """Make ``folder`` for the files that the block writes; if the block fails, remove it again while it is empty.
-
-    Raises:
-        OSError: it cannot be made or written to; the message gives the reason.
-    """
+    """Make ``folder`` for the files that the block writes; if the block fails, remove it again while it is empty."""
     made = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
     try:
-        _make_writable(folder)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _not_writable(folder, error) from error
         yield
     except BaseException:
         for path in made:
@@ -227,73 +205,40 @@ def make_folder(folder: Path) -> Iterator[None]:
         raise
 
 
-def _make_writable(folder: Path) -> None:
-    try:
-        if folder.exists() and not folder.is_dir():
-            raise NotADirectoryError(f"{folder} is a file")
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise type(error)(f"cannot write to {folder}: {error.strerror or error}. Name another folder") from error
+def _not_writable(folder: Path, error: OSError) -> OSError:
+    reason = f"{folder} is a file" if folder.is_file() else error.strerror or error
+    return type(error)(f"cannot write to {folder}: {reason}. Name another folder")
 
 
 @contextmanager
 def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
-    """Lock ``folder`` against other processes of this package during the block.
+    """Lock ``folder`` against other processes of this package during the block; the system unlocks it after a kill.
 
-    The operating system releases the lock (``flock``) when the process ends. Windows and some file systems have no such
+    If another process holds the lock, raises a FolderInUseError that names it, or waits. Some file systems have no
     locks.
-
-    Args:
-        folder: an existing folder.
-        wait: wait for the other process instead of raising.
-
-    Raises:
-        FolderInUseError: another process holds the lock; the message names it.
     """
-    if fcntl is None:
-        yield
-        return
-    with _open_locked(folder, wait) as file:
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
-        try:
-            yield
-        finally:
-            with suppress(OSError):
-                (folder / LOCK).unlink()  # Before the lock is released, for the check below.
-
-
-def _open_locked(folder: Path, wait: bool) -> Any:
-    """The lock file, open and locked."""
-    while True:
-        file = (folder / LOCK).open("a+")
-        try:
-            _lock(file, folder, wait)
-            # The previous holder may have removed the file after it was opened here, and another made a new one.
-            if os.fstat(file.fileno()).st_ino == (folder / LOCK).stat().st_ino:
-                return file
-        except FileNotFoundError:
-            pass
-        except BaseException:
-            file.close()
-            raise
-        file.close()
-
-
-def _lock(file: Any, folder: Path, wait: bool) -> None:
+    path, holder = folder / LOCK, "another process"
+    lock = FileLock(path)
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        holder = file.read().strip() or "another process"
+        lock.acquire(timeout=0)
+    except Timeout:
+        with suppress(OSError):  # Windows lets nobody else read a locked file.
+            holder = path.read_text() or holder
         if not wait:
-            raise FolderInUseError(
-                f"{folder} is being written to by {holder}: wait until it ends, or name another folder"
-            ) from None
+            text = f"{folder} is being written to by {holder}: wait until it ends, or name another folder"
+            raise FolderInUseError(text) from None
         logger.warning("waiting for %s, which is writing to %s", holder, folder)
-        fcntl.flock(file, fcntl.LOCK_EX)
-    except OSError as error:  # A file system without locks.
+        lock.acquire()
+    except (OSError, NotImplementedError) as error:
+        if isinstance(error, OSError) and not os.access(path, os.W_OK):
+            raise _not_writable(folder, error) from error
         logger.info("%s cannot be locked: %s", folder, error)
+    try:
+        if isinstance(lock, FileLock):  # Not the kind that it becomes on file systems without locks.
+            with suppress(OSError):
+                path.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+        yield
+    finally:
+        with suppress(OSError):
+            path.unlink()  # Before the release, so that waiting processes notice, and make a new one.
+        lock.release()

@@ -48,8 +48,8 @@ def test_limit_is_a_seeded_choice():
 
 def test_bad_tensors_and_sizes():
     with pytest.raises(ValueError, match="expected uint8 images"):
-        data.Split(torch.rand(2, 1, 4, 4), torch.arange(2))
-    with pytest.raises(ValueError, match="one for each of 3 images"):
+        data.Split(torch.rand(2, 1, 4, 4, dtype=torch.float64), torch.arange(2))
+    with pytest.raises(ValueError, match="one for each of 3 samples"):
         data.Split(torch.zeros(3, 1, 4, 4, dtype=torch.uint8), torch.arange(2))
     with pytest.raises(ValueError, match="batch size"):
         data.Batches(split(3), 0)

@@ -30,7 +30,7 @@ def run(capsys, *arguments):
 def test_info(capsys):
     status, out, _ = run(capsys, "info")
     assert status == 0
-    for text in (fw.__version__, f"auto_LiRPA {ENGINE_VERSION}", "contain all sampled outputs", *ACTIVE_PATCHES):
+    for text in (fw.__version__, f"auto_LiRPA {ENGINE_VERSION}", "contain all outputs found", *ACTIVE_PATCHES):
         assert text in out
 
 
@@ -103,7 +103,7 @@ def test_traceback_on_request():
         cli.main(["--traceback", "train", "nothing"])
 
 
-@pytest.mark.parametrize("arguments", [["--eps", "big"], ["--epochs", "many"], ["--dataset", "nothing"]])
+@pytest.mark.parametrize("arguments", [["--eps", "big"], ["--epochs", "many"], ["--init", "nothing"]])
 def test_arguments_that_cannot_be_read(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main(["train", "mnist5k", *arguments])

@@ -20,6 +20,7 @@ from lirpa_fastwarmup.recipe.schedule import SCHEDULES
 COMMON = {
     "method": "fast",
     "data_dir": None,
+    "input_range": None,
     "data_limit": None,
     "validation": 0,
     "select": "last",
@@ -120,9 +121,21 @@ def test_presets_are_as_documented(name):
 
 
 def test_every_preset_is_documented():
-    assert PRESETS.keys() == DOCUMENTED.keys() == DESCRIPTIONS.keys()
+    assert [*PRESETS, "custom"] == list(DESCRIPTIONS)
+    assert PRESETS.keys() == DOCUMENTED.keys()
     with pytest.raises(ValueError, match=r"unknown preset 'cifar11'; known are mnist5k, mnist, cifar10"):
         preset("cifar11")
+
+
+def test_custom_has_neither_data_nor_radius():
+    settings = preset("custom", dataset="mine.csv", eps=3)
+    neutral = {"epochs": 100, "batch_size": 128, "ramp_start": 2, "ramp_length": 50, "lr_milestones": [80, 90]}
+    assert settings.as_dict() == {**COMMON, **neutral, "preset": "custom", "dataset": "mine.csv", "eps": 3}
+    assert Settings.from_dict(settings.replace(input_range=(0.0, 2.5)).as_dict()).input_range == (0.0, 2.5)
+    with pytest.raises(ValueError, match="has no data of its own"):
+        preset("custom", eps=3)
+    with pytest.raises(ValueError, match="has no radius, because it depends on your data"):
+        preset("custom", dataset="mine.csv")
 
 
 METHODS_CHANGE = {
@@ -180,6 +193,7 @@ IMPOSSIBLE = [
     ({"eps": -0.1}, "eps must be above 0"),
     ({"eps": float("nan")}, "eps must be above 0"),
     ({"eps": 2.0}, "at most 1"),
+    ({"input_range": (1.0, 1.0)}, "the lowest and the highest valid input"),
     ({"epochs": 0}, "epochs must be at least 1; found 0"),
     ({"accumulate": 0}, "accumulate must be at least 1"),
     ({"width": 0}, "width must be at least 1"),

@@ -177,7 +177,7 @@ def test_report_with_certificates_shows_the_extreme_samples(run_dir, capsys):
 def test_the_headline_names_bound_radius_and_samples(run_dir, capsys):
     summary = read_json(run_dir / "summary.json")
     assert run(capsys, "report", run_dir)[0] == 0
-    certified = f"{100 * (1 - summary['verified_error']):.1f} % of 1,000 test images are certified at ε = 0.01 by IBP."
+    certified = f"{100 * (1 - summary['verified_error']):.1f} % of 1,000 test samples are certified at ε = 0.01 by IBP."
     assert certified in texts((run_dir / "report.html").read_text())
     assert run(capsys, "verify", run_dir, "--pgd-steps", 1, "--restarts", 1, "--limit", 50)[0] == 0
     content = read_json(run_dir / "verification.json")
@@ -187,7 +187,7 @@ def test_the_headline_names_bound_radius_and_samples(run_dir, capsys):
     assert run(capsys, "report", run_dir)[0] == 0
     text = texts((run_dir / "report.html").read_text())
     error = content["results"][0]["verified_error"]["value"]
-    assert f"{100 * (1 - error):.1f} % of 50 test images are certified at ε = 0.01 by IBP and CROWN-IBP." in text
+    assert f"{100 * (1 - error):.1f} % of 50 test samples are certified at ε = 0.01 by IBP and CROWN-IBP." in text
     for part in ("after training", "by verify on", "IBP, CROWN-IBP", "1 steps × 1", "method", "fast"):
         assert part in text
 
@@ -220,7 +220,7 @@ def test_certificates_of_an_earlier_network_go_when_training_goes_on(crashed, ca
 def test_report_shows_that_not_all_samples_were_verified(run_dir, capsys):
     assert run(capsys, "verify", run_dir, "--pgd-steps", 1, "--pgd-restarts", 1, "--limit", 20)[0] == 0
     assert run(capsys, "report", run_dir)[0] == 0
-    assert "of 20 test images" in texts((run_dir / "report.html").read_text())
+    assert "of 20 test samples" in texts((run_dir / "report.html").read_text())
 
 
 def test_images_of_other_data_than_the_certificates_are_not_shown(run_dir, capsys):

@@ -16,7 +16,7 @@ import torch
 
 from lirpa_fastwarmup import cli, storage
 from lirpa_fastwarmup.experiments import data
-from lirpa_fastwarmup.experiments.data import cifar10, mnist, npz
+from lirpa_fastwarmup.experiments.data import arrays, cifar10, mnist
 from lirpa_fastwarmup.experiments.presets import preset
 from lirpa_fastwarmup.experiments.report.records import certified_samples, read_history, read_summary
 from lirpa_fastwarmup.experiments.training import (
@@ -71,7 +71,7 @@ READERS = {
     "verification.json": storage.read_json,
     "certificates.csv": lambda path: certified_samples(path, 0.01),
     "journal": Journal,
-    "train.npz": lambda path: npz.load(path.parent),
+    "train.npz": lambda path: arrays.load(path.parent),
     "batch0": cifar10._read_batch,
     "batch2": cifar10._read_batch,
     "batch5": cifar10._read_batch,
@@ -215,9 +215,9 @@ def test_no_code_is_run_that_a_file_names(run_dir, tmp_path, monkeypatch, capsys
     out = renamed(run_dir, tmp_path, "evil:touch")
     (tmp_path / "evil.py").write_text("from pathlib import Path\nPath('touched').touch()\ndef touch(): pass\n")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UntrustedError, match=r"model\.pt names the network 'evil:touch'.*--trust, or trust=True"):
+    with pytest.raises(UntrustedError, match=r"model\.pt names the factory 'evil:touch'.*--trust, or trust=True"):
         load_model(out / "model.pt")
-    with pytest.raises(UntrustedError, match=r"checkpoint\.pt names the network"):
+    with pytest.raises(UntrustedError, match=r"checkpoint\.pt names the factory"):
         resume(out)
     assert settings_of_run(out).model == "evil:touch"
     for command in (

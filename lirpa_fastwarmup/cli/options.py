@@ -10,7 +10,7 @@ import sys
 from types import NoneType
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
-from lirpa_fastwarmup.experiments.presets import PRESETS, preset
+from lirpa_fastwarmup.experiments.presets import DESCRIPTIONS, PRESETS, preset
 from lirpa_fastwarmup.experiments.training.settings import Settings
 
 if TYPE_CHECKING:
@@ -65,10 +65,12 @@ def device_named(name: str | None) -> torch.device:
     return device
 
 
-def find_factories_here(name: str | None, *, trust: bool = False) -> None:
+def find_factories_here(*names: str | None, trust: bool = False) -> None:
     """Import factories from the current folder too, as ``python -m`` does, if the command names or trusts one."""
-    module, colon, _ = (name or "").partition(":")
-    if (trust or (colon and not module.endswith(".py"))) and "" not in sys.path:
+    named = any(
+        colon and not module.endswith(".py") for module, colon, _ in ((one or "").partition(":") for one in names)
+    )
+    if (trust or named) and "" not in sys.path:
         # Imported first, so that no file of the current folder takes the place of a module that this package needs.
         importlib.import_module("lirpa_fastwarmup.experiments.training.run")
         sys.path.insert(0, "")
@@ -76,9 +78,7 @@ def find_factories_here(name: str | None, *, trust: bool = False) -> None:
 
 def add_trust(command: argparse.ArgumentParser) -> None:
     """Add the option that lets files name code to be run."""
-    command.add_argument(
-        "--trust", action="store_true", help="import and call the package.module:factory that a run's files name"
-    )
+    command.add_argument("--trust", action="store_true", help="import and call the factories that a run's files name")
 
 
 def add_settings(command: argparse.ArgumentParser) -> None:
@@ -117,18 +117,20 @@ def _reader(kind: Any, metavar: str | None) -> dict[str, Any]:
     if get_origin(kind) is Literal:
         return {"choices": get_args(kind)}
     if get_origin(kind) is tuple:
-        return {"type": get_args(kind)[0], "nargs": "*", "metavar": metavar}
+        kind, *more = get_args(kind)
+        count: Any = "*" if more == [...] else 1 + len(more)
+        return {"type": number if kind is float else kind, "nargs": count, "metavar": metavar}
     return {"type": number if kind is float else kind, "metavar": metavar}
 
 
 def settings_of(options: argparse.Namespace) -> Settings:
     """The preset's settings with those that the command line gives; raise ValueError if they are invalid."""
     if options.preset is None:
-        raise ValueError(f"name a preset, one of {', '.join(PRESETS)}")
-    base = preset(options.preset)
+        raise ValueError(f"name a preset, one of {', '.join(DESCRIPTIONS)}")
+    changes = given_settings(options)
+    base = preset(options.preset, **changes)
     if options.method is not None:
         base = base.with_method(options.method)
-    changes = given_settings(options)
     changes.pop("method", None)
     if changes.get("validation"):
         changes.setdefault("select", "validation")
@@ -141,7 +143,7 @@ def given_settings(options: argparse.Namespace) -> dict[str, Any]:
     for field in _OPTIONS:
         value = getattr(options, field.name)
         if isinstance(value, list):
-            value = tuple(value)
+            value = tuple(float(one) if isinstance(one, Number) else one for one in value)
         elif isinstance(value, Number):
             value = float(value)
         if value is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from lirpa_fastwarmup import models
-from lirpa_fastwarmup.cli.options import add_trust, find_factories_here
+from lirpa_fastwarmup.boxes import InputRange
+from lirpa_fastwarmup.cli.options import add_trust, find_factories_here, number
 from lirpa_fastwarmup.experiments import data
 from lirpa_fastwarmup.experiments.training import load_model, load_weights
 from lirpa_fastwarmup.experiments.training.checkpoint import MODEL
-from lirpa_fastwarmup.experiments.training.network import read_model
+from lirpa_fastwarmup.experiments.training.network import load_dataset, read_model
 from lirpa_fastwarmup.storage import read_tensors
 from lirpa_fastwarmup.verification import read_onnx
 
@@ -30,7 +32,9 @@ class Subject:
     Attributes:
         name: the file or factory of the network.
         dataset: name of the dataset.
+        example: inputs that it accepts, of two samples, or of one if it refuses batches.
         samples, indices: samples of its test set, and their indices in it.
+        input_range: lowest and highest valid input; ``None`` for unclipped data.
         eps: the radius that the network was trained for; ``None`` for external networks.
         allow_untested: accept operators whose bounds have not been tested.
     """
@@ -38,9 +42,11 @@ class Subject:
     network: nn.Module
     name: str
     dataset: str
+    example: Tensor
     samples: data.Split
     indices: list[int]
     classes: int
+    input_range: InputRange | None
     eps: float | None
     allow_untested: bool = False
 
@@ -54,12 +60,15 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     group.add_argument("--model", metavar="NAME", help=known)
     group.add_argument("--weights", type=Path, metavar="FILE", help="its state dict, written by torch.save")
     group.add_argument("--mean", type=float, nargs="+", help="mean that its inputs are normalised by, per channel")
-    group.add_argument("--std", type=float, nargs="+", help="deviation, per channel; eps stays in pixel units")
+    group.add_argument("--std", type=float, nargs="+", help="deviation, per channel; eps stays in units of the inputs")
     text = "accept operators whose bounds have not been tested; results are marked"
     group.add_argument("--allow-untested", action="store_true", help=text)
     samples = command.add_argument_group("samples")
-    samples.add_argument("--dataset", choices=sorted(data.LOADERS), help="its test set; by default the run's dataset")
+    text = "its test set, named as for train; by default the run's dataset"
+    samples.add_argument("--dataset", metavar="NAME", help=text)
     samples.add_argument("--data-dir", type=Path, metavar="DIR", help="folder of the dataset's files")
+    text = "lowest and highest valid input; by default the dataset's"
+    samples.add_argument("--input-range", type=number, nargs=2, metavar="X", help=text)
 
 
 def check_named(options: argparse.Namespace) -> None:
@@ -83,16 +92,18 @@ def subject_of(options: argparse.Namespace, limit: int | None = None) -> Subject
         OSError, ImportError, TypeError, NotImplementedError: from the functions that load them.
     """
     check_named(options)
-    find_factories_here(options.model, trust=options.trust)
+    find_factories_here(options.model, options.dataset, trust=options.trust)
     if options.run is None:
         return _external(options, limit)
-    return subject_of_run(options.run, options.dataset, options.data_dir, limit, trust=options.trust)
+    given = options.dataset, options.data_dir, options.input_range
+    return subject_of_run(options.run, *given, limit, trust=options.trust)
 
 
 def subject_of_run(
     folder: Path,
     dataset: str | None = None,
     data_dir: Path | None = None,
+    input_range: Sequence[float] | None = None,
     limit: int | None = None,
     *,
     trust: bool = False,
@@ -102,8 +113,9 @@ def subject_of_run(
     Args:
         folder: of the run.
         dataset, data_dir: other data than the run's, or its new place.
+        input_range: lowest and highest valid input, instead of the dataset's.
         limit: number of samples.
-        trust: call the factory that the run's files name, if it is not one of this package.
+        trust: call the factories of network and dataset that the run's files name.
 
     Raises:
         OSError: ``folder`` holds no network, or files are missing.
@@ -116,7 +128,11 @@ def subject_of_run(
         )
     content = read_model(path)
     network, settings = load_model(path, trust=trust, content=content), content["settings"]
-    loaded = data.load(dataset or settings.dataset, data_dir or (None if dataset else settings.data_dir))
+    if dataset is not None:
+        loaded = data.load(dataset, data_dir, _pair(input_range))
+    else:
+        kept = settings if input_range is None else settings.replace(input_range=_pair(input_range))
+        loaded = load_dataset(kept, path, data_dir, trust=trust)
     return _subject(network, str(path), loaded, limit, settings.eps, allow_untested=settings.allow_untested)
 
 
@@ -137,7 +153,7 @@ def _external(options: argparse.Namespace, limit: int | None) -> Subject:
         if options.weights is None:
             raise ValueError(f"--model {name} has random weights: name its trained weights with --weights FILE")
         weights = _state_dict(options.weights)
-    dataset = data.load(options.dataset, options.data_dir)
+    dataset = data.load(options.dataset, options.data_dir, _pair(options.input_range))
     if is_onnx:
         network = read_onnx(path, dataset.in_shape)
     else:
@@ -146,6 +162,13 @@ def _external(options: argparse.Namespace, limit: int | None) -> Subject:
     if options.mean is not None:
         network = nn.Sequential(models.Normalize(options.mean, options.std), network)
     return _subject(network, name, dataset, limit, None, allow_untested=options.allow_untested)
+
+
+def _pair(values: Sequence[float] | None) -> tuple[float, float] | None:
+    if values is None:
+        return None
+    low, high = map(float, values)
+    return low, high
 
 
 def _state_dict(path: Path) -> dict[str, Any]:
@@ -165,17 +188,23 @@ def _subject(
     total, shape, classes = len(dataset.test), dataset.in_shape, dataset.classes
     if limit is not None and not 1 <= limit <= total:
         raise ValueError(f"the test set of {dataset.name} has {total} samples; cannot take {limit}")
+    example = torch.zeros(2, *shape)
     try:
-        outputs = network.eval()(torch.zeros(2, *shape))
+        try:
+            outputs = network.eval()(example)
+        except RuntimeError:  # It may accept single samples only.
+            example = example[:1]
+            outputs = network(example)
     except RuntimeError as error:
         raise ValueError(
-            f"the network {name} cannot be run on images of {dataset.name}, of shape {shape}: {error}"
+            f"the network {name} cannot be run on samples of {dataset.name}, of shape {shape}: {error}"
         ) from error
-    if outputs.shape != (2, classes):
+    if outputs.shape != (len(example), classes):
         raise ValueError(
             f"{dataset.name} has labels of {classes} classes, and the network {name} gives {tuple(outputs.shape)} for "
-            "two samples: a certificate needs one score per class"
+            f"{len(example)} sample(s): a certificate needs one score per class"
         )
     indices = data.spread_indices(total, limit or total)
     samples = dataset.test if limit is None else dataset.test.take(indices)
-    return Subject(network, name, dataset.name, samples, indices.tolist(), classes, eps, allow_untested)
+    given = (samples, indices.tolist(), classes, dataset.input_range, eps, allow_untested)
+    return Subject(network, name, dataset.name, example, *given)

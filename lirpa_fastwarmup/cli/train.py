@@ -46,7 +46,7 @@ def _folder(options: argparse.Namespace) -> Path:
 
 
 def _train(options: argparse.Namespace) -> int:
-    find_factories_here(options.model, trust=options.trust)
+    find_factories_here(options.model, options.dataset, trust=options.trust)
     # After torchrun has restarted the processes, the same command resumes from the last checkpoint.
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) and options.preset is not None:
         from lirpa_fastwarmup.experiments.training.checkpoint import CHECKPOINT
@@ -72,11 +72,13 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _run(options: argparse.Namespace, settings: Settings, out: Path, **arguments: Any) -> dict[str, Any]:
+    from lirpa_fastwarmup.experiments.data import is_factory
     from lirpa_fastwarmup.experiments.training import resume, train
 
     if options.resume:
-        # The user trusts a factory that this command names.
-        trust = options.trust or options.model == settings.model
+        # The user trusts factories that this command names.
+        factories = {name for name in ("model", "dataset") if is_factory(getattr(settings, name))}
+        trust = options.trust or factories <= given_settings(options).keys()
         return resume(out, data_dir=options.data_dir, trust=trust, **arguments)
     return train(settings, out, overwrite=options.overwrite, **arguments)
 
@@ -165,7 +167,7 @@ class _Console:
 def _table(summary: Mapping[str, Any], eps: float | None) -> str:
     """The results of a run; ``eps`` as the user typed it, if the command line gave it."""
     rows = [
-        ("dataset", f"{summary['dataset']}, {summary['test_samples']:,} test images"),
+        ("dataset", f"{summary['dataset']}, {summary['test_samples']:,} test samples"),
         ("eps", f"{summary['eps']:.6g}" if eps is None else str(eps)),
         ("standard error", f"{summary['standard_error']:.2%}"),
         ("PGD error (lower bound)", "none" if summary["pgd_error"] is None else f"{summary['pgd_error']:.2%}"),

@@ -24,7 +24,7 @@ from lirpa_fastwarmup.verification.certify import method_named
 from lirpa_fastwarmup.verification.folder import JOURNAL, results_folder, write_results
 from lirpa_fastwarmup.verification.result import radii_entry
 
-_TOLERANCE = 1e-4
+_TOLERANCE = 1e-4  # Of the width of the input range.
 _R = TypeVar("_R")
 
 
@@ -35,7 +35,7 @@ def add_to(command: argparse.ArgumentParser) -> None:
     add_arguments(command)
     what = command.add_argument_group("verification")
     what.add_argument("--limit", type=int, metavar="N", help="only N samples, evenly spaced over the test set")
-    what.add_argument("--eps", type=number, nargs="+", help="radii in pixel units; by default the run's")
+    what.add_argument("--eps", type=number, nargs="+", help="radii in units of the inputs; by default the run's")
     what.add_argument("--radius", action="store_true", help="the largest certified radius of each sample instead")
     methods: dict[str, Any] = {"type": method_named, "choices": METHODS, "metavar": "METHOD", "nargs": "+"}
     text = f"any of {', '.join(METHODS)} (default: IBP CROWN-IBP)"
@@ -59,7 +59,7 @@ def _verify(options: argparse.Namespace) -> int:
     if options.run is not None and not options.run.is_dir():
         raise FileNotFoundError(f"there is no folder {options.run}: name the folder of a training run")
     for eps in options.eps or ():
-        check_radius(eps, (0.0, 1.0))
+        check_radius(eps, None)
     device = local_device(device_named(options.device))
     with (
         process_group(device) as ranks,
@@ -76,11 +76,15 @@ def _verify(options: argparse.Namespace) -> int:
 def _run(
     options: argparse.Namespace, subject: Subject, radii: Sequence[float], out: Path, device: torch.device, ranks: World
 ) -> int:
-    example = torch.zeros(2, *subject.samples.images.shape[1:], device=device)
-    bounded = fw.BoundedModule(subject.network.to(device), example, allow_untested=subject.allow_untested).eval()
+    bounded = fw.BoundedModule(
+        subject.network.to(device), subject.example.to(device), allow_untested=subject.allow_untested
+    ).eval()
     samples, journal = Batches(subject.samples, options.batch_size), Journal.of_rank(out / JOURNAL)
     given = {"methods": options.methods, "pgd_steps": options.pgd_steps, "restarts": options.pgd_restarts}
+    given["input_range"] = subject.input_range
     given |= {"batch_size": options.batch_size, "seed": options.seed, "indices": subject.indices, "journal": journal}
+    largest = _width(subject)
+    tolerance = _TOLERANCE * largest
     started, contradictions = time.perf_counter(), list[str]()
 
     def computed(title: str, compute: Callable[..., _R], text: Callable[[_R], str]) -> _R:
@@ -97,7 +101,7 @@ def _run(
         return found
 
     def summary(found: Sequence[fw.verification.Radius]) -> str:
-        entry = radii_entry(found, _TOLERANCE)
+        entry = radii_entry(found, tolerance)
         mean, median, without = entry["mean"], entry["median"], entry["not_certified"]
         return (
             f"certified radius: mean {mean:.4f}, median {median:.4f} of {len(found):,} samples; {without:,} have none"
@@ -106,7 +110,7 @@ def _run(
     try:
         at = partial(verify, bounded, samples, float64=options.float64)
         verifications = [computed(f"eps {eps}", partial(at, eps), str) for eps in radii]
-        search = partial(certified_radii, bounded, samples, tolerance=_TOLERANCE)
+        search = partial(certified_radii, bounded, samples, largest=largest, tolerance=tolerance)
         certified = computed("radius", search, summary) if options.radius else None
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"finished batches are kept in {journal.path}; the same command resumes") from None
@@ -115,10 +119,19 @@ def _run(
         about = {"network": subject.name, "dataset": subject.dataset, "samples": len(subject.samples)}
         about |= {"classes": subject.classes, "methods": options.methods, "pgd_steps": options.pgd_steps}
         about |= {"pgd_restarts": options.pgd_restarts, "seed": options.seed}
+        ends = subject.input_range
+        about["input_range"] = None if ends is None else [torch.as_tensor(end).tolist() for end in ends]
         about["seconds"] = time.perf_counter() - started
-        write_results(out, bounded, verifications, certified, _TOLERANCE, about)
-        journal.forget_in_all(used)
+        write_results(out, bounded, verifications, certified, tolerance, about)
+        journal.forget(used)
         print(f"written to {out}")
     if contradictions:
         raise UnsoundBoundError(contradictions)
     return 0
+
+
+def _width(subject: Subject) -> float:
+    """The widest box worth certifying: the input range, or what the samples of unclipped data span."""
+    x = subject.samples.inputs
+    low, high = (x.min(), x.max()) if subject.input_range is None else map(torch.as_tensor, subject.input_range)
+    return float((high - low).max()) or 1.0

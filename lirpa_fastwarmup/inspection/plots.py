@@ -20,31 +20,27 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Okabe and Ito's palette.
-_BLACK, _BLUE, _ORANGE, _GREEN, _PURPLE = "#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7"
-_SKY, _AMBER = "#56B4E9", "#E69F00"
-_SERIES: tuple[dict[str, Any], ...] = (
-    {"color": _BLUE, "linestyle": "-", "marker": "o"},
-    {"color": _ORANGE, "linestyle": "--", "marker": "s"},
-    {"color": _GREEN, "linestyle": "-.", "marker": "^"},
-    {"color": _PURPLE, "linestyle": ":", "marker": "D"},
-    {"color": _BLACK, "linestyle": (0, (5, 1, 1, 1, 1, 1)), "marker": "v"},
-    {"color": _AMBER, "linestyle": (0, (1, 1)), "marker": "P"},
-    {"color": _SKY, "linestyle": (0, (6, 2)), "marker": "X"},
-)
+_BLUE, _ORANGE, _GREEN, _PURPLE, _BLACK = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000"
+_COLORS = (_BLUE, _ORANGE, _GREEN, _PURPLE, _BLACK, "#E69F00", "#56B4E9")
+_LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (6, 2)))
+_SERIES: list[dict[str, Any]] = [
+    {"color": color, "linestyle": line, "marker": marker}
+    for color, line, marker in zip(_COLORS, _LINES, "os^DvPX", strict=True)
+]
 _STATES: tuple[tuple[str, str, dict[str, Any], str], ...] = (
     ("always_active", "always active", _SERIES[0], ""),
     ("unstable", "unstable", _SERIES[2], "...."),
     ("always_inactive", "always inactive", _SERIES[1], "////"),
 )
-# Columns of a history: name, label, colour, line style, marker.
+# Columns of a history: name, label, colour, line style and marker.
 _LOSSES = (
-    ("loss", "objective", _BLACK, "-", ""),
-    ("robust_loss", "robust cross-entropy", _ORANGE, "--", ""),
-    ("clean_loss", "clean cross-entropy", _BLUE, ":", ""),
+    ("loss", "objective", _BLACK, "-"),
+    ("robust_loss", "robust cross-entropy", _ORANGE, "--"),
+    ("clean_loss", "clean cross-entropy", _BLUE, ":"),
 )
-_REGULARISERS = (("tightness", "tightness", _GREEN, "-", "o"), ("relu_balance", "ReLU balance", _PURPLE, "-", "s"))
-_VERIFIED = ("verified_error", "verified error (IBP, at the target ε)", _ORANGE, "--", "")
-_STANDARD = ("standard_error", "standard error", _BLUE, "-", "")
+_REGULARISERS = (("tightness", "tightness", _GREEN, "-o"), ("relu_balance", "ReLU balance", _PURPLE, "-s"))
+_VERIFIED = ("verified_error", "verified error (IBP, at the target ε)", _ORANGE, "--")
+_STANDARD = ("standard_error", "standard error", _BLUE, "-")
 
 History = Sequence[Mapping[str, float]]
 
@@ -76,7 +72,7 @@ def draw_bound_growth(axes: Axes, networks: Mapping[str, Inspection], *, formula
     deepest = max((len(one.relus) for one in networks.values()), default=0)
     if not deepest:
         raise ValueError("the networks have no ReLU layers to draw")
-    for series, (name, found) in zip(_cycled(len(networks)), networks.items(), strict=True):
+    for (name, found), series in zip(networks.items(), itertools.cycle(_SERIES), strict=False):
         growth = [1.0, *(layer.growth for layer in found.relus)]
         axes.plot(range(len(growth)), growth, **series, markersize=5, label=name)
         if formula:
@@ -142,7 +138,7 @@ def draw_growth_over_training(axes: Axes, history: History) -> None:
     """Draw Δ_i/Δ_0 of every ReLU layer over the epochs; raises ValueError if there is none."""
     names = _relu_layers(history)
     epochs = _column(history, "epoch")
-    for series, name in zip(_cycled(len(names)), names, strict=True):
+    for name, series in zip(names, itertools.cycle(_SERIES), strict=False):
         axes.plot(epochs, _column(history, f"growth/{name}"), **series, markersize=3, label=name or "(the network)")
     axes.set_yscale("log")
     axes.set(xlabel="epoch", ylabel="Δᵢ/Δ₀ at the target ε")
@@ -167,18 +163,18 @@ def draw_errors(axes: Axes, history: History) -> None:
 
 
 def _draw_columns(
-    axes: Axes, history: History, columns: Sequence[tuple[str, str, str, str, str]], *, scale: float = 1, **style: Any
+    axes: Axes, history: History, columns: Sequence[tuple[str, str, str, str]], *, scale: float = 1, **style: Any
 ) -> None:
-    single = "o" if len(history) == 1 else ""  # A curve of one point would be invisible without a marker.
-    for name, label, color, linestyle, marker in columns:
+    for name, label, color, line in columns:
         values = [scale * value for value in _column(history, name)]
-        look: dict[str, Any] = {"color": color, "linestyle": linestyle, "marker": marker or single, "label": label}
-        axes.plot(_column(history, "epoch"), values, **look, **style)
+        if len(history) == 1:
+            line = "o"  # A curve of one point would be invisible without a marker.
+        axes.plot(_column(history, "epoch"), values, line, color=color, label=label, **style)
 
 
 def draw_errors_of_runs(axes: Axes, histories: Mapping[str, History], column: str = "verified_error") -> None:
     """Draw one error, "verified_error" or "standard_error", of several runs (by name) over the epochs."""
-    for series, (name, history) in zip(_cycled(len(histories)), histories.items(), strict=True):
+    for (name, history), series in zip(histories.items(), itertools.cycle(_SERIES), strict=False):
         errors = [100 * value for value in _column(history, column)]
         axes.plot(_column(history, "epoch"), errors, **series, markersize=3, label=name)
     axes.set(xlabel="epoch", ylabel=f"{column.replace('_', ' ')} on the test set (%)", ylim=(0, 102))
@@ -187,7 +183,7 @@ def draw_errors_of_runs(axes: Axes, histories: Mapping[str, History], column: st
 
 def draw_radius(axes: Axes, history: History) -> None:
     """Draw the radius ε at the end of each epoch."""
-    _draw_columns(axes, history, [("eps", "ε", _BLACK, "-", "")])
+    _draw_columns(axes, history, [("eps", "ε", _BLACK, "-")])
     axes.set(xlabel="epoch", ylabel="ε (input units)")
     axes.set_ylim(bottom=0)
 
@@ -258,10 +254,6 @@ def draw_errors_over_eps(axes: Axes, results: Sequence[Mapping[str, Any]]) -> No
     axes.set(xlabel="ε (input units)", ylabel="error (%)")
     axes.set_ylim(bottom=0)
     _finish(axes)
-
-
-def _cycled(count: int) -> list[dict[str, Any]]:
-    return [_SERIES[place % len(_SERIES)] for place in range(count)]
 
 
 def _finish(axes: Axes, **legend: Any) -> None:

@@ -22,7 +22,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {"cnn7": cnn7, "wide-resnet8": wid
 
 def build(
     name: str,
-    in_shape: tuple[int, int, int],
+    in_shape: tuple[int, ...],
     classes: int,
     *,
     width: int | None = None,
@@ -39,11 +39,11 @@ def build(
 
     Args:
         name: one of :data:`MODELS`, or a factory: `package.module:factory` or `path/to/file.py:factory`.
-        in_shape: (channels, height, width) of the input, pixels from 0 to 1.
+        in_shape: shape of an input: (channels, height, width) of images, whose pixels are from 0 to 1.
         classes: number of outputs.
         width, hidden: size of the network; ``width=None`` for its default.
         batchnorm: whether it has BatchNorm.
-        mean, std: of the pixels, per channel, if the data is usually normalised.
+        mean, std: of the inputs, per channel or feature, if the data is usually normalised.
 
     Raises:
         ValueError: there is no network of that name, it cannot be run on two inputs of ``in_shape``, or its output is
@@ -54,6 +54,12 @@ def build(
     given: dict[str, Any] = {"in_shape": in_shape, "classes": classes, "hidden": hidden, "batchnorm": batchnorm}
     given |= {"mean": mean, "std": std} | ({} if width is None else {"width": width})
     factory = find_factory(name)
+    if name in MODELS and len(in_shape) != 3:
+        raise ValueError(
+            f"the network {name} needs images (channels, height, width), and the dataset's inputs have shape "
+            f"{tuple(in_shape)}: name a network for them, --model file.py:factory, where factory(in_shape, classes) "
+            "returns an nn.Module"
+        )
     if name in MODELS:
         return factory(**given)
     model = _made(factory, name, {**given, "num_classes": classes})
@@ -61,13 +67,13 @@ def build(
     return model
 
 
-def find_factory(name: str) -> Callable[..., Any]:
-    """Return the callable that makes the network ``name``; raises as :func:`build`."""
+def find_factory(name: str, makes: str = "network") -> Callable[..., Any]:
+    """Return the callable that makes the network (or what ``makes`` says) ``name``; raises as :func:`build`."""
     if name in MODELS:
         return MODELS[name]
     if ":" not in name:
         raise ValueError(
-            f"unknown network {name!r}; known are {', '.join(MODELS)}, or name your own factory as "
+            f"unknown {makes} {name!r}; known are {', '.join(MODELS)}, or name your own factory as "
             "package.module:factory or path/to/file.py:factory"
         )
     source, _, attribute = name.rpartition(":")
@@ -78,15 +84,15 @@ def find_factory(name: str) -> Callable[..., Any]:
     except Exception as error:  # The user's code may raise anything on import, even a syntax error.
         by_dots = "Write it with dots, as in an import statement, from a folder on Python's path"
         raise ImportError(
-            f"the {kind} {source!r} of the network {name!r} cannot be imported ({type(error).__name__}: {error}). "
+            f"the {kind} {source!r} of the {makes} {name!r} cannot be imported ({type(error).__name__}: {error}). "
             f"{'Give its path from the current folder' if is_file else by_dots}, and check that it can be imported by "
             "itself"
         ) from error
     for part in attribute.split("."):
         if not hasattr(factory, part):
             raise ImportError(
-                f"the {kind} {source!r} has no {attribute!r}, named by the network {name!r}: after the colon, name a "
-                "function or class in it that makes the network"
+                f"the {kind} {source!r} has no {attribute!r}, named by the {makes} {name!r}: after the colon, name a "
+                f"function or class in it that makes the {makes}"
             )
         factory = getattr(factory, part)
     if isinstance(factory, nn.Module):
@@ -96,7 +102,7 @@ def find_factory(name: str) -> Callable[..., Any]:
         )
     if not callable(factory):
         raise TypeError(
-            f"{name!r} is of type {type(factory).__name__}, which cannot be called to make a network: name a function "
+            f"{name!r} is of type {type(factory).__name__}, which cannot be called to make a {makes}: name a function "
             "or class that makes one"
         )
     return factory
@@ -145,7 +151,7 @@ def _made(factory: Callable[..., Any], name: str, given: dict[str, Any]) -> nn.M
 
 
 @torch.no_grad()
-def _check_output(model: nn.Module, name: str, in_shape: tuple[int, int, int], classes: int) -> None:
+def _check_output(model: nn.Module, name: str, in_shape: tuple[int, ...], classes: int) -> None:
     modes = [(module, module.training) for module in model.modules()]
     try:
         with torch.random.fork_rng(devices=[]):

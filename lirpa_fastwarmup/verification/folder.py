@@ -22,13 +22,7 @@ WRITTEN = (CERTIFICATES, SUMMARY, RADII)
 
 @contextmanager
 def results_folder(folder: Path, *, overwrite: bool) -> Iterator[None]:
-    """Make and lock ``folder`` for the results of a verification.
-
-    Raises:
-        FileExistsError: it holds an earlier verification, and ``overwrite`` is off.
-        FolderInUseError: another process is writing to it.
-        OSError: it cannot be written to.
-    """
+    """Make and lock ``folder`` for a verification; raises FileExistsError if it holds one, without ``overwrite``."""
     present = [name for name in WRITTEN if (folder / name).exists()]
     if present and not overwrite:
         raise FileExistsError(
@@ -47,13 +41,9 @@ def write_results(
     tolerance: float,
     about: Mapping[str, Any],
 ) -> None:
-    """Replace the verification in ``folder``.
+    """Replace the verification in ``folder`` by one for each radius, and certified radii within ``tolerance``, if any.
 
-    Args:
-        bounded: the verified network.
-        verifications: one for each radius.
-        radii: certified radii, found to within ``tolerance``; ``None`` if they were not computed.
-        about: entries of ``verification.json`` that the results do not hold, such as the dataset.
+    ``about`` are entries of ``verification.json`` that the results do not hold, such as the dataset.
     """
     device, weights = bounded.example[0].device, weights_sum(bounded.wrapped.state_dict())
     for name in WRITTEN:

@@ -23,6 +23,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_aggregate
 
 _SILU_MINIMUM = -1.2784645427610738  # Where x·sigmoid(x) is smallest.
+_GELU_MINIMA = -0.7517915246935645, -0.7524614220710162  # Of the exact function, and of the approximation by tanh.
 
 
 class UnknownOperatorError(NotImplementedError):
@@ -298,7 +299,7 @@ _MOVING = """
 """
 _NOT_DECREASING = """
     _adaptive_avg_pool2d _adaptive_avg_pool3d _upsample_nearest_exact1d _upsample_nearest_exact2d
-    _upsample_nearest_exact3d adaptive_max_pool2d adaptive_max_pool3d amax amin clamp clamp_max clamp_min col2im exp
+    _upsample_nearest_exact3d adaptive_max_pool2d adaptive_max_pool3d amax amin clamp clamp_max clamp_min col2im erf exp
     hardsigmoid hardtanh max max_pool2d_with_indices max_pool3d_with_indices maximum mean min minimum relu sigmoid sum
     tanh upsample_bilinear2d upsample_linear1d upsample_nearest1d upsample_nearest2d upsample_nearest3d
     upsample_trilinear3d
@@ -320,6 +321,7 @@ _RULES: dict[str, _Rule] = {
     "baddbmm": _plus_product(torch.bmm),
     "convolution": _convolution,
     "div": _within(_excludes_zero, _monotone, position=1),
+    "gelu": _turning_at(*_GELU_MINIMA),
     "hardswish": _turning_at(-3, -1.5),
     "log": _within(lambda x: x.lower > 0, _increasing),
     "mul": _multiply,

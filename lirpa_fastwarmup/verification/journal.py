@@ -47,33 +47,22 @@ class Journal:
         """Store a result."""
         self._known[key] = value
         with self.path.open("a") as file:
-            file.write("" if self._ends_whole() else "\n")  # Ends a torn line.
             file.write(_line(key, value))
             file.flush()
             os.fsync(file.fileno())
 
-    def _ends_whole(self) -> bool:
-        with self.path.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - 1))
-            return file.read(1) in (b"", b"\n")
-
     def forget(self, keys: Collection[str]) -> None:
-        """Remove the results of ``keys``, and the file with its last line."""
-        left = {key: value for key, value in _read(self.path).items() if key not in keys}
-        if left:
-            write_atomically(self.path, "".join(_line(key, value) for key, value in left.items()).encode())
-        else:
-            self.path.unlink(missing_ok=True)
+        """Remove the results of ``keys`` from the journals of all processes, and files that become empty."""
+        for path in _journals_beside(self.path):
+            left = {key: value for key, value in _read(path).items() if key not in keys}
+            if left:
+                write_atomically(path, "".join(_line(key, value) for key, value in left.items()).encode())
+            else:
+                path.unlink(missing_ok=True)
 
     def used_by_all(self) -> set[str]:
         """The keys that any process asked for. Every process must call this."""
         return set().union(*all_gather(self.used))
-
-    def forget_in_all(self, keys: Collection[str]) -> None:
-        """Remove the results of ``keys`` from the journals of all processes."""
-        for path in _journals_beside(self.path):
-            Journal(path).forget(keys)
 
 
 def _journals_beside(path: Path) -> list[Path]:
@@ -83,7 +72,8 @@ def _journals_beside(path: Path) -> list[Path]:
 
 
 def _line(key: str, value: Any) -> str:
-    return json.dumps({"key": key, "value": value, "checksum": digest({key: value})}) + "\n"
+    # The first end of line ends a torn line.
+    return "\n" + json.dumps({"key": key, "value": value, "checksum": digest({key: value})}) + "\n"
 
 
 def _read(path: Path) -> dict[str, Any]:

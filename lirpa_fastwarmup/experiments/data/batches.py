@@ -31,7 +31,7 @@ class Augmentation:
     generator: torch.Generator | None = None
 
     def __call__(self, images: Tensor, whole: int | None = None, shard: slice = slice(None)) -> Tensor:
-        """Augment uint8 images (batch, channels, height, width); pixels move, but are not interpolated.
+        """Augment images (batch, channels, height, width); pixels move, but are not interpolated.
 
         Random numbers are drawn for a batch of ``whole`` images, of which ``images`` are the ``shard``.
         """
@@ -61,7 +61,7 @@ class Augmentation:
 
 
 class Batches:
-    """The batches of an epoch, as ``(x, y)`` with x float in [0, 1].
+    """The batches of an epoch, as ``(x, y)`` with x float, pixels from 0 to 1.
 
     The last batch may be shorter. An epoch can be interrupted and resumed from :meth:`state_dict`, with the same
     batches as without the interruption.
@@ -71,7 +71,7 @@ class Batches:
         batch_size: samples in a batch.
         generator: shuffles the samples in every epoch; by default batches follow the split's order.
         drop_single: drop a last batch of one sample, which BatchNorm cannot be trained on.
-        augment: applied to each batch.
+        augment: applied to each batch, of images.
         device: device of the batches; by default the split's.
         shard: (rank, size): yield every size-th sample of each batch, starting with sample ``rank``. The shards of all
             ranks together are the batch, augmented as in a single process.
@@ -131,7 +131,7 @@ class Batches:
             if self.augment is not None:
                 images = self.augment(images, len(indices), self._shard)
             self._position = batch + 1
-            yield images.float() / 255, labels
+            yield Split.as_inputs(images), labels
 
     def samples_in(self, batch: int) -> int:
         """Number of samples of batch ``batch`` (from 0) in all shards together."""

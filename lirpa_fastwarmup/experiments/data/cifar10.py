@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from lirpa_fastwarmup.experiments.data.dataset import Dataset, Split, check_labels, unflatten
-from lirpa_fastwarmup.experiments.data.download import CorruptFileError, Source, checksum, extracted_folder
+from lirpa_fastwarmup.experiments.data.download import CorruptFileError, Source, extracted_folder
+from lirpa_fastwarmup.storage import file_sum
 
 _ORIGINALS = {  # MD5 sums.
     "data_batch_1": "c99cafc152244af753f735de768cd75f",
@@ -34,7 +35,7 @@ def load(data_dir: Path | None = None) -> Dataset:
     ``data_dir`` is the folder of the batches, or contains the folder ``cifar-10-batches-py`` or the archive.
     """
     folder = extracted_folder("CIFAR-10", "cifar10", data_dir, SOURCE, "cifar-10-batches-py", list(_ORIGINALS))
-    original = all(checksum(folder / name, "md5") == f"md5:{md5}" for name, md5 in _ORIGINALS.items())
+    original = all(file_sum(folder / name, "md5") == f"md5:{md5}" for name, md5 in _ORIGINALS.items())
     *batches, test = (_read_batch(folder / name) for name in _ORIGINALS)
     name = "CIFAR-10" if original else "CIFAR-10 (not the original files)"
     train = Split(torch.cat([batch.images for batch in batches]), torch.cat([batch.labels for batch in batches]))

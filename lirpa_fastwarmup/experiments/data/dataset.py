@@ -1,4 +1,4 @@
-"""Datasets as uint8 tensors, and subsets of them."""
+"""Datasets as tensors of bytes or floats, and subsets of them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lirpa_fastwarmup.boxes import InputRange, inputs_error, inputs_fit
 from lirpa_fastwarmup.experiments.data.download import CorruptFileError
 
 logger = logging.getLogger(__name__)
@@ -20,9 +21,10 @@ _HELD_OUT = 1  # Stream of random numbers, independent of the one that `limited`
 
 @dataclass(frozen=True)
 class Split:
-    """Images (n, channels, height, width), uint8 from 0 to 255, and labels (n,), int64.
+    """Samples and their labels (n,), int64.
 
-    Images may be memory-mapped: batches then read what they need from the file.
+    Samples are pixels (n, channels, height, width), uint8 from 0 to 255, or inputs of any shape (n, …), float32. They
+    may be memory-mapped: batches then read what they need from the file.
     """
 
     images: Tensor
@@ -30,19 +32,26 @@ class Split:
 
     def __post_init__(self) -> None:
         images, labels = self.images, self.labels
-        if images.dtype != torch.uint8 or images.ndim != 4:
-            raise ValueError(f"expected uint8 images (n, c, h, w), found {images.dtype} {tuple(images.shape)}")
+        pixels = images.dtype == torch.uint8 and images.ndim == 4
+        if not pixels and (images.dtype != torch.float32 or images.ndim < 2):
+            found = f"{images.dtype} {tuple(images.shape)}"
+            raise ValueError(f"expected uint8 images (n, c, h, w), or float32 inputs (n, …); found {found}")
         if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
             found = f"{labels.dtype} {tuple(labels.shape)}"
-            raise ValueError(f"expected int64 labels, one for each of {len(images)} images; found {found}")
+            raise ValueError(f"expected int64 labels, one for each of {len(images)} samples; found {found}")
 
     def __len__(self) -> int:
         return len(self.labels)
 
+    @staticmethod
+    def as_inputs(images: Tensor) -> Tensor:
+        """Samples as input of a network: pixels from 0 to 1, and floats as they are."""
+        return images.float() / 255 if images.dtype == torch.uint8 else images
+
     @property
     def inputs(self) -> Tensor:
-        """The images as input of a network: float (samples, channels, height, width), from 0 to 1."""
-        return self.images.float() / 255
+        """The samples as input of a network, float (samples, …)."""
+        return self.as_inputs(self.images)
 
     def to(self, device: torch.device | str) -> Split:
         """The same samples on another device."""
@@ -57,8 +66,13 @@ class Split:
 class Dataset:
     """A training and a test split, and the name of the dataset in reports.
 
-    ``mean`` and ``std``, one per channel, are usually used to normalise its pixels from 0 to 1; ``None`` for no
-    normalisation.
+    ``mean`` and ``std``, one per channel or feature, are usually used to normalise its inputs; ``None`` for no
+    normalisation. ``input_range`` is the lowest and highest valid input, numbers or tensors: from 0 to 1 for pixels,
+    and ``None``, no range, by default for floats.
+
+    Raises:
+        ValueError: the splits differ in the shape of their samples, a label is not a class, or a float sample is not
+            finite or outside ``input_range``.
     """
 
     name: str
@@ -67,16 +81,46 @@ class Dataset:
     test: Split
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    input_range: InputRange | None = None
+
+    def __post_init__(self) -> None:
+        shapes = [tuple(split.images.shape[1:]) for split in (self.train, self.test)]
+        if shapes[0] != shapes[1] or self.train.images.dtype != self.test.images.dtype:
+            kinds = [split.images.dtype for split in (self.train, self.test)]
+            raise ValueError(
+                f"training samples of {self.name} have shape {shapes[0]} ({kinds[0]}), but test samples {shapes[1]} "
+                f"({kinds[1]}): a network accepts one shape"
+            )
+        if self.train.images.dtype == torch.uint8 and self.input_range is None:
+            object.__setattr__(self, "input_range", (0.0, 1.0))
+        for title, split in (("training", self.train), ("test", self.test)):
+            self._check(title, split)
+
+    def _check(self, title: str, split: Split) -> None:
+        images, labels = split.images, split.labels
+        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < self.classes:
+            found = f"labels from {int(labels.min())} to {int(labels.max())}"
+            raise ValueError(f"the {title} set of {self.name} has {self.classes} classes, but {found}")
+        if images.dtype == torch.uint8 or bool(inputs_fit(images, self.input_range)):
+            return
+        bad = (~images.isfinite()).nonzero()
+        if len(bad):
+            row, *place = bad[0].tolist()
+            column = place[0] if len(place) == 1 else tuple(place)
+            raise ValueError(
+                f"the {title} set of {self.name} holds {float(images[tuple(bad[0])])} in row {row}, column {column} "
+                "(from 0): replace what is missing or infinite, or leave the sample out"
+            )
+        raise inputs_error(images, self.input_range)
 
     @property
-    def in_shape(self) -> tuple[int, int, int]:
-        """(channels, height, width) of an image."""
-        channels, height, width = self.train.images.shape[1:]
-        return channels, height, width
+    def in_shape(self) -> tuple[int, ...]:
+        """Shape of a sample: (channels, height, width) of an image."""
+        return tuple(self.train.images.shape[1:])
 
 
-def check_labels(labels: np.ndarray, count: int, classes: range, path: Path) -> Tensor:
-    """The labels of ``count`` images, read from ``path``, checked, and numbered from 0."""
+def check_labels(labels: np.ndarray, count: int, classes: range, path: Path | str) -> Tensor:
+    """The labels of ``count`` samples, read from ``path``, checked, and numbered from 0."""
     found = f"{labels.dtype} {labels.shape}"
     valid = labels.dtype.kind in "iu" and labels.shape == (count,) and count > 0
     if valid:
@@ -84,7 +128,7 @@ def check_labels(labels: np.ndarray, count: int, classes: range, path: Path) -> 
         found += f" from {first} to {last}"
         valid = first in classes and last in classes
     if not valid:
-        expected = f"labels from {classes[0]} to {classes[-1]}, one for each of {count} images"
+        expected = f"labels from {classes[0]} to {classes[-1]}, one for each of {count} samples"
         raise CorruptFileError(f"{path} should contain {expected}; found {found}")
     return torch.from_numpy(labels.astype(np.int64) - classes[0])
 
@@ -140,12 +184,12 @@ def generator_of(seed: int, stream: int) -> torch.Generator:
 
 
 def place(split: Split, device: torch.device) -> Split:
-    """``split`` on ``device``, if its images take less than half of the free memory there; else ``split`` itself."""
+    """``split`` on ``device``, if its samples take less than half of the free memory there; else ``split`` itself."""
     if device.type != "cuda" or split.images.device.type == "cuda":
         return split
     free, _ = torch.cuda.mem_get_info(device)
-    size = split.images.numel()
+    size = split.images.nbytes
     if size > free / 2:
-        logger.info("images take %.1f GB of %.1f GB free on %s: batches are copied", size / 1e9, free / 1e9, device)
+        logger.info("samples take %.1f GB of %.1f GB free on %s: batches are copied", size / 1e9, free / 1e9, device)
         return split
     return split.to(device)

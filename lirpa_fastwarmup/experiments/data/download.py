@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
 import http.client
-import logging
-import socket
-import sys
+import shutil
 import tarfile
-import threading
-import time
-import urllib.error
+import urllib.request
 import zipfile
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import appdirs
-import torch
+from tqdm import tqdm
 
-from lirpa_fastwarmup.storage import locked
+from lirpa_fastwarmup.storage import file_sum, locked
 
-logger = logging.getLogger(__name__)
-
-_ATTEMPTS = 4
+_DAMAGED = (shutil.ReadError, zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, RuntimeError, ValueError)
 _TIMEOUT = 30.0  # Seconds.
-_ONE_AT_A_TIME = threading.Lock()  # The default time-out of sockets is the whole process's.
 
 
 class CorruptFileError(ValueError):
@@ -42,12 +35,6 @@ class Source:
     checksum: str
 
 
-def checksum(path: Path, algorithm: str) -> str:
-    """The checksum of a file, in the form of :class:`Source`."""
-    with path.open("rb") as file:
-        return f"{algorithm}:{hashlib.file_digest(file, algorithm).hexdigest()}"
-
-
 def dataset_folder(dataset: str, data_dir: Path | None = None) -> Path:
     """``data_dir`` or, by default, the folder of ``dataset`` in the user's cache."""
     return Path(appdirs.user_cache_dir("lirpa_fastwarmup")) / dataset if data_dir is None else Path(data_dir)
@@ -61,61 +48,46 @@ def missing_files(title: str, names: Sequence[str], folder: Path, hint: str = ""
     )
 
 
-def download(title: str, sources: Sequence[Source], folder: Path, *, pause: float = 1.0) -> None:
+def download(title: str, sources: Sequence[Source], folder: Path) -> None:
     """Download the files of the dataset ``title`` that ``folder`` lacks.
 
-    A file gets its name once it is complete and its checksum matches. After a failure it is downloaded again, up to
-    four times in total; the pause, in seconds, doubles with each attempt. HTTP errors such as 404 are final.
-
-    Raises:
-        OSError: a file cannot be downloaded or written; the message lists the addresses and the folder.
-        CorruptFileError: a file was downloaded with another checksum, and removed.
+    A file gets its name once it is complete and its checksum matches. Raises OSError if a file cannot be downloaded or
+    written, and CorruptFileError if it has another checksum.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with locked(folder, wait=True):  # Another process may be downloading the same files.
             for source in sources:
                 if not (folder / source.name).is_file():
-                    _download(source, folder, pause)
+                    _download(source, folder)
     except (OSError, http.client.HTTPException) as error:
         raise OSError(
-            f"{title} could not be downloaded ({error}). Download {', '.join(source.url for source in sources)} on a "
-            f"machine with a network and put the files into {folder}, or pass their folder as --data-dir"
+            f"{title} could not be downloaded ({error}). Try again, or download "
+            f"{', '.join(source.url for source in sources)} on a machine with a network and put the files into "
+            f"{folder}, or pass their folder as --data-dir"
         ) from error
 
 
-def _download(source: Source, folder: Path, pause: float) -> None:
+def _download(source: Source, folder: Path) -> None:
     unchecked = folder / f"{source.name}.part"
-    for leftover in folder.glob(f"{unchecked.name}*"):  # From a process that was killed.
-        leftover.unlink()
-    for attempt in range(1, _ATTEMPTS + 1):
-        try:
-            _fetch(source, unchecked)
-            unchecked.replace(folder / source.name)
-            return
-        except (OSError, http.client.HTTPException, CorruptFileError) as error:
-            if isinstance(error, urllib.error.HTTPError) or attempt == _ATTEMPTS:
-                raise
-            logger.warning("attempt %d to download %s failed (%s): trying again", attempt, source.url, error)
-            time.sleep(pause * 2 ** (attempt - 1))
-
-
-def _fetch(source: Source, path: Path) -> None:
-    with _ONE_AT_A_TIME:
-        timeout = socket.getdefaulttimeout()
-        socket.setdefaulttimeout(_TIMEOUT)  # torch sets none, and would wait for a stalled connection forever.
-        try:
-            torch.hub.download_url_to_file(source.url, str(path), progress=sys.stderr.isatty())
-        finally:
-            socket.setdefaulttimeout(timeout)
-    # torch does not notice when a connection ends early: only the checksum shows that the file is incomplete.
-    found = checksum(path, source.checksum.partition(":")[0])
-    if found != source.checksum:
-        path.unlink()
-        raise CorruptFileError(
-            f"{source.url} was downloaded with checksum {found} instead of {source.checksum}, and removed: try again, "
-            "or download the file from another site"
-        )
+    request = urllib.request.Request(source.url, headers={"User-Agent": "lirpa_fastwarmup"})
+    try:
+        with (
+            urllib.request.urlopen(request, timeout=_TIMEOUT) as response,
+            unchecked.open("wb") as file,
+            tqdm.wrapattr(file, "write", response.length, desc=source.name, disable=None) as shown,
+        ):
+            shutil.copyfileobj(response, shown)
+        # urllib does not notice when a connection ends early: only the checksum shows that the file is incomplete.
+        found = file_sum(unchecked, source.checksum.partition(":")[0])
+        if found != source.checksum:
+            raise CorruptFileError(
+                f"{source.url} was downloaded with checksum {found} instead of {source.checksum}, and removed: try "
+                "again, or download the file from another site"
+            )
+        unchecked.replace(folder / source.name)
+    finally:
+        unchecked.unlink(missing_ok=True)
 
 
 def extracted_folder(
@@ -149,12 +121,8 @@ def extracted_folder(
 
 
 def _extract(archive: Path, folder: Path) -> None:
+    safely: Any = {} if archive.suffix == ".zip" else {"filter": "data"}  # Of zip files, paths outside are skipped.
     try:
-        if archive.suffix == ".zip":
-            with zipfile.ZipFile(archive) as content:
-                content.extractall(folder)  # Ignores "..", and makes absolute paths relative.
-        else:
-            with tarfile.open(archive) as tar:
-                tar.extractall(folder, filter="data")
-    except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, RuntimeError, ValueError) as error:
+        shutil.unpack_archive(archive, folder, **safely)
+    except _DAMAGED as error:
         raise CorruptFileError(f"{archive} is a damaged archive ({error}): remove it and download it again") from error

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lirpa_fastwarmup.experiments.data.arrays import open_npz
 from lirpa_fastwarmup.experiments.data.dataset import Dataset, Split, check_labels, unflatten
 from lirpa_fastwarmup.experiments.data.download import (
     CorruptFileError,
@@ -22,7 +23,6 @@ from lirpa_fastwarmup.experiments.data.download import (
     extracted_folder,
     missing_files,
 )
-from lirpa_fastwarmup.experiments.data.npz import read_npz
 from lirpa_fastwarmup.storage import locked, read_json, write_json
 
 logger = logging.getLogger(__name__)
@@ -149,7 +149,8 @@ def _unpack(batches: Sequence[Path], pixels: Path) -> Tensor:
     logger.info("unpacking %d batches into %s", len(batches), pixels)
     labels = []
     for path in batches:
-        (numbers,) = read_npz(path, "an ImageNet64 batch", "labels")
+        with open_npz(path, "an ImageNet64 batch") as arrays:
+            numbers = arrays["labels"]
         labels.append(check_labels(numbers, numbers.size, range(1, _CLASSES + 1), path))
     partial = pixels.with_name(f"{pixels.name}.part")
     try:
@@ -157,7 +158,8 @@ def _unpack(batches: Sequence[Path], pixels: Path) -> Tensor:
         array = np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint8, shape=shape)
         start = 0
         for path, count in zip(batches, map(len, labels), strict=True):
-            (data,) = read_npz(path, "an ImageNet64 batch", "data")
+            with open_npz(path, "an ImageNet64 batch") as arrays:
+                data = arrays["data"]
             array[start : start + count] = unflatten(data, count, _SHAPE, path)
             start += count
         array.flush()

@@ -66,7 +66,7 @@ def _facts(record: RunRecord) -> list[tuple[str, str]]:
         "dataset": summary.get("dataset", settings.get("dataset")),
         "ε": _radius(settings.get("eps")),
         "epochs": finished if record.summary else f"not finished: {len(record.history)} of {epochs} epochs",
-        "test images": _text(summary.get("test_samples"), ","),
+        "test samples": _text(summary.get("test_samples"), ","),
         "seconds per epoch": _text(summary.get("train_seconds_per_epoch"), ".1f"),
         "operators with untested bounds": "; ".join(summary.get("untested", ())),
         **{name: summary.get(name) for name in ("seed", "device", "engine", "torch", "git")},
@@ -75,7 +75,7 @@ def _facts(record: RunRecord) -> list[tuple[str, str]]:
 
 
 def _headline(record: RunRecord) -> str:
-    """The certified fraction of the test images in a sentence: of certificates, the summary, or the last epoch."""
+    """The certified fraction of the test samples in a sentence: of certificates, the summary, or the last epoch."""
     eps, verification = record.settings.get("eps"), record.verification or {}
     results = [one for one in verification.get("results", ()) if isinstance(one["eps"], int | float)]
     result = next((one for one in results if one["eps"] == eps), results[0] if results else None)
@@ -87,7 +87,7 @@ def _headline(record: RunRecord) -> str:
         methods = verification.get("methods", [])
     if error is None or math.isnan(error) or eps is None:
         return ""
-    images = "the test images" if count is None else f"{count:,} test images"
+    images = "the test samples" if count is None else f"{count:,} test samples"
     return (
         f"{100 * (1 - error):.1f} % of {images} are certified at ε = {_radius(eps)} by {' and '.join(methods)}{when}."
     )
@@ -96,7 +96,7 @@ def _headline(record: RunRecord) -> str:
 def _error_table(record: RunRecord) -> list[tuple[str, ...]]:
     """Errors by their source, with the methods and samples that they come from; the heading first."""
     rows: list[tuple[str, ...]] = []
-    head = ("computed", "bounds", "PGD", "test images", "ε", "standard error", "PGD error", "verified error")
+    head = ("computed", "bounds", "PGD", "test samples", "ε", "standard error", "PGD error", "verified error")
     summary, eps, source = record.summary, _radius(record.settings.get("eps")), "after training"
     if summary is None:
         summary, source = (record.history or [{}])[-1], f"after epoch {len(record.history)}"
@@ -189,7 +189,7 @@ def _certificate_pictures(record: RunRecord) -> list[_Picture]:
         pictures.append(_panel("Errors over ε, with 95 % intervals", plots.draw_errors_over_eps, results))
     margins = [sample.margin for sample in record.samples]
     if any(map(math.isfinite, margins)):
-        source = "of certificates" if record.verification else f"by IBP, of {len(margins):,} test images"
+        source = "of certificates" if record.verification else f"by IBP, of {len(margins):,} test samples"
         pictures.append(_panel(f"Verified margins at ε = {_radius(record.eps)}, {source}", plots.draw_margins, margins))
     return [*pictures, _samples_picture(record.images)] if record.images else pictures
 

@@ -18,10 +18,10 @@ from lirpa_fastwarmup.engine.module import BoundedModule
 from lirpa_fastwarmup.experiments import data
 from lirpa_fastwarmup.experiments.training import load_model, settings_of_run
 from lirpa_fastwarmup.experiments.training.checkpoint import CHECKPOINT, HISTORY, MODEL, SUMMARY
-from lirpa_fastwarmup.experiments.training.network import read_model
+from lirpa_fastwarmup.experiments.training.network import load_dataset, read_model
 from lirpa_fastwarmup.inspection.layers import inspect
 from lirpa_fastwarmup.inspection.statistics import Inspection
-from lirpa_fastwarmup.storage import file_sum, read_csv, read_json, read_tensors, weights_sum
+from lirpa_fastwarmup.storage import file_sum, read_csv, read_json, read_tensors, refused, weights_sum
 from lirpa_fastwarmup.verification import OutOfMemoryError, UnsoundBoundError, evaluate
 from lirpa_fastwarmup.verification import folder as verified
 
@@ -104,23 +104,20 @@ def read_history(path: Path) -> list[dict[str, float]]:
 def read_summary(folder: Path, model: _SavedModel | None = None) -> dict[str, Any]:
     """The ``summary.json`` of the run in ``folder``; ``model`` is its network, if it was read before.
 
-    Raises:
-        FileNotFoundError: the run is not finished, or the folder holds no run.
-        ValueError: the file is not the summary of a run, or belongs to other weights or tables than the folder's.
+    Raises FileNotFoundError if the run is not finished, and ValueError if the file is not the summary of a run, or
+    belongs to other weights or tables than the folder's.
     """
     path = folder / SUMMARY
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no finished run (no {path.name})")
-    try:
+    with refused(f"{path} is not the summary of a run", ValueError):
         summary = read_json(path)
-    except ValueError as error:
-        raise ValueError(f"{error}; a run's summary was expected") from error
-    missing = [name for name in (*ERRORS, "dataset", "seed", "settings") if name not in summary]
-    if missing:
-        raise ValueError(f"{path} is not the summary of a run: it lacks {', '.join(missing)}")
-    known = (int, float, type(None))
-    if not isinstance(summary["settings"], dict) or any(type(summary[name]) not in known for name in ERRORS):
-        raise ValueError(f"{path} is not the summary of a run: its settings or errors are of another type")
+        missing = [name for name in (*ERRORS, "dataset", "seed", "settings") if name not in summary]
+        if missing:
+            raise ValueError(f"it lacks {', '.join(missing)}")
+        known = (int, float, type(None))
+        if not isinstance(summary["settings"], dict) or any(type(summary[name]) not in known for name in ERRORS):
+            raise ValueError("its settings or errors are of another type")
     _check_origin(path, summary, model or _SavedModel(folder))
     return summary
 
@@ -139,14 +136,8 @@ def _check_origin(path: Path, content: Mapping[str, Any], model: _SavedModel) ->
 def read_record(folder: Path, data_dir: Path | None = None, *, trust: bool = False) -> RunRecord:
     """Read the run in ``folder``, inspect its network, and bound test samples if there are no certificates.
 
-    Args:
-        folder: the run's folder.
-        data_dir: folder of the dataset's files, if it has moved.
-        trust: import and call the network factory that the run's files name.
-
-    Raises:
-        FileNotFoundError: the folder does not exist, or holds no run.
-        ValueError: a text file is damaged, or belongs to other weights than ``model.pt`` holds.
+    Raises FileNotFoundError if the folder holds no run, and ValueError if a text file is damaged, or belongs to other
+    weights than ``model.pt`` holds. Without ``trust``, factories that the run's files name are not called.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}: name the folder of a training run")
@@ -193,21 +184,16 @@ def _read_certificates(record: RunRecord, folder: Path, model: _SavedModel) -> N
 
 
 def certified_samples(path: Path, eps: float) -> tuple[float, list[Sample]]:
-    """The samples with a margin in ``certificates.csv`` at ``eps``, or else at the smallest radius, and that radius.
-
-    Raises OSError or ValueError if the file cannot be read as a table of certificates.
-    """
+    """The samples with a margin in ``certificates.csv`` at ``eps``, or else at the smallest radius, and that radius."""
     needed = ("index", "label", "prediction", "margin_lower_bound", "eps")
     rows = [row for row in read_csv(path, needed, "certificates") if row["margin_lower_bound"]]
-    try:
+    with refused(f"{path} cannot be read as certificates", ValueError):
         chosen = min((float(row["eps"]) for row in rows), key=lambda one: (abs(one - eps) > _SAME, one), default=eps)
         samples = [
             Sample(int(row["index"]), int(row["label"]), int(row["prediction"]), float(row["margin_lower_bound"]))
             for row in rows
             if float(row["eps"]) == chosen
         ]
-    except ValueError as error:
-        raise ValueError(f"{path} cannot be read as certificates: {error}") from error
     return chosen, sorted(samples, key=attrgetter("margin"))
 
 
@@ -216,18 +202,24 @@ def _inspect_network(record: RunRecord, model: _SavedModel, data_dir: Path | Non
     if not model.path.is_file():
         raise FileNotFoundError(f"the folder holds no trained network ({MODEL})")
     network, settings = load_model(model.path, trust=trust, content=model.checked), model.checked["settings"]
-    dataset = data.load(settings.dataset, data_dir or settings.data_dir)
+    dataset = load_dataset(settings, model.path, data_dir, trust=trust)
     shape, classes = tuple(model.checked["architecture"]["in_shape"]), model.checked["architecture"]["classes"]
     if (shape, classes) != (dataset.in_shape, dataset.classes):
         found = f"{dataset.in_shape} and {dataset.classes}"
-        raise ValueError(f"it was trained on images {shape} of {classes} classes; those of {dataset.name} have {found}")
+        raise ValueError(
+            f"it was trained on samples {shape} of {classes} classes; those of {dataset.name} have {found}"
+        )
     bounded = BoundedModule(network, torch.zeros(2, *dataset.in_shape), allow_untested=settings.allow_untested)
-    record.inspection = inspect(bounded, data.spread(dataset.test, _INSPECTED).inputs, settings.eps)
+    record.inspection = inspect(
+        bounded, data.spread(dataset.test, _INSPECTED).inputs, settings.eps, input_range=dataset.input_range
+    )
     if not record.samples:
-        record.eps, record.samples = settings.eps, _bounded_samples(bounded, dataset.test, settings.eps)
+        record.eps, record.samples = settings.eps, _bounded_samples(bounded, dataset, settings.eps)
     elif record.verification is not None and record.verification.get("dataset") != dataset.name:
         name = record.verification.get("dataset")
-        record.missing.append(f"The certificates are for {name}; the run does not have its images.")
+        record.missing.append(f"The certificates are for {name}; the run does not have its samples.")
+        return
+    if dataset.test.images.dtype != torch.uint8:  # No pictures.
         return
     few = len(record.samples) <= 2 * _SHOWN
     for sample in record.samples if few else [*record.samples[:_SHOWN], *record.samples[-_SHOWN:]]:
@@ -236,9 +228,10 @@ def _inspect_network(record: RunRecord, model: _SavedModel, data_dir: Path | Non
         record.images.append((sample, pixels.permute(1, 2, 0).numpy()))
 
 
-def _bounded_samples(bounded: BoundedModule, test: data.Split, eps: float) -> list[Sample]:
+def _bounded_samples(bounded: BoundedModule, dataset: data.Dataset, eps: float) -> list[Sample]:
     """Evenly spaced test samples with the margins that IBP proves."""
-    indices = data.spread_indices(len(test), _BOUNDED)
-    found = evaluate(bounded, data.Batches(test.take(indices), _INSPECTED), eps, restarts=0, check=False)
+    indices = data.spread_indices(len(dataset.test), _BOUNDED)
+    batches = data.Batches(dataset.test.take(indices), _INSPECTED)
+    found = evaluate(bounded, batches, eps, restarts=0, input_range=dataset.input_range, check=False)
     samples = [Sample(int(indices[one.index]), one.label, one.prediction, one.margin) for one in found.certificates]
     return sorted(samples, key=attrgetter("margin"))

@@ -12,6 +12,7 @@ from torch.optim import SGD, Adam, Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from lirpa_fastwarmup import models
+from lirpa_fastwarmup.boxes import InputRange
 from lirpa_fastwarmup.distributed import World, rank_zero_first, world
 from lirpa_fastwarmup.engine.module import BoundedModule
 from lirpa_fastwarmup.experiments import data
@@ -34,6 +35,7 @@ class Run:
     settings: Settings
     architecture: dict[str, Any]  # The arguments of `build_network`.
     dataset_name: str  # In reports.
+    input_range: InputRange | None  # To which boxes are clipped.
     train_batches: data.Batches
     validation_batches: data.Batches | None  # Held out from the training samples.
     test_batches: data.Batches
@@ -60,9 +62,10 @@ def build_run(settings: Settings, device: torch.device) -> Run:
     """
     models.find_factory(settings.model)  # Before anything is downloaded.
     with rank_zero_first():  # Rank 0 downloads and unpacks.
-        dataset = data.load(settings.dataset, settings.data_dir)
+        dataset = data.load(settings.dataset, settings.data_dir, settings.input_range)
     processes = world()
     train, held_out = _training_samples(settings, dataset)
+    input_range = _placed(dataset.input_range, device)
     train_batches = _training_batches(settings, data.place(train, device), device, processes)
     architecture = {
         **{name: getattr(settings, name) for name in ("model", "width", "hidden", "batchnorm")},
@@ -82,7 +85,7 @@ def build_run(settings: Settings, device: torch.device) -> Run:
         initialize_(bounded, settings.init, calibrate=calibrate, eps=settings.eps)
     if settings.sync_batchnorm:
         bounded.join_ranks()
-    objective = _objective(settings, bounded, len(train_batches), processes)
+    objective = _objective(settings, bounded, input_range, len(train_batches), processes)
     average = None
     if settings.average_decay is not None:
         average_fn = get_ema_multi_avg_fn(settings.average_decay)
@@ -91,6 +94,7 @@ def build_run(settings: Settings, device: torch.device) -> Run:
         settings=settings,
         architecture=architecture,
         dataset_name=dataset.name,
+        input_range=input_range,
         train_batches=train_batches,
         validation_batches=None if held_out is None else _evaluation_batches(held_out, device),
         test_batches=_evaluation_batches(dataset.test, device),
@@ -104,6 +108,13 @@ def build_run(settings: Settings, device: torch.device) -> Run:
     )
 
 
+def _placed(input_range: InputRange | None, device: torch.device) -> InputRange | None:
+    if input_range is None:
+        return None
+    low, high = (end.to(device) if isinstance(end, torch.Tensor) else end for end in input_range)
+    return low, high
+
+
 def _training_samples(settings: Settings, dataset: data.Dataset) -> tuple[data.Split, data.Split | None]:
     samples = dataset.train
     if settings.data_limit is not None:
@@ -114,6 +125,11 @@ def _training_samples(settings: Settings, dataset: data.Dataset) -> tuple[data.S
 def _training_batches(settings: Settings, samples: data.Split, device: torch.device, processes: World) -> data.Batches:
     augment = None
     if settings.flip or settings.crop_padding:
+        if samples.images.ndim != 4:
+            raise ValueError(
+                f"inputs of shape {tuple(samples.images.shape[1:])} are no images, which --flip and --crop-padding "
+                "augment: add --no-flip --crop-padding 0, or start from the preset custom"
+            )
         generator = data.generator_of(settings.seed, _AUGMENTATION)
         augment = data.Augmentation(flip=settings.flip, crop_padding=settings.crop_padding, generator=generator)
     return data.Batches(
@@ -131,18 +147,21 @@ def _evaluation_batches(samples: data.Split, device: torch.device) -> data.Batch
     return data.Batches(data.place(samples, device), _EVALUATION_BATCH, device=device)
 
 
-def _bounded(settings: Settings, model: nn.Module, in_shape: tuple[int, int, int]) -> BoundedModule:
+def _bounded(settings: Settings, model: nn.Module, in_shape: tuple[int, ...]) -> BoundedModule:
     example = torch.zeros(2, *in_shape, device=next(model.parameters()).device)
     return BoundedModule(model, example, allow_untested=settings.allow_untested)
 
 
-def _objective(settings: Settings, bounded: BoundedModule, steps_per_epoch: int, processes: World) -> ShortWarmup:
+def _objective(
+    settings: Settings, bounded: BoundedModule, input_range: InputRange | None, steps_per_epoch: int, processes: World
+) -> ShortWarmup:
     schedule = SCHEDULES[settings.schedule](settings.eps, settings.ramp_start, settings.ramp_length, steps_per_epoch)
     penalties = {"relu_stability": settings.stability_weight, "weight_l1": settings.l1_weight}
     penalties["volume"] = settings.volume_weight
     return ShortWarmup(
         bounded,
         schedule,
+        input_range=input_range,
         **{name: getattr(settings, name) for name in ("bound", "kappa", "reg_weight", "tol", "compile")},
         regularizers=("tightness", "relu_balance") if settings.regularizers else (),
         penalties={name: weight for name, weight in penalties.items() if weight},

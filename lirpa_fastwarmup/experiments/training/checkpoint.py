@@ -12,7 +12,7 @@ from lirpa_fastwarmup.experiments.training.build import Run
 from lirpa_fastwarmup.experiments.training.loop import Position
 from lirpa_fastwarmup.experiments.training.network import load_weights, read_format
 from lirpa_fastwarmup.experiments.training.settings import Settings
-from lirpa_fastwarmup.storage import is_leftover, locked, make_folder, write_tensors
+from lirpa_fastwarmup.storage import is_leftover, locked, make_folder, refused, write_tensors
 from lirpa_fastwarmup.verification.folder import WRITTEN as CERTIFICATES
 
 MODEL, HISTORY, SUMMARY, CHECKPOINT = "model.pt", "history.csv", "summary.json", "checkpoint.pt"
@@ -20,6 +20,7 @@ CURVES, TENSORBOARD, EVENTS = "curves.png", "tensorboard", "tensorboard/events.o
 
 _FORMATS = (1, 2)  # Both are read; the last one is written.
 _ENTRIES = {"settings", "train_samples", "objective", "optimizer", "batches", "average", "position"}
+_MISFITS = (TypeError, ValueError, KeyError, AttributeError)
 
 
 class OutputExistsError(FileExistsError):
@@ -30,8 +31,7 @@ class OutputExistsError(FileExistsError):
 def claimed(folder: Path, *, overwrite: bool) -> Iterator[None]:
     """Make and lock ``folder`` for a run, on rank 0. An earlier run in it stays until the first checkpoint.
 
-    Raises OutputExistsError if it is not empty and ``overwrite`` is off, FolderInUseError if another run is writing to
-    it, and OSError if it cannot be made or written to.
+    Raises OutputExistsError if it is not empty and ``overwrite`` is off.
     """
     if not world().is_rank_zero:
         yield
@@ -76,26 +76,20 @@ def save(folder: Path, run: Run, position: Position, *, fresh: bool) -> None:
             remove(folder, *CERTIFICATES, MODEL, HISTORY, CURVES)  # Not before there is a checkpoint in its place.
 
 
-def require(path: Path) -> None:
-    """Raise FileNotFoundError if there is no checkpoint at ``path``."""
+def read(path: Path) -> dict[str, Any]:
+    """Read a checkpoint, its settings as :class:`Settings`.
+
+    Raises FileNotFoundError if there is none, and ValueError if it is damaged or cannot be read.
+    """
     if not path.is_file():
         raise FileNotFoundError(
             f"{path.parent} holds no checkpoint ({path.name}) to resume from: a run writes one when it finishes its "
             "first epoch, or is interrupted. Start one there first, without --resume"
         )
-
-
-def read(path: Path) -> dict[str, Any]:
-    """Read a checkpoint, its settings as :class:`Settings`; raise ValueError if it is damaged or cannot be read."""
-    require(path)
     content = read_format(path, _FORMATS)
-    try:
+    problem = f"this version of lirpa_fastwarmup cannot read the settings in {path}"
+    with refused(problem, *_MISFITS, advice=". Use the version that wrote it, or retrain"):
         content["settings"] = Settings.from_dict(content["settings"])
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise ValueError(
-            f"this version of lirpa_fastwarmup cannot read the settings in {path} ({error}): use the version that "
-            "wrote it, or retrain"
-        ) from error
     missing = _ENTRIES - content.keys()
     if missing:
         raise ValueError(f"{path} is not the checkpoint of a run: it lacks {', '.join(sorted(missing))}")
@@ -111,14 +105,13 @@ def restore(content: dict[str, Any], run: Run, position: Position, path: Path) -
             f"{samples} now: use the same data"
         )
     load_weights(run.objective, content["objective"], path)
-    try:
+    problem = f"{path} does not fit the run that its settings describe"
+    with refused(problem, *_MISFITS, RuntimeError, advice=". Retrain"):
         run.optimizer.load_state_dict(content["optimizer"])
         run.train_batches.load_state_dict(content["batches"])
         saved = dict(content["position"])
         position.means.load_state_dict(saved.pop("means"))
         for name, value in saved.items():
             setattr(position, name, value)
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"{path} does not fit the run that its settings describe: {error}. Retrain") from error
     if run.average is not None:
         load_weights(run.average, content["average"], path)

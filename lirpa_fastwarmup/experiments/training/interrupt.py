@@ -21,32 +21,20 @@ class TrainingInterrupted(KeyboardInterrupt):
 
 
 class StopRequest:
-    """Whether the run in ``out`` was asked to stop; :meth:`defer` and :meth:`interrupt` are signal handlers."""
+    """The signal that asked the run in ``out`` to stop, 0 for none; two methods are signal handlers."""
 
     def __init__(self, out: Path) -> None:
         self._out = out
-        self._signal_number: int | None = None
-
-    def __bool__(self) -> bool:
-        return self._signal_number is not None
+        self.signal_number = 0
 
     def defer(self, signal_number: int, frame: FrameType | None) -> None:
         """Record the signal, and let a second SIGINT interrupt at once."""
-        self._signal_number = signal_number
+        self.signal_number = signal_number
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    def interrupt(self, signal_number: int, frame: FrameType | None) -> None:
+    def interrupt(self, signal_number: int, frame: FrameType | None = None) -> None:
         """Raise :class:`TrainingInterrupted`."""
         raise TrainingInterrupted(signal_number, self._out)
-
-    def agree(self) -> None:
-        """Stop because another process was asked to."""
-        self._signal_number = self._signal_number or signal.SIGTERM
-
-    def raise_if_asked(self) -> None:
-        """Raise :class:`TrainingInterrupted` if a stop was asked for."""
-        if self._signal_number is not None:
-            raise TrainingInterrupted(self._signal_number, self._out)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -65,7 +66,7 @@ def train_epoch(run: Run, position: Position, progress: Progress, stop: StopRequ
             position.seconds = time.perf_counter() - started
             metrics: dict[str, float] = {}
             due = position.batches_done % interval == 0
-            stopping = bool(stop)
+            stopping = stop.signal_number > 0
             if run.world.size > 1:  # All processes stop or none, after a step that synchronises them anyway.
                 stopping = due and bool(all_reduce(torch.tensor(float(stopping), device=run.device)) > 0)
             if due or position.batches_done == batches or stopping:
@@ -74,7 +75,7 @@ def train_epoch(run: Run, position: Position, progress: Progress, stop: StopRequ
                 metrics = {"eps": position.eps, **position.means.read()}
             progress.step_done(metrics)
             if stopping:
-                stop.agree()
+                stop.signal_number = stop.signal_number or signal.SIGTERM  # Another process may have been asked.
                 break
     if position.batches_done == batches:
         _require_finite(run)
@@ -82,11 +83,12 @@ def train_epoch(run: Run, position: Position, progress: Progress, stop: StopRequ
 
 def _take_step(run: Run, position: Position, x: Tensor, y: Tensor) -> StepLoss:
     """Update the weights; the gradients of the micro-batches add up to that of the batch's mean loss."""
-    micro_batches = _micro_batches(run.settings, x, y)
+    # BatchNorm needs two samples in each.
+    count = max(1, min(run.settings.accumulate, len(y) // 2 if run.settings.batchnorm else len(y)))
     # Gradients are averaged over the processes, whose parts of the last batch may differ by a sample.
     samples = run.train_batches.samples_in(position.batches_done) / run.world.size
-    for number, (micro_x, micro_y) in enumerate(micro_batches, 1):
-        last = number == len(micro_batches)
+    for number, (micro_x, micro_y) in enumerate(zip(x.tensor_split(count), y.tensor_split(count), strict=True), 1):
+        last = number == count
         with run.trained.no_sync() if isinstance(run.trained, DistributedDataParallel) and not last else nullcontext():
             with torch.autocast(run.device.type, torch.bfloat16, enabled=run.settings.precision == "bf16"):
                 step: StepLoss = run.trained(micro_x, micro_y)
@@ -100,12 +102,6 @@ def _take_step(run: Run, position: Position, x: Tensor, y: Tensor) -> StepLoss:
     if run.average is not None:
         run.average.update_parameters(run.objective.model)
     return step
-
-
-def _micro_batches(settings: Settings, x: Tensor, y: Tensor) -> list[tuple[Tensor, Tensor]]:
-    # BatchNorm needs two samples in each.
-    count = max(1, min(settings.accumulate, len(y) // 2 if settings.batchnorm else len(y)))
-    return list(zip(x.tensor_split(count), y.tensor_split(count), strict=True))
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from lirpa_fastwarmup import models, storage
+from lirpa_fastwarmup.experiments import data
 from lirpa_fastwarmup.experiments.training.settings import Settings
 from lirpa_fastwarmup.recipe.full_batchnorm import insert_batchnorm
 
@@ -60,7 +61,7 @@ def load_model(path: Path, *, trust: bool = False, content: Mapping[str, Any] | 
             factory makes now.
     """
     content = content or read_model(path)
-    require_trust(str(content["architecture"]["model"]), path, trust=trust)
+    require_trust(path, str(content["architecture"]["model"]), trust=trust)
     try:
         model = build_network(content["architecture"])
     except (TypeError, AttributeError, RuntimeError, MemoryError, OverflowError) as error:
@@ -69,13 +70,25 @@ def load_model(path: Path, *, trust: bool = False, content: Mapping[str, Any] | 
     return model.eval()
 
 
-def require_trust(name: str, path: Path, *, trust: bool) -> None:
-    """Raise :class:`UntrustedError` if ``name``, read from ``path``, is a factory and ``trust`` is off."""
-    if name not in models.MODELS and not trust:
-        raise UntrustedError(
-            f"{path} names the network {name!r}, whose code would be imported and run. If you know where the file is "
-            "from, trust it: --trust, or trust=True"
-        )
+def require_trust(path: Path, *names: str, trust: bool) -> None:
+    """Raise :class:`UntrustedError` if one of ``names``, read from ``path``, is a factory and ``trust`` is off."""
+    for name in names:
+        if data.is_factory(name) and not trust:
+            raise UntrustedError(
+                f"{path} names the factory {name!r}, whose code would be imported and run. If you know where the file "
+                "is from, trust it: --trust, or trust=True"
+            )
+
+
+def load_dataset(settings: Settings, path: Path, data_dir: Path | None = None, *, trust: bool = False) -> data.Dataset:
+    """The dataset of a run, whose settings were read from ``path``; ``data_dir`` is its new place.
+
+    Raises:
+        UntrustedError: the settings name a factory, and ``trust`` is off.
+        OSError, ValueError, TypeError, ImportError: as :func:`lirpa_fastwarmup.experiments.data.load`.
+    """
+    require_trust(path, settings.dataset, trust=trust)
+    return data.load(settings.dataset, data_dir or settings.data_dir, settings.input_range)
 
 
 def read_format(path: Path, formats: Sequence[int], content: Any = None) -> dict[str, Any]:

@@ -91,7 +91,7 @@ def resume(
         out: the folder of the run.
         data_dir: folder of the dataset's files, if they were moved.
         device, progress: as for :func:`train`.
-        trust: import and call the factory that the checkpoint names, if the network is not one of this package.
+        trust: import and call the factories of network and dataset that the checkpoint names.
 
     Returns:
         The content of ``summary.json``.
@@ -105,7 +105,6 @@ def resume(
     """
     started = time.perf_counter()
     path = out / CHECKPOINT
-    checkpoint.require(path)
     with checkpoint.claimed(out, overwrite=True):
         found: Any = None
         if world().is_rank_zero:
@@ -114,7 +113,7 @@ def resume(
         if summary is not None:
             return dict(summary)
         settings: Settings = content["settings"]
-        require_trust(settings.model, path, trust=trust)
+        require_trust(path, settings.model, settings.dataset, trust=trust)
         run = build_run(settings if data_dir is None else settings.replace(data_dir=data_dir), torch.device(device))
         join_ranks(run)
         position = Position(_no_means(run))
@@ -176,7 +175,8 @@ def _run_to_end(
             checkpoint.save(out, run, position, fresh=fresh)
             _write_results(run, position, out)
             fresh = False
-            stop.raise_if_asked()
+            if stop.signal_number:
+                stop.interrupt(stop.signal_number)
     with handled_by(stop.interrupt):  # The checkpoint holds all that the summary is computed from.
         summary = summarise(run, position, out, started)
         if run.world.is_rank_zero:

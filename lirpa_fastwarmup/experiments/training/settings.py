@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 Method = Literal["fast", "ibp", "gowal", "crown-ibp", "xiao", "colt"]
 # The names in the registries of datasets, models, initialisations, losses and schedules, whose modules import PyTorch.
 Dataset = Literal["mnist5k", "mnist", "cifar10", "tiny-imagenet", "imagenet64", "npz"]
+_PIXELS = frozenset(get_args(Dataset)) - {"npz"}  # Those that are certainly images.
 Model = Literal["cnn7", "wide-resnet8", "resnext"]
 Init = Literal["default", "kaiming", "xavier", "orthogonal", "ibp", "ibp-calibrated"]
 Bound = Literal["ibp", "crown-ibp", "crown-ibp-fused"]
@@ -39,7 +40,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 # Settings, the condition on their values, and its check.
 _RANGES: list[tuple[str, str, Callable[[Any], bool]]] = [
-    ("eps", "above 0 and at most 1, the width of the input range [0, 1]", lambda value: 0 < value <= 1),
+    ("eps", "above 0 and finite", lambda value: 0 < value < math.inf),
     ("batch_size accumulate epochs hidden ramp_start width", "at least 1", lambda value: value >= 1),
     ("ramp_length validation crop_padding pgd_steps pgd_restarts", "at least 0", lambda value: value >= 0),
     (
@@ -82,8 +83,16 @@ class Settings:
     batchnorm: bool = _setting("method", "full BatchNorm", True, flag="bn")
     regularizers: bool = _setting("method", "the paper's two regularisers, in the warmup", True, flag="reg")
 
-    dataset: Dataset = _setting("data", "dataset to train and test on")
+    dataset: str = _setting(
+        "data",
+        f"{', '.join(get_args(Dataset))}, FILE.npz, FILE.pt, FILE.csv, a folder, package.module:factory or "
+        "file.py:factory",
+        metavar="NAME",
+    )
     data_dir: Path | None = _setting("data", "folder of the dataset's files; if unset, the user's cache", None, "DIR")
+    input_range: tuple[float, float] | None = _setting(
+        "data", "lowest and highest valid input, to which boxes are clipped; if unset, the dataset's", None, "X"
+    )
     data_limit: int | None = _setting("data", "train on N samples, drawn by the seed", None, "N")
     validation: int = _setting("data", "hold out N training samples, and keep the best epoch on them", 0, "N")
     select: Select = _setting("data", "keep the last epoch, or the best one on held-out or on test samples", "last")
@@ -100,7 +109,9 @@ class Settings:
     sync_batchnorm: bool = _setting("network", "compute batch statistics over all processes, under torchrun", False)
     precise_bn: bool = _setting("network", "recompute running statistics over the training set at the end", False)
 
-    eps: float = _setting("objective", "target radius in pixel units, a number or a fraction such as 8/255")
+    eps: float = _setting(
+        "objective", "target radius in units of the inputs (pixels: 0 to 1), a number or a fraction such as 8/255"
+    )
     schedule: Schedule = _setting("objective", "how the radius grows", "smoothed")
     ramp_start: int = _setting("objective", "epoch, counted from 1, at which the radius starts to grow", metavar="N")
     ramp_length: int = _setting("objective", "epochs over which the radius grows", metavar="N")
@@ -136,18 +147,26 @@ class Settings:
             if not _is_a(value, kind):
                 expected = getattr(kind, "__name__", str(kind))
                 raise TypeError(f"{name} must be of type {expected}; found {value!r}")
-            # Datasets may also be registered in data.LOADERS; loading refuses unknown ones.
-            if get_origin(kind) is Literal and name != "dataset" and value not in get_args(kind):
+            if get_origin(kind) is Literal and value not in get_args(kind):
                 raise ValueError(f"unknown {name} {value!r}; known are {', '.join(get_args(kind))}")
         for names, condition, holds in _RANGES:
             for name in names.split():
                 value = getattr(self, name)
                 if value is not None and not holds(value):
                     raise ValueError(f"{name} must be {condition}; found {value}")
+        self._check_radius()
         if self.select == "validation" and not self.validation:
             raise ValueError("choosing the best epoch on held-out samples needs some: give their number as validation")
         if self.select == "test" and self.evaluate_test == "end":
             raise ValueError("choosing the best epoch on the test set needs its errors after every epoch")
+
+    def _check_radius(self) -> None:
+        if self.eps > 1 and self.input_range is None and self.dataset in _PIXELS:
+            raise ValueError(f"eps must be at most 1, the width of the range of pixels, [0, 1]; found {self.eps}")
+        if self.input_range is not None and not (
+            len(self.input_range) == 2 and self.input_range[0] < self.input_range[1]
+        ):
+            raise ValueError(f"input_range must be the lowest and the highest valid input; found {self.input_range}")
 
     def replace(self, **changes: Any) -> Settings:
         """Return a copy with some settings changed."""
@@ -168,7 +187,8 @@ class Settings:
     def as_dict(self) -> dict[str, Any]:
         """The settings as plain values, for JSON and checkpoints."""
         data_dir = None if self.data_dir is None else str(self.data_dir)
-        return {**vars(self), "data_dir": data_dir, "lr_milestones": list(self.lr_milestones)}
+        lists = {name: list(value) for name, value in vars(self).items() if isinstance(value, tuple)}
+        return {**vars(self), **lists, "data_dir": data_dir}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Settings:
@@ -184,7 +204,8 @@ class Settings:
         if ablated:
             raise ValueError(f"{', '.join(ablated)} off: this version trains no network with a part of BatchNorm only")
         data_dir = None if values.get("data_dir") is None else Path(values["data_dir"])
-        return cls(**{**values, "data_dir": data_dir, "lr_milestones": tuple(values.get("lr_milestones", ()))})
+        tuples = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+        return cls(**{**values, **tuples, "data_dir": data_dir})
 
     def __str__(self) -> str:
         values = self.as_dict()

@@ -56,7 +56,7 @@ def history_row(run: Run, position: Position) -> dict[str, float]:
         **{f"train_{name}" if name.endswith("error") else name: value for name, value in means.items()},
         **_errors(run, position),
     }
-    layers = inspect(run.evaluated.eval(), run.inspected, run.settings.eps)
+    layers = inspect(run.evaluated.eval(), run.inspected, run.settings.eps, input_range=run.input_range)
     return {**row, "dead": layers.dead, "input_half_width": layers.input_half_width, **history_columns(layers.relus)}
 
 
@@ -64,14 +64,15 @@ def _errors(run: Run, position: Position) -> dict[str, float]:
     """Errors on the test set and on held-out samples; bounds are checked in the first epoch and before the summary."""
     broadcast_buffers(run.evaluated.wrapped)
     check, eps = position.epoch == 1, run.settings.eps
+    options: dict[str, Any] = {"restarts": 0, "input_range": run.input_range}
     row = {"standard_error": math.nan, "verified_error": math.nan}
     if run.settings.evaluate_test == "every-epoch":
-        found = evaluate(run.evaluated, run.test_batches, eps, restarts=0, check=check, over_ranks=True)
+        found = evaluate(run.evaluated, run.test_batches, eps, **options, check=check, over_ranks=True)
         row = {"standard_error": found.standard_error.value, "verified_error": found.verified_error.value}
     elif check:
-        evaluate(run.evaluated, next(iter(run.test_batches)), eps, restarts=0)
+        evaluate(run.evaluated, next(iter(run.test_batches)), eps, **options)
     if run.validation_batches is not None:
-        found = evaluate(run.evaluated, run.validation_batches, eps, restarts=0, check=False, over_ranks=True)
+        found = evaluate(run.evaluated, run.validation_batches, eps, **options, check=False, over_ranks=True)
         row["validation_standard_error"] = found.standard_error.value
         row["validation_verified_error"] = found.verified_error.value
     return row
@@ -102,6 +103,7 @@ def summarise(run: Run, position: Position, out: Path, started: float) -> dict[s
         *(run.evaluated, run.test_batches, settings.eps),
         pgd_steps=settings.pgd_steps,
         restarts=settings.pgd_restarts,
+        input_range=run.input_range,
         seed=settings.seed,
         over_ranks=True,
     )
