@@ -45,7 +45,7 @@ class _PatchingFinder(MetaPathFinder, Loader):
 
 def patch_engine_on_import() -> None:
     """Patch auto_LiRPA when it is first imported; a process that never imports it does not load PyTorch either."""
-    if _ENGINE in sys.modules:
+    if sys.modules.get(_ENGINE) is not None:
         importlib.import_module("lirpa_fastwarmup.engine.compat")
     elif not any(isinstance(finder, _PatchingFinder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _PatchingFinder())
