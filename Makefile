@@ -1,6 +1,7 @@
 # Two commands from a fresh clone: `make demo` and `make test`. Nothing but Python ≥ 3.11, pip and make is needed.
 PYTHON ?= python3
 VENV ?= .venv
+TORCH ?= $(shell sed -n 's/^torch==//p' requirements.txt)
 OUT ?= runs/mnist5k
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
@@ -9,7 +10,7 @@ INSTALLED = $(VENV)/.installed
 # tests in one process, which shares their fixtures, until another process runs out of tests.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
-.PHONY: demo test test-all test-engine lint docs results-cifar10 results-mnist clean
+.PHONY: demo test test-all test-engine test-torch lint docs results-cifar10 results-mnist clean
 
 demo: $(INSTALLED)
 	$(BIN)/lirpa-fastwarmup train mnist5k --out $(OUT) --overwrite $(ARGS)
@@ -27,6 +28,10 @@ test-engine: $(INSTALLED)
 	@test -f "$(ENGINE)/auto_LiRPA/__init__.py" || { echo "$(ENGINE) is no checkout of auto_LiRPA: it has no auto_LiRPA/__init__.py" >&2; exit 2; }
 	PYTHONPATH="$$(cd "$(ENGINE)" && pwd)" $(PYTEST) $(ARGS)
 
+# The tests with another PyTorch, in an environment of its own; with ENGINE, a checkout of auto_LiRPA, with both.
+test-torch:
+	$(MAKE) $(if $(ENGINE),test-engine,test) TORCH="$(TORCH)" VENV="$(VENV)-torch-$(TORCH)"
+
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -39,7 +44,7 @@ docs: $(INSTALLED)
 # Debian's python3 comes without ensurepip; then the pip that is there fills the environment.
 $(INSTALLED): requirements.txt setup.cfg
 	$(PYTHON) -m venv $(VENV) || { $(PYTHON) -m venv --clear --without-pip $(VENV) && $(PYTHON) -m pip --python $(VENV) install pip; }
-	$(BIN)/python -m pip install --quiet -r requirements.txt
+	sed "s/^torch==.*/torch==$(TORCH)/" requirements.txt | $(BIN)/python -m pip install --quiet -r /dev/stdin
 	$(BIN)/python -m pip install --quiet --no-deps auto_LiRPA==0.3 onnx2pytorch==0.6.0
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
@@ -49,4 +54,4 @@ results-cifar10 results-mnist: $(INSTALLED)
 	$(BIN)/python benchmarks/results.py $(@:results-%=%) --data-dir "$(DATA_DIR)" $(ARGS)
 
 clean:
-	rm -rf $(VENV) build dist docs/notebooks *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-torch-* build dist docs/notebooks *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

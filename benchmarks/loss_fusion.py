@@ -16,6 +16,7 @@ import torch
 
 import lirpa_fastwarmup as fw
 from lirpa_fastwarmup.engine.compat import ENGINE_VERSION
+from lirpa_fastwarmup.recipe.losses import LOSSES
 
 
 def make_step(bound: str, classes: int, options: argparse.Namespace) -> Callable[[], float]:
@@ -26,7 +27,9 @@ def make_step(bound: str, classes: int, options: argparse.Namespace) -> Callable
     model = fw.models.cnn7((3, 32, 32), classes, options.width, options.hidden)
     bounded = fw.BoundedModule(model, x[:2])
     fw.ibp_init_(bounded)
-    warmup = fw.ShortWarmup(bounded, fw.LinearEpsilon(8 / 255, 1, 2, steps_per_epoch=1), bound=bound, regularizers=())
+    warmup = fw.ShortWarmup(
+        bounded, fw.LinearEpsilon(8 / 255, 1, 2, steps_per_epoch=1), loss=LOSSES[bound], regularizers=()
+    )
     warmup.step()
     optimizer = torch.optim.Adam(warmup.parameters(), 5e-4)
 

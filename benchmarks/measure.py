@@ -19,6 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import lirpa_fastwarmup as fw
 from lirpa_fastwarmup.engine.compat import ENGINE_VERSION
+from lirpa_fastwarmup.recipe.losses import LOSSES
 
 Step = Callable[[], None]
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # The profiler tells of every recording.
@@ -115,7 +116,7 @@ def certified_step(setup: Setup, *, compile: bool = False, bound: str = "ibp", r
     objective = fw.ShortWarmup(
         bounded,
         fw.LinearEpsilon(8 / 255, start=1, length=2, steps_per_epoch=1),
-        bound=bound,
+        loss=LOSSES[bound],
         reg_weight=0.5 if regularizers else 0.0,
         compile=compile,
     )

@@ -166,8 +166,8 @@ smooth | BoundLinear.interval_propagate
     IBP, linear: no bias at the lower end | center - deviation + lb => center - deviation
 CNN | BoundLinear.interval_propagate
     IBP, margins: last bias not multiplied | C.matmul(lb) if not => lb if not
-CNN | lirpa_fastwarmup.engine.bounds:_Margins.matmul
-    IBP, margins: sign | weight.index_select(0, self.labels).unsqueeze(1) - weight => weight - weight[self.labels, None]
+CNN | lirpa_fastwarmup.engine.bounds:_margin_product
+    IBP, margins: sign | weight.index_select(0, labels).unsqueeze(1) - weight => weight - weight[labels, None]
 CNN | lirpa_fastwarmup.engine.batchnorm:_ScaledInterval.forward
     IBP, BatchNorm: radius by the scale, not by its absolute value | scale.abs() / 2 => scale / 2
 CNN | lirpa_fastwarmup.engine.batchnorm:SharedBatchNorm.interval_propagate

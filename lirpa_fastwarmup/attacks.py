@@ -1,11 +1,14 @@
-"""Projected gradient descent (PGD): searches a box for the lowest margin, and so for misclassified points."""
+"""Projected gradient descent (PGD; Madry et al., 2018) in a box: for verification, and within training steps."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lirpa_fastwarmup.boxes import Epsilon, InputRange, box_ends, broadcast_to_batch, check_batch, check_eps
@@ -26,13 +29,93 @@ class Attack:
     margins: Tensor
     succeeded: Tensor
 
-    def replace(self, samples: Tensor, other: Attack) -> None:
-        """Overwrite the results of ``samples`` where ``other`` succeeded or has the lower margin."""
-        worse = other.succeeded | (other.margins < self.margins[samples])
-        where = samples[worse]
-        self.points[where] = other.points[worse]
-        self.margins[where] = other.margins[worse]
-        self.succeeded[where] = other.succeeded[worse]
+    def or_better(self, other: Attack, until_misclassified: bool) -> Attack:
+        """For each sample the result with the lower margin, or the first of the two that succeeded."""
+        better = other.margins < self.margins
+        if until_misclassified:
+            better = ~self.succeeded & (other.succeeded | better)
+        wide = better.view(-1, *[1] * (self.points.ndim - 1))
+        return Attack(
+            torch.where(wide, other.points, self.points),
+            torch.where(better, other.margins, self.margins),
+            torch.where(better, other.succeeded, self.succeeded),
+        )
+
+
+@dataclass(frozen=True)
+class PGD:
+    """An attack within training steps: it raises the cross-entropy, and does the same computation for every batch.
+
+    Attributes:
+        steps: gradient steps of each restart, at least 1.
+        step_size: length of a step, as a fraction of the box's half-width at each coordinate.
+        restarts: random starting points, uniform in the box.
+        decay: a factor, and the numbers of steps after which ``step_size`` is multiplied by it, such as
+            ``(0.1, (4, 7))``.
+        scale: the attacked radius over ε; above 1 it exceeds the certified one.
+        return_best: return the visited point with the highest loss, starting points included, instead of the last one.
+
+    Raises:
+        TypeError: a count is not an integer.
+        ValueError: an attribute is out of its range.
+
+    Example:
+        >>> attack = fw.attacks.PGD(steps=1, step_size=10, return_best=False)  # A random start, then a corner.
+        >>> loss = fw.losses.MTLIBP(alpha=0.5, attack=attack)
+    """
+
+    steps: int = 1
+    step_size: float = 10.0
+    restarts: int = 1
+    decay: tuple[float, tuple[int, ...]] | None = None
+    scale: float = 1.0
+    return_best: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "restarts"):
+            count = getattr(self, name)
+            if not isinstance(count, int):
+                raise TypeError(f"{name} must be an integer, found {count!r}")
+            if count < 1:
+                raise ValueError(
+                    f"an attack needs at least one of {name}, found {count}: train with losses.IBP without"
+                )
+        if not (0 < self.step_size < math.inf):
+            raise ValueError(f"step_size, a fraction of the box's half-width, must be above 0, found {self.step_size}")
+        if not 1 <= self.scale < math.inf:
+            raise ValueError(
+                f"scale is the attacked radius over the certified one, found {self.scale}: below 1 the attack would "
+                "miss points of the box that is certified. Pass 1 or more"
+            )
+        if self.decay is not None and not (0 < self.decay[0] <= 1 and all(at > 0 for at in self.decay[1])):
+            raise ValueError(f"decay is a factor from 0 to 1, and numbers of steps, found {self.decay}")
+
+    def starts(self, x: Tensor) -> Tensor:
+        """Random starting points relative to the box, from 0 to 1, by the device's generator: (restarts, *x.shape)."""
+        return torch.rand((self.restarts, *x.shape), dtype=x.dtype, device=x.device)
+
+    def points(
+        self, model: Callable[[Tensor], Tensor], y: Tensor, lower: Tensor, upper: Tensor, starts: Tensor
+    ) -> Tensor:
+        """The attack's point in each box.
+
+        Args:
+            model: maps points to logits.
+            y: labels (batch,).
+            lower, upper: ends of the boxes, (batch, *input).
+            starts: from :meth:`starts`.
+        """
+        factor, milestones = self.decay or (1.0, ())
+        sizes = [self.step_size * factor ** sum(at <= step for at in milestones) for step in range(self.steps)]
+        strides: list[Epsilon] = [size * (upper - lower) / 2 for size in sizes]
+        options: dict[str, Any] = {"score": _negative_loss, "until_misclassified": False, "best": self.return_best}
+        found = [
+            _descend(model, lower + start * (upper - lower), y, lower, upper, strides, **options) for start in starts
+        ]
+        best = found[0]
+        for other in found[1:]:
+            best = best.or_better(other, until_misclassified=False)
+        return best.points
 
 
 def attack(
@@ -95,7 +178,10 @@ def attack(
         noise = random_starts(x, 1, generator)[0] if starts is None else starts[restart]
         start = box[0] + noise.to(x)[left] * (box[1] - box[0])
         stride = step_size * (eps.expand_as(x)[left] if isinstance(eps, Tensor) else eps)
-        found.replace(left, _descend(model, start, y[left], *box, steps, stride))
+        other = _descend(model, start, y[left], *box, [stride] * steps, score=_margins, until_misclassified=True)
+        before = Attack(found.points[left], found.margins[left], found.succeeded[left])
+        better = before.or_better(other, until_misclassified=True)
+        found.points[left], found.margins[left], found.succeeded[left] = better.points, better.margins, better.succeeded
     return found
 
 
@@ -133,24 +219,36 @@ def pgd(
 
 
 def _descend(
-    model: nn.Module, point: Tensor, y: Tensor, lower: Tensor, upper: Tensor, steps: int, stride: Epsilon
+    model: Callable[[Tensor], Tensor],
+    point: Tensor,
+    y: Tensor,
+    lower: Tensor,
+    upper: Tensor,
+    strides: list[Epsilon],
+    *,
+    score: Callable[[Tensor, Tensor], Tensor],
+    until_misclassified: bool,
+    best: bool = True,
 ) -> Attack:
-    """The first misclassified point visited on the descent from ``point``, or else the one with the lowest margin."""
+    """The point visited on the descent from ``point`` along ``strides`` with the lowest score.
+
+    ``until_misclassified``: instead the first misclassified point, where there is one. Without ``best``: the last one.
+    """
     found = Attack(point.clone(), torch.full_like(point.flatten(1)[:, 0], torch.inf), torch.zeros_like(y).bool())
-    everything = torch.arange(len(y), device=y.device)
-    for step in range(steps + 1):
+    for step in range(len(strides) + 1):
         point = point.detach().requires_grad_(True)
         with torch.enable_grad():
             logits = model(point)
-            margins = _margins(logits, y)
-        left = everything[~found.succeeded]
+            scores = score(logits, y)
         succeeded = logits.detach().argmax(1) != y
-        found.replace(left, Attack(point.detach()[left], margins.detach()[left], succeeded[left]))
-        if step == steps or bool(found.succeeded.all()):
+        found = found.or_better(Attack(point.detach(), scores.detach(), succeeded), until_misclassified)
+        if step == len(strides) or (until_misclassified and bool(found.succeeded.all())):
             break
         with torch.enable_grad():
-            (gradient,) = torch.autograd.grad(margins.sum(), point)
-        point = torch.min(torch.max(point.detach() - stride * gradient.sign(), lower), upper)
+            (gradient,) = torch.autograd.grad(scores.sum(), point)
+        point = torch.min(torch.max(point.detach() - strides[step] * gradient.sign(), lower), upper)
+        if not best and step == len(strides) - 1:
+            return Attack(point, found.margins, found.succeeded)
     return found
 
 
@@ -158,3 +256,7 @@ def _margins(logits: Tensor, y: Tensor) -> Tensor:
     own = logits.gather(1, y.unsqueeze(1)).squeeze(1)
     others = logits.scatter(1, y.unsqueeze(1), -torch.inf).amax(1)
     return own - others
+
+
+def _negative_loss(logits: Tensor, y: Tensor) -> Tensor:
+    return -F.cross_entropy(logits, y, reduction="none")

@@ -131,9 +131,9 @@ def inputs_error(x: Tensor, input_range: InputRange | None) -> ValueError:
     if input_range is None:
         return ValueError(f"inputs must be finite; {found}")
     return ValueError(
-        f"inputs must lie in input_range {_shown(input_range)}, to which the box is clipped; {found}. Keep the data in its own "
-        "units and make normalisation the network's first layer (lirpa_fastwarmup.models.Normalize), pass the data's "
-        "range as input_range, or None for data without one"
+        f"inputs must lie in input_range {_shown(input_range)}, to which the box is clipped; {found}. Keep the data in "
+        "its own units and make normalisation the network's first layer (lirpa_fastwarmup.models.Normalize), pass the "
+        "data's range as input_range, or None for data without one"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -152,14 +153,16 @@ def patient_group() -> Iterator[Any]:
 
     Every rank must enter the block. Objects are sent over gloo, for every device.
     """
-    if world().size == 1:
-        yield None
-        return
-    group = dist.new_group(backend="gloo", timeout=_PATIENCE)
-    try:
-        yield group
-    finally:
-        dist.destroy_process_group(group)
+    yield None if world().size == 1 else _patient_group(dist.group.WORLD)
+
+
+@functools.lru_cache(maxsize=1)
+def _patient_group(default: Any) -> Any:
+    """The one group of this kind within the group ``default``, which every rank asks for first at the same time.
+
+    Both are kept: PyTorch 2.4 may wait forever when it frees a group directly after a collective.
+    """
+    return dist.new_group(backend="gloo", timeout=_PATIENCE)
 
 
 @contextmanager

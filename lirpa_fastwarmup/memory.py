@@ -17,9 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 logger = logging.getLogger(__name__)
 
-_OUT_OF_MEMORY = re.compile(
-    r"out of memory|can't allocate|not enough memory|bad_alloc|could not create a primitive", re.I
-)
+_OUT_OF_MEMORY = r"(?i)out of memory|can't allocate|not enough memory|bad_alloc|could not create a primitive"
 _USABLE = 0.8  # Of the free memory; operators use the rest internally.
 
 
@@ -32,21 +30,14 @@ class MicroBatches:
 
     A GPU raises an error if something does not fit, and the micro-batch is halved. A CPU's operating system kills the
     process instead, so the memory of one sample is measured first, and the free memory determines the size.
-
-    Attributes:
-        size: samples per micro-batch; it only shrinks.
     """
 
     def __init__(self, size: int) -> None:
-        self.size = size
+        self.size = size  # Samples per micro-batch; it only shrinks.
         self._measured = False
 
     def each(self, compute: Callable[[Tensor], Tensor], samples: Tensor, what: str) -> Tensor:
-        """``compute`` of each micro-batch of ``samples``, which are indices (n,), concatenated.
-
-        On the CPU, ``compute`` is first called with one sample, and that result is discarded. Raises OutOfMemoryError
-        with the name ``what`` of the computation if one sample alone does not fit.
-        """
+        """``compute`` of each micro-batch of ``samples``, indices (n,), concatenated; errors name it ``what``."""
         results: list[Tensor] = []
         done = 0
         while done < len(samples):
@@ -113,14 +104,11 @@ class _PeakBytes(TorchDispatchMode):
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether ``error`` reports a lack of memory, on any device."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or _OUT_OF_MEMORY.search(str(error)) is not None
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or re.search(_OUT_OF_MEMORY, str(error)) is not None
 
 
 def free_memory(system: Path = Path("/")) -> int | None:
-    """Bytes available to the process, in the system (its files below ``system``) and its control group, if known.
-
-    The file cache of a control group counts as available, because the system drops it on demand.
-    """
+    """Bytes available to the process, in the system (its files below ``system``) and its control group, if known."""
     free = []
     with suppress(OSError):
         found = re.search(r"MemAvailable:\s+(\d+) kB", (system / "proc/meminfo").read_text())
@@ -128,6 +116,7 @@ def free_memory(system: Path = Path("/")) -> int | None:
     group = system / "sys/fs/cgroup"
     with suppress(OSError, ValueError):  # Without a control group, or without a limit ("max").
         limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+        # The file cache counts as available, because the system drops it on demand.
         cached = re.search(r"^inactive_file (\d+)$", (group / "memory.stat").read_text(), re.M)
         free.append(limit - used + (int(cached[1]) if cached else 0))
     return min(free, default=None)

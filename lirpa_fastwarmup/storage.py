@@ -71,9 +71,7 @@ def read_json(path: Path) -> dict[str, Any]:
             raise ValueError(f"it holds no object; found {type(content).__name__}")
     expected = content.pop(_CHECKSUM, None)  # Files of earlier versions have none.
     if expected not in (None, _json_sum(content)):
-        raise ValueError(
-            f"{path} was changed after it was written: its checksum differs. Restore it from a copy, or write it again"
-        )
+        raise ValueError(f"{path} was changed after it was written: its checksum differs. Restore it or write it again")
     return content
 
 
@@ -87,10 +85,7 @@ def refused(problem: str, *kinds: type[Exception], advice: str = "") -> Iterator
 
 
 def parse_json(text: str) -> Any:
-    """Parse JSON; raise ValueError if it is nested deeper than any file of this package.
-
-    auto_LiRPA lifts Python's recursion limit, so that the parser would crash the process instead of raising.
-    """
+    """Parse JSON, except if nested so deep that it crashes the parser: auto_LiRPA lifts Python's recursion limit."""
     brackets = re.findall(r"[\[\]{}]", _STRING.sub("", text))
     if max(accumulate(1 if one in "[{" else -1 for one in brackets), default=0) > _NESTED:
         raise ValueError("its brackets are nested too deep")
@@ -212,11 +207,7 @@ def _not_writable(folder: Path, error: OSError) -> OSError:
 
 @contextmanager
 def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
-    """Lock ``folder`` against other processes of this package during the block; the system unlocks it after a kill.
-
-    If another process holds the lock, raises a FolderInUseError that names it, or waits. Some file systems have no
-    locks.
-    """
+    """Lock ``folder`` against other processes of this package during the block; the system unlocks it after a kill."""
     path, holder = folder / LOCK, "another process"
     lock = FileLock(path)
     try:

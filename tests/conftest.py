@@ -15,6 +15,9 @@ from torch import Tensor
 from lirpa_fastwarmup.engine.compat import ENGINE_VERSION, engine
 from lirpa_fastwarmup.experiments import data
 
+# Where there is a CUDA compiler and no GPU, torch logs a line in every process that imports the engine, unless this
+# variable is empty.
+os.environ.setdefault("CUDA_PATH", "")
 settings.register_profile("suite", deadline=None, derandomize=True)
 settings.load_profile("suite")
 

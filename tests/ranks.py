@@ -20,10 +20,12 @@ import lirpa_fastwarmup as fw
 from lirpa_fastwarmup.distributed import all_gather, patient_group, rank_zero_first
 from lirpa_fastwarmup.engine.batchnorm import normalize_over_ranks
 from lirpa_fastwarmup.recipe.compiled import CompiledSteps
+from lirpa_fastwarmup.recipe.losses import LOSSES
 from tests.networks import SmallResNet, convolutional
 
 # After it, a process gives up waiting for one that has failed.
 LIMIT = timedelta(minutes=2)
+_KEPT: list[Any] = []  # The last group: PyTorch 2.4 may wait forever when it frees one directly after a collective.
 NETWORKS = {"convolutional": convolutional, "residual": lambda: SmallResNet(batchnorm=True)}
 
 
@@ -47,6 +49,7 @@ def _joined(rank: int, size: int, folder: str, function: Callable[..., Any], arg
     try:
         torch.save(function(rank, size, *arguments), f"{folder}/{rank}.pt")
     finally:
+        _KEPT[:] = [dist.group.WORLD]
         dist.destroy_process_group()
 
 
@@ -65,7 +68,7 @@ def objective(network: str, *, training: bool, regularised: bool, bound: str = "
     bounded = fw.BoundedModule(NETWORKS[network](), torch.rand(2, 1, 8, 8))
     fw.ibp_init_(bounded)
     schedule = fw.SmoothedEpsilon(0.05, 1, 10, 10)
-    warmup = fw.ShortWarmup(bounded, schedule, reg_weight=0.5 if regularised else 0.0, bound=bound)
+    warmup = fw.ShortWarmup(bounded, schedule, reg_weight=0.5 if regularised else 0.0, loss=LOSSES[bound])
     warmup.steps_done = 60
     if not training:  # BatchNorm in evaluation mode alone: the radius is still the ramp's.
         for module in warmup.model.modules():

@@ -51,7 +51,7 @@ def test_bad_tensors_and_sizes():
         data.Split(torch.rand(2, 1, 4, 4, dtype=torch.float64), torch.arange(2))
     with pytest.raises(ValueError, match="one for each of 3 samples"):
         data.Split(torch.zeros(3, 1, 4, 4, dtype=torch.uint8), torch.arange(2))
-    with pytest.raises(ValueError, match="batch size"):
+    with pytest.raises(ValueError, match="in batches of 0 leave no batch"):
         data.Batches(split(3), 0)
     for count, size in ((1, 4), (5, 1)):
         with pytest.raises(ValueError, match="leave no batch with two samples"):

@@ -110,6 +110,7 @@ def test_every_kind_of_layer(layer, shape, kind):
     ],
     ids=["deepcopy", "pickle", "torch.save", "jit.trace", "torch.export"],
 )
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning")  # Since PyTorch 2.15; it still works.
 def test_survives_copying_and_export(copier, x):
     model = networks.SmallResNet()
     fw.insert_batchnorm(model, x)

@@ -19,6 +19,7 @@ from lirpa_fastwarmup import memory, verification
 from lirpa_fastwarmup.engine import precision
 from lirpa_fastwarmup.engine.bounds import MarginBounds, ibp_margins
 from lirpa_fastwarmup.engine.compat import engine
+from lirpa_fastwarmup.recipe.losses import LOSSES
 from lirpa_fastwarmup.verification import METHODS, Journal, UnsoundBoundError, certify
 from tests import networks
 from tests.test_verification import LABELS, POINTS, linear_classifier
@@ -201,7 +202,7 @@ def test_coarse_arithmetic_of_the_process_changes_nothing():
     bits = {}
 
     def look(done):
-        bits["inside"] = torch.is_autocast_enabled("cpu"), torch.backends.mkldnn.matmul.fp32_precision
+        bits["inside"] = torch.is_autocast_enabled("cpu"), torch.get_float32_matmul_precision()
 
     before = torch.get_float32_matmul_precision()
     try:
@@ -209,27 +210,36 @@ def test_coarse_arithmetic_of_the_process_changes_nothing():
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert bounded.wrapped(x).dtype == torch.bfloat16  # It would matter.
             found = fw.verify(bounded, (x, y), 0.004, progress=look)
-        assert bits["inside"] == (True, "bf16")  # Between batches the process has its settings back.
+        assert bits["inside"] == (True, "medium")  # Between batches the process has its settings back.
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision(before)
     assert found.certificates == expected.certificates
 
 
-def test_compiled_networks_are_verified_eagerly(monkeypatch):
+def test_what_is_compiled_is_verified_eagerly(monkeypatch):
+    compiled = []
+
+    def backend(graph, _):
+        return lambda *inputs: compiled.append(len(inputs)) or graph(*inputs)
+
+    doubled = torch.compile(lambda x: 2 * x, backend=backend)
     bounded, x, y = trained_digits()
-    seen = []
+    doubled(y)
+    assert len(compiled) == 1
     original = MarginBounds.lower
 
-    def look(*args):
-        seen.append(torch.compiler.is_compiling())
-        seen.append(torch._dynamo.eval_frame._stance.stance != "force_eager")
-        return original(*args)
+    def look(network, box, labels, *args):
+        assert not torch.compiler.is_compiling()
+        assert torch.equal(doubled(labels), 2 * labels)  # Compiled for this shape,
+        assert torch.equal(doubled(labels[:, None]), 2 * labels[:, None])  # or not yet.
+        return original(network, box, labels, *args)
 
     monkeypatch.setattr(MarginBounds, "lower", look)
     fw.verify(bounded, (x, y), 0.004)
-    assert seen
-    assert not any(seen)
+    assert len(compiled) == 1
+    doubled(y)
+    assert len(compiled) == 2
 
 
 @pytest.fixture
@@ -486,7 +496,11 @@ BAD = {
     "float labels": (lambda b, x, y: (b, (x, y.float()), 0.1), TypeError, "labels must be class numbers"),
     "labels too high": (lambda b, x, y: (b, (x, y + 2), 0.1), ValueError, "labels must be between 0 and 2"),
     "nothing": (lambda b, x, y: (b, [], 0.1), ValueError, "no samples"),
-    "plain network": (lambda b, x, y: (b.wrapped, (x, y), 0.1), TypeError, "expected a BoundedModule, found Sequential"),
+    "plain network": (
+        lambda b, x, y: (b.wrapped, (x, y), 0.1),
+        TypeError,
+        "expected a BoundedModule, found Sequential",
+    ),
     "method": (lambda b, x, y: (b, (x, y), 0.1, ["MILP"]), ValueError, "unknown method 'MILP'; name at least one of"),
     "no method": (lambda b, x, y: (b, (x, y), 0.1, []), ValueError, "name at least one of IBP"),
     "method as text": (lambda b, x, y: (b, (x, y), 0.1, "IBP"), ValueError, "as a sequence"),
@@ -555,7 +569,7 @@ def test_threads_leave_the_process_as_it_was_and_get_the_same_certificates():
     expected = fw.verify(bounded, (x, y), 0.02, **given).certificates
 
     def process():
-        coarse = [backend.fp32_precision for backend in precision._COARSE]
+        coarse = [setting.read() for setting in precision._COARSE]
         return (
             torch.get_default_dtype(),
             sys.stdout,
@@ -667,14 +681,16 @@ def test_networks_in_double_precision_are_trained_under_a_default_of_single_prec
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), activation(), nn.Linear(8, 3)).double()
     x, y = torch.rand(6, 1, 4, 4).double(), torch.arange(6) % 3
-    warmup = fw.ShortWarmup(fw.BoundedModule(model, x), fw.LinearEpsilon(0.1, 1, 2, 2), bound=bound, regularizers=())
+    warmup = fw.ShortWarmup(
+        fw.BoundedModule(model, x), fw.LinearEpsilon(0.1, 1, 2, 2), loss=LOSSES[bound], regularizers=()
+    )
     warmup.step()
     out = warmup(x, y)
     out.loss.backward()
     assert out.loss.dtype == model[1].weight.grad.dtype == torch.float64
     assert torch.get_default_dtype() == torch.float32
     single = fw.ShortWarmup(
-        fw.BoundedModule(copy.deepcopy(model).float(), x.float()), warmup.schedule, bound=bound, regularizers=()
+        fw.BoundedModule(copy.deepcopy(model).float(), x.float()), warmup.schedule, loss=LOSSES[bound], regularizers=()
     )
     single.step()
     assert float(single(x.float(), y).loss.detach()) == pytest.approx(float(out.loss.detach()), rel=1e-5)

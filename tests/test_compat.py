@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from lirpa_fastwarmup.engine import compat
+from lirpa_fastwarmup.engine.precision import exact_arithmetic
 
 ROOT = Path(__file__).parent.parent
 
@@ -96,3 +97,25 @@ def test_the_engine_is_patched_wherever_it_is_imported_first():
     code = "import lirpa_fastwarmup, sys; assert 'torch' not in sys.modules; import auto_LiRPA as engine"
     found = run(f"{code}; from lirpa_fastwarmup.engine import compat; assert engine is compat.engine", "-W", "error")
     assert (found.returncode, found.stderr) == (0, "")
+
+
+def test_exact_arithmetic_is_exact_and_is_restored():
+    def settings():
+        if hasattr(torch.backends.cudnn, "conv"):  # Since PyTorch 2.9.
+            cuda, cudnn, cpu = torch.backends.cuda.matmul, torch.backends.cudnn, torch.backends.mkldnn
+            return [one.fp32_precision for one in (cuda, cudnn.conv, cudnn.rnn, cpu.matmul, cpu.conv, cpu.rnn)]
+        return [torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32]
+
+    exact = ["ieee"] * 6 if hasattr(torch.backends.cudnn, "conv") else ["highest", False]
+    one, other = torch.randn(128, 256), torch.randn(256, 128)
+    product = one @ other
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")  # On many CPUs, products are then rounded to bfloat16.
+    try:
+        before = settings()
+        with exact_arithmetic(torch.device("cpu")):
+            assert settings() == exact
+            assert torch.equal(one @ other, product)
+        assert settings() == before != exact
+    finally:
+        torch.set_float32_matmul_precision(precision)

@@ -10,6 +10,7 @@ from lirpa_fastwarmup.engine.precision import products_in_tf32
 from lirpa_fastwarmup.experiments.presets import preset
 from lirpa_fastwarmup.experiments.training import TrainingInterrupted, resume, train
 from lirpa_fastwarmup.recipe import compiled
+from lirpa_fastwarmup.recipe.losses import LOSSES
 from tests import networks
 from tests.test_compiled import EPS, FULL, RAMPING, STARTING, assert_same_step, pair
 from tests.test_resume import SignalAt
@@ -71,7 +72,9 @@ def test_a_graph_is_captured_once_and_leaves_the_state_as_it_was(monkeypatch):
 @pytest.mark.parametrize("step", [STARTING, RAMPING, FULL])
 def test_compiled_steps_are_the_eager_ones_and_wait_for_nothing(step, bound, x, y):
     x, y = x.cuda(), y.cuda()
-    eager, compiled = pair(networks.SmallResNet(batchnorm=True).cuda(), x, backend="inductor", step=step, bound=bound)
+    eager, compiled = pair(
+        networks.SmallResNet(batchnorm=True).cuda(), x, backend="inductor", step=step, loss=LOSSES[bound]
+    )
     with products_in_tf32(False):
         assert_same_step(eager, compiled, x, y)
         for objective in (eager, compiled):

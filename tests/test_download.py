@@ -1,9 +1,7 @@
 from __future__ import annotations
 
 import hashlib
-import socket
 import threading
-from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -56,7 +54,8 @@ def server():
         thread.join()
 
 
-fetch = partial(download, "Digits", pause=0.0)
+def fetch(sources, folder):
+    download("Digits", sources, folder)
 
 
 def source(address, path="file", name="file.bin"):
@@ -75,31 +74,24 @@ def test_a_file_is_complete_and_not_downloaded_twice(server, tmp_path):
     assert handler.requests == ["/file", "/other"]
 
 
-def test_a_broken_connection_is_retried(server, tmp_path):
-    handler, address = server
-    handler.broken_responses = 3
-    fetch([source(address)], tmp_path)
-    assert (tmp_path / "file.bin").read_bytes() == CONTENT
-    assert len(handler.requests) == 4
-
-
 @pytest.mark.parametrize("path", ["corrupt", "broken"])
 def test_a_wrong_checksum_is_refused_and_the_file_removed(path, server, tmp_path):
     handler, address = server
-    handler.broken_responses = 4
+    handler.broken_responses = 1
     with pytest.raises(
         CorruptFileError, match=rf"/{path} was downloaded with checksum sha256:\w+ instead of {CHECKSUM}"
     ):
         fetch([source(address, path)], tmp_path)
-    assert len(handler.requests) == 4
     assert not list(tmp_path.iterdir())
+    handler.broken_responses = 0
+    fetch([source(address)], tmp_path)
+    assert (tmp_path / "file.bin").read_bytes() == CONTENT
 
 
 def test_a_stalled_connection_ends(server, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_TIMEOUT", 0.1)
     with pytest.raises(OSError, match=r"Digits could not be downloaded .*timed out"):
         fetch([source(server[1], "stalled")], tmp_path)
-    assert socket.getdefaulttimeout() is None
     assert not list(tmp_path.iterdir())
 
 
@@ -112,8 +104,7 @@ def test_a_missing_file_is_requested_once(server, tmp_path):
 
 
 def test_leftovers_of_a_killed_process_are_removed(server, tmp_path):
-    for name in ("file.bin.part", "file.bin.part.0123.partial"):
-        (tmp_path / name).write_bytes(b"incomplete")
+    (tmp_path / "file.bin.part").write_bytes(b"incomplete")
     fetch([source(server[1])], tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["file.bin"]
     assert (tmp_path / "file.bin").read_bytes() == CONTENT

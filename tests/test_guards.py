@@ -152,11 +152,11 @@ def test_certificates_say_that_they_rest_on_untested_bounds(x):
     ).eval()
     y = model(x).argmax(1)
     found = fw.verify(fw.BoundedModule(model, x, allow_untested=True), (x, y), 1e-4, ("IBP",), restarts=0)
-    assert found.untested == ("Exp after module '1'",)
+    assert found.untested == ("Exp in module '2' (Function)",)
     assert all(sample.untested for sample in found.certificates)
     assert [row["untested"] for row in found.rows("sha256:0")] == [1] * 8
-    assert found.as_dict()["untested"] == ["Exp after module '1'"]
-    assert "relies on untested bounds of Exp after module '1'" in str(found)
+    assert found.as_dict()["untested"] == ["Exp in module '2' (Function)"]
+    assert "relies on untested bounds of Exp in module '2' (Function)" in str(found)
     tested = fw.verify(
         fw.BoundedModule(nn.Sequential(nn.Flatten(), nn.Linear(64, 3)).eval(), x), (x, y), 1e-4, ("IBP",)
     )

@@ -269,7 +269,7 @@ def test_a_factory_may_be_named_by_its_file(tmp_path, monkeypatch):
     with pytest.raises(TypeError, match=r"'nets/torch\.py:number' is of type int"):
         models.find_factory("nets/torch.py:number")
     for _ in range(2):  # A failed import leaves nothing behind.
-        with pytest.raises(ImportError, match=r"the file 'broken_module\.py' of .*Give its path") as caught:
+        with pytest.raises(ImportError, match=r"the file 'broken_module\.py' of .*a file as its path") as caught:
             models.build("broken_module.py:net", (1, 8, 8), 3)
         assert isinstance(caught.value.__cause__, ModuleNotFoundError)
 
@@ -326,15 +326,15 @@ def test_known_networks_draw_what_their_function_draws(name):
             "unknown network 'cnn8'; known are cnn7, wide-resnet8, resnext, or .*package.module:factory",
         ),
         ("no.such.module:net", ImportError, r"'no\.such\.module:net' cannot be imported.*path"),
-        ("folder/factories:net", ImportError, "cannot be imported.*Write it with dots"),
-        ("folder/factories.py:net", ImportError, r"the file .*\(FileNotFoundError.*Give its path"),
+        ("folder/factories:net", ImportError, "cannot be imported.*Write a module with dots"),
+        ("folder/factories.py:net", ImportError, r"the file .*\(FileNotFoundError.*a file as its path"),
         (":net", ImportError, "module '' of the network ':net' cannot be imported"),
         ("broken_syntax:net", ImportError, "cannot be imported .SyntaxError.*imported by itself"),
         ("broken_module:net", ImportError, "a_package_that_is_not_there"),
         ("factories:other", ImportError, "module 'factories' has no 'other'"),
         ("factories:", ImportError, "has no ''"),
-        ("factories:instance", TypeError, r"is a network \(Sequential\) already.*every run needs a fresh one"),
-        ("factories:number", TypeError, "is of type int, which cannot be called"),
+        ("factories:instance", TypeError, "is of type Sequential, and every run needs a fresh network"),
+        ("factories:number", TypeError, "is of type int, and every run needs a fresh network: name a function"),
         ("factories:needy", TypeError, "missing a required argument: 'layers'.*parameters in_shape, classes.*width"),
         ("factories:positional", TypeError, "argument: 'classes'.*Give any other parameter a default"),
         ("factories:text", TypeError, "returned an object of type str, .* return an nn.Module"),

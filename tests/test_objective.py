@@ -266,8 +266,12 @@ def test_networks_that_the_objective_cannot_take(x):
     with pytest.raises(TypeError, match=r"fastwarmup\.BoundedModule\(model, example_inputs\)"):
         fw.ShortWarmup(networks.multilayer(False), fw.ConstantEpsilon(0.1))
     smooth = nn.Sequential(nn.Flatten(), nn.Linear(64, 4), nn.LeakyReLU(), nn.Linear(4, 3))
-    with pytest.raises(fw.StructureError, match=r"no ReLU.*regularizers=\(\)"):
+    with pytest.raises(fw.StructureError, match=r"no ReLU.*relu_balance.*regularizers=\('tightness',\)"):
         objective(smooth, x)
+    assert objective(smooth, x, regularizers=("tightness",))(x, torch.zeros(len(x)).long()).tightness.isfinite()
+    linear = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+    with pytest.raises(fw.StructureError, match=r"no activation.*tightness.*regularizers=\(\)"):
+        objective(linear, x)
     objective(smooth, x, regularizers=())
     objective(smooth, x, reg_weight=0.0)
     objective(smooth, x, regularizers=(lambda bounded: torch.zeros(()),))

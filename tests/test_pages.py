@@ -42,7 +42,7 @@ def make_net(in_shape, classes):
 make = make_net
 """
 # Begun outside this package: installers, other programs, and what a person's own machine must have.
-FOREIGN = re.compile(r"(pip install|git clone|python abcrown\.py) ")
+FOREIGN = re.compile(r"(pip install|pip wheel|git clone|python abcrown\.py) ")
 LAUNCHED = "torchrun --nproc-per-node 2 -m lirpa_fastwarmup "
 
 

@@ -138,7 +138,8 @@ def test_hooks_on_a_plain_module(batch):
     assert fw.regularizers.tightness(plain).isfinite()
     assert fw.regularizers.relu_balance(plain).isfinite()
     plain(x)
-    loss = fw.losses.ibp(plain, fw.input_box(x, EPS), y, 3).loss
+    step = fw.losses.LossStep(plain, x, y, plain(x), fw.input_box(x, EPS), EPS)
+    loss = fw.losses.IBP()(step).loss
     loss.backward()
     assert loss.isfinite()
     found = fw.inspect(plain, x, EPS)
@@ -182,7 +183,7 @@ def test_another_function_than_the_models_is_refused(batch):
 
 
 def test_an_operator_without_proved_bounds_is_refused_by_name(batch):
-    x, y = batch
+    x, _ = batch
     plain = plain_of(nn.Sequential(nn.Flatten(), nn.Linear(64, 3), nn.LeakyReLU(1.5)), x)
     with pytest.raises(NotImplementedError, match=r"LeakyRelu .*its slope is 1\.5"):
         fw.ShortWarmup(plain, fw.ConstantEpsilon(EPS), regularizers=())

@@ -76,7 +76,7 @@ IMAGENET = {
     "flip": True,
     "crop_padding": 4,
 }
-# The paper's settings, and our own for mnist5k and imagenet64.
+# The paper's settings, and our own for mnist5k.
 DOCUMENTED = {
     "mnist5k": {
         "dataset": "mnist5k",
@@ -104,13 +104,6 @@ DOCUMENTED = {
         "epochs": 80,
         "ramp_length": 20,
         "lr_milestones": [61, 71],
-    },
-    "imagenet64": {
-        **IMAGENET,
-        "dataset": "imagenet64",
-        "epochs": 20,
-        "ramp_length": 10,
-        "lr_milestones": [15, 18],
     },
 }
 

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import lirpa_fastwarmup as fw
-from lirpa_fastwarmup.engine.graph import LayerBounds
-from lirpa_fastwarmup.recipe.regularizers import _imbalance
+from lirpa_fastwarmup.engine.graph import LayerBounds, activation_bounds, read_graph
+from lirpa_fastwarmup.recipe.regularizers import _imbalance, undefined
 from tests import networks
 from tests.reference import Box, propagate
 
@@ -227,6 +227,84 @@ def test_no_relu_no_regulariser(x):
     bounded.compute_bounds(x=(fw.input_box(x, 0.1),), method="IBP")
     with pytest.raises(fw.StructureError, match="no ReLU"):
         fw.regularizers.relu_balance(bounded)
+
+
+ACTIVATIONS = {
+    "ReLU": nn.ReLU,
+    "Tanh": nn.Tanh,
+    "LeakyReLU": nn.LeakyReLU,
+    "SiLU": nn.SiLU,
+    "GELU": nn.GELU,
+    "GELU, tanh": lambda: nn.GELU(approximate="tanh"),
+    "Mish": nn.Mish,
+    "Hardswish": nn.Hardswish,
+    "ELU": nn.ELU,
+    "ReLU6": nn.ReLU6,
+}
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_tightness_takes_the_pre_activations_of_any_activation(x, name):
+    layers = [nn.Linear(64, 6), nn.Linear(6, 5), nn.Linear(5, 3)]
+    model = nn.Sequential(
+        nn.Flatten(), layers[0], ACTIVATIONS[name](), layers[1], nn.BatchNorm1d(5), ACTIVATIONS[name](), layers[2]
+    ).eval()
+    model.requires_grad_(True)
+    nn.init.normal_(layers[0].weight)
+    bounded = fw.BoundedModule(model, x)
+    bounded.compute_bounds(x=(fw.input_box(x, 0.1, None),), method="IBP")
+    found = fw.regularizers.tightness(bounded)
+    first = 0.1 * layers[0].weight.abs().sum(1).mean()
+    layer = activation_bounds(bounded)[0]
+    assert float((layer.upper - layer.lower).detach().mean() / 2) == pytest.approx(float(first.detach()), rel=1e-4)
+    assert [one.name for one in activation_bounds(bounded)] == ["1", "3"]
+    second = activation_bounds(bounded)[1]
+    ratios = [0.1 / first, 0.1 / ((second.upper - second.lower).mean() / 2)]
+    expected = sum((0.5 - ratio).clamp(min=0) for ratio in ratios) / 2 / 0.5
+    assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=1e-4)
+    found.backward()
+    assert bool(layers[0].weight.grad.isfinite().all())
+    assert bool(layers[0].weight.grad.any())
+
+
+def test_pre_activations_of_relu_networks_are_those_of_the_relus():
+    x = torch.rand(2, 3, 16, 16)
+    for model in (fw.models.cnn7((3, 16, 16), 10, width=2, hidden=4), fw.models.wide_resnet8((3, 16, 16), 10, width=1)):
+        bounded = fw.BoundedModule(model, x)
+        bounded.compute_bounds(x=(fw.input_box(x, 0.01),), method="IBP")
+        pairs = zip(fw.relu_bounds(bounded), activation_bounds(bounded), strict=True)
+        for relu, activation in pairs:
+            assert relu.name == activation.name
+            assert relu.lower is activation.lower
+            assert relu.upper is activation.upper
+
+
+def test_gates_of_other_tensors_are_activations_of_their_own(x):
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.other, self.last = nn.Linear(64, 4), nn.Linear(64, 4), nn.Linear(4, 3)
+
+        def forward(self, x):
+            x = x.flatten(1)
+            return self.last(self.one(x) * torch.sigmoid(self.other(x)))
+
+    graph = read_graph(fw.BoundedModule(Gated(), x))
+    assert [name for name, _ in graph.activations] == ["other"]
+
+
+def test_regularisers_that_a_network_has_no_activations_for_are_named(x):
+    smooth = nn.Sequential(nn.Flatten(), nn.Linear(64, 4), nn.Tanh(), nn.Linear(4, 3))
+    names = ("tightness", "relu_balance", "volume", "weight_l1", "mine")
+    assert undefined(fw.BoundedModule(smooth, x), names) == ["relu_balance", "volume"]
+    affine = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+    assert undefined(fw.BoundedModule(affine, x), names) == ["tightness", "relu_balance", "volume"]
+    relus = nn.Sequential(nn.Flatten(), nn.Linear(64, 4), nn.ReLU(), nn.Linear(4, 3))
+    assert undefined(fw.BoundedModule(relus, x), names) == []
+    bounded = fw.BoundedModule(affine, x)
+    bounded.compute_bounds(x=(fw.input_box(x, 0.1),), method="IBP")
+    with pytest.raises(fw.StructureError, match="no activation"):
+        fw.regularizers.tightness(bounded)
 
 
 def test_nothing_is_read_to_the_host(x):

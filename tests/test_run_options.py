@@ -71,7 +71,7 @@ def test_remedies_can_be_added_to_any_method(method, tmp_path):
     assert torch.equal(weight, fast)
 
 
-@pytest.mark.parametrize("init", ["default", "kaiming", "xavier", "orthogonal", "ibp", "ibp-calibrated"])
+@pytest.mark.parametrize("init", ["default", "kaiming", "xavier", "orthogonal", "ibp"])
 def test_initialisations_by_name(init):
     model = build_run(SMALL.replace(init=init, width=16, hidden=64), CPU).objective.model
     weights = [module.weight.detach() for module in model if isinstance(module, nn.Conv2d | nn.Linear)]
@@ -88,12 +88,6 @@ def test_initialisations_by_name(init):
     if init == "orthogonal":
         assert torch.allclose(hidden @ hidden.T, torch.eye(64), atol=1e-4)
         assert torch.allclose(last @ last.T, torch.eye(10), atol=1e-4)
-    if init == "ibp-calibrated":  # The formula's up to a factor, measured on the data.
-        plain = build_run(SMALL.replace(init="ibp", width=16, hidden=64), CPU).objective.model
-        ratio = second / [module.weight for module in plain if isinstance(module, nn.Conv2d)][1].detach()
-        assert torch.allclose(ratio, ratio.mean().expand_as(ratio), rtol=1e-4)
-        assert 0.2 < float(ratio.mean()) < 5
-        assert float(ratio.mean()) != pytest.approx(1, rel=1e-3)
 
 
 def test_accumulated_parts_have_their_own_statistics_and_add_up(tmp_path):
@@ -212,20 +206,6 @@ def test_errors_on_the_test_set_are_taken_at_the_end_alone(tmp_path, capsys):
         assert errors[0][column] == errors[1][column]
 
 
-def test_tensorboard_gets_the_history(tmp_path, capsys):
-    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    arguments = ["--width", "2", "--hidden", "8", "--epochs", "2", "--ramp-length", "1", "--data-limit", "96"]
-    attack = ["--pgd-steps", "1", "--pgd-restarts", "1"]
-    assert cli.main(["train", "mnist5k", "--out", str(tmp_path), "--tensorboard", *arguments, *attack]) == 0
-    events = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
-    events.Reload()
-    logged = [scalar.value for scalar in events.Scalars("verified_error")]
-    assert logged == pytest.approx([float(row["verified_error"]) for row in history(tmp_path)])
-    assert [scalar.step for scalar in events.Scalars("loss")] == [1, 2]
-    assert cli.main(["train", "mnist5k", "--out", str(tmp_path), "--overwrite", *arguments, *attack]) == 0
-    assert not list((tmp_path / "tensorboard").iterdir())
-
-
 MODULE = """
 import torch
 from torch import nn
@@ -312,10 +292,10 @@ def test_a_network_with_an_operator_that_has_no_bounds_names_it(own_networks, ca
     assert cli.main(["train", "mnist5k", "--out", str(own_networks / "run"), *arguments]) == 1
     err = capsys.readouterr().err
     assert "has no bounds for the operator(s) aten::linalg_pinv" in err
-    assert "operators whose bounds have been tested (Conv, " in err
+    assert "tested operators (docs/operators.md)" in err
 
 
-@pytest.mark.parametrize("name", ["mnist", "cifar10", "cifar10-70", "tiny-imagenet", "imagenet64"])
+@pytest.mark.parametrize("name", ["mnist", "cifar10", "cifar10-70", "tiny-imagenet"])
 def test_presets_whose_data_is_missing_name_the_files(name, tmp_path, capsys):
     assert cli.main(["train", name, "--out", str(tmp_path / "run"), "--data-dir", str(tmp_path / "data")]) == 1
     err = capsys.readouterr().err
@@ -323,7 +303,6 @@ def test_presets_whose_data_is_missing_name_the_files(name, tmp_path, capsys):
     wanted = {
         "mnist": "train-images-idx3-ubyte",
         "tiny-imagenet": "tiny-imagenet-200",
-        "imagenet64": "train_data_batch",
     }
     assert wanted.get(name, "data_batch_1") in err
 
@@ -346,11 +325,18 @@ def test_bfloat16_is_for_training_alone(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("allowed", [True, False])
 def test_products_in_tf32_are_set_and_set_back(allowed):
-    backends = [torch.backends.cuda.matmul, torch.backends.cudnn.conv]
-    before = [backend.fp32_precision for backend in backends]
+    def settings():
+        if hasattr(torch.backends.cudnn, "conv"):  # Since PyTorch 2.9.
+            return (
+                torch.backends.cuda.matmul.fp32_precision == "tf32",
+                torch.backends.cudnn.conv.fp32_precision == "tf32",
+            )
+        return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+
+    before = settings()
     with products_in_tf32(allowed):
-        assert [backend.fp32_precision for backend in backends] == ["tf32" if allowed else "ieee"] * 2
-    assert [backend.fp32_precision for backend in backends] == before
+        assert settings() == (allowed, allowed)
+    assert settings() == before
 
 
 def test_only_whole_batches_of_a_run_are_compiled(tmp_path, monkeypatch):
@@ -366,10 +352,10 @@ def test_files_of_a_network_with_untested_operators_say_so(own_networks, capsys)
     arguments = ["train", "mnist5k", "--out", str(out), "--model", "my_networks:steep", "--data-limit", "96"]
     brief = ["--epochs", "1", "--pgd-steps", "1", "--pgd-restarts", "1", "--eps", "0.001"]
     assert cli.main([*arguments, *brief]) == 1
-    assert "have not been tested for LeakyRelu after module" in capsys.readouterr().err
+    assert "have not been tested for LeakyRelu in module" in capsys.readouterr().err
     assert cli.main([*arguments, *brief, "--allow-untested"]) == 0
     (named,) = json.loads((out / "summary.json").read_text())["untested"]
-    assert named.startswith("LeakyRelu after module 'conv")
+    assert named.startswith("LeakyRelu in ")
     assert (
         cli.main(["verify", str(out), "--trust", "--limit", "20", "--methods", "IBP", "--eps", "0.001", "--radius"])
         == 0

@@ -50,9 +50,7 @@ def _export(options: argparse.Namespace) -> int:
     for given in options.samples:  # Before a long range is listed.
         if not given or not 0 <= given[0] <= given[-1] < count:
             shown = f"{given.start}-{given.stop - 1}" if len(given) != 1 else given.start
-            raise ValueError(
-                f"there is no sample {shown}: the test set of {subject.dataset} has {count} samples, from index 0"
-            )
+            raise ValueError(f"there is no sample {shown}: {subject.dataset} has {count} test samples, from index 0")
     indices = list(dict.fromkeys(index for given in options.samples for index in given))
     chosen = subject.samples.take(torch.tensor(indices))
     out = options.out or options.run / _FOLDER

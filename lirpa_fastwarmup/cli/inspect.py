@@ -16,15 +16,15 @@ from lirpa_fastwarmup.experiments.presets import DESCRIPTIONS
 from lirpa_fastwarmup.experiments.training import build_run
 
 _SAMPLES = 250
+_ALSO_OF_RUNS = ("eps", "data_dir", "dataset", "input_range")
 
 
 def add_to(command: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
     command.description = "Inspect a trained network, or the one that `train PRESET` with the same options starts from."
     command.set_defaults(command=_inspect)
-    command.add_argument(
-        "what", metavar="RUN_DIR|PRESET", help=f"folder of a run, or one of: {', '.join(DESCRIPTIONS)}"
-    )
+    text = f"folder of a run, or one of: {', '.join(DESCRIPTIONS)}"
+    command.add_argument("what", metavar="RUN_DIR|PRESET", help=text)
     command.add_argument("--samples", type=int, metavar="N", help=f"evenly spaced test samples (default: {_SAMPLES})")
     mode = command.add_mutually_exclusive_group()
     text = "BatchNorm uses the statistics of the batch, as in a training step (default for a PRESET)"
@@ -58,12 +58,8 @@ def _of_preset(options: argparse.Namespace) -> tuple[fw.BoundedModule, Tensor, f
 def _of_run(options: argparse.Namespace) -> tuple[fw.BoundedModule, Tensor, float, InputRange | None]:
     folder = Path(options.what)
     if not folder.is_dir():
-        raise FileNotFoundError(
-            f"{options.what} is neither a folder nor a preset; presets are {', '.join(DESCRIPTIONS)}"
-        )
-    fixed = [
-        name for name in common.given_settings(options) if name not in ("eps", "data_dir", "dataset", "input_range")
-    ]
+        raise FileNotFoundError(f"{folder} is neither a folder nor a preset; presets are {', '.join(DESCRIPTIONS)}")
+    fixed = [name for name in common.given_settings(options) if name not in _ALSO_OF_RUNS]
     if fixed:
         text = f"{', '.join(fixed)}: the network in {folder} is already trained, with its own settings"
         raise ValueError(f"{text}. Omit these options, or name a preset to inspect a fresh network")

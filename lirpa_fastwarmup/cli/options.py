@@ -48,11 +48,7 @@ def number(text: str) -> Number:
 
 
 def device_named(name: str | None) -> torch.device:
-    """The device called ``name``; by default a GPU if there is one.
-
-    Raises:
-        ValueError: there is none of that name, or it does not work.
-    """
+    """The device called ``name``, if it works here; by default a GPU if there is one."""
     import torch
 
     if name is None:
@@ -67,9 +63,8 @@ def device_named(name: str | None) -> torch.device:
 
 def find_factories_here(*names: str | None, trust: bool = False) -> None:
     """Import factories from the current folder too, as ``python -m`` does, if the command names or trusts one."""
-    named = any(
-        colon and not module.endswith(".py") for module, colon, _ in ((one or "").partition(":") for one in names)
-    )
+    parts = ((name or "").partition(":") for name in names)
+    named = any(colon and not module.endswith(".py") for module, colon, _ in parts)
     if (trust or named) and "" not in sys.path:
         # Imported first, so that no file of the current folder takes the place of a module that this package needs.
         importlib.import_module("lirpa_fastwarmup.experiments.training.run")
@@ -93,9 +88,8 @@ def add_settings(command: argparse.ArgumentParser) -> None:
         text = f"{about['help']}{_default(field.name)}"
         reader = _reader(kinds[field.name], about["metavar"])
         groups[about["group"]].add_argument(flag, dest=field.name, help=text, **reader)
-    groups["method"].add_argument(
-        "--no-init", dest="init", action="store_const", const="default", help="the network's own initialisation"
-    )
+    text = "the network's own initialisation"
+    groups["method"].add_argument("--no-init", dest="init", action="store_const", const="default", help=text)
 
 
 def _default(name: str) -> str:

@@ -27,27 +27,17 @@ _EXTERNAL = ("model", "weights", "mean", "std")
 
 @dataclass(frozen=True)
 class Subject:
-    """A network in evaluation mode on the CPU, and its test samples.
-
-    Attributes:
-        name: the file or factory of the network.
-        dataset: name of the dataset.
-        example: inputs that it accepts, of two samples, or of one if it refuses batches.
-        samples, indices: samples of its test set, and their indices in it.
-        input_range: lowest and highest valid input; ``None`` for unclipped data.
-        eps: the radius that the network was trained for; ``None`` for external networks.
-        allow_untested: accept operators whose bounds have not been tested.
-    """
+    """A network in evaluation mode on the CPU, and its test samples."""
 
     network: nn.Module
-    name: str
+    name: str  # Its file or factory.
     dataset: str
-    example: Tensor
+    example: Tensor  # Inputs that it accepts, of two samples, or of one if it refuses batches.
     samples: data.Split
-    indices: list[int]
+    indices: list[int]  # Of the samples in the test set.
     classes: int
     input_range: InputRange | None
-    eps: float | None
+    eps: float | None  # The radius that it was trained for; None for external networks.
     allow_untested: bool = False
 
 
@@ -61,11 +51,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     group.add_argument("--weights", type=Path, metavar="FILE", help="its state dict, written by torch.save")
     group.add_argument("--mean", type=float, nargs="+", help="mean that its inputs are normalised by, per channel")
     group.add_argument("--std", type=float, nargs="+", help="deviation, per channel; eps stays in units of the inputs")
-    text = "accept operators whose bounds have not been tested; results are marked"
-    group.add_argument("--allow-untested", action="store_true", help=text)
+    group.add_argument("--allow-untested", action="store_true", help="accept untested bounds; results are marked")
     samples = command.add_argument_group("samples")
-    text = "its test set, named as for train; by default the run's dataset"
-    samples.add_argument("--dataset", metavar="NAME", help=text)
+    samples.add_argument("--dataset", metavar="NAME", help="its test set, named as for train; by default the run's")
     samples.add_argument("--data-dir", type=Path, metavar="DIR", help="folder of the dataset's files")
     text = "lowest and highest valid input; by default the dataset's"
     samples.add_argument("--input-range", type=number, nargs=2, metavar="X", help=text)
@@ -77,19 +65,13 @@ def check_named(options: argparse.Namespace) -> None:
         raise ValueError("name either the folder of a training run, or a network with --model")
     given = [f"--{name}" for name in _EXTERNAL if getattr(options, name) is not None]
     if options.run is not None and given:
-        raise ValueError(
-            f"{', '.join(given)} is for an external model; the network of a run is read from {options.run}"
-        )
+        raise ValueError(f"{', '.join(given)} is for an external model, and not for the run in {options.run}")
 
 
 def subject_of(options: argparse.Namespace, limit: int | None = None) -> Subject:
     """The network that the options name, and its test samples, or ``limit`` evenly spaced ones.
 
     Names and files are checked before data is downloaded.
-
-    Raises:
-        ValueError: the options name no network, or two; network, weights and dataset do not fit together.
-        OSError, ImportError, TypeError, NotImplementedError: from the functions that load them.
     """
     check_named(options)
     find_factories_here(options.model, options.dataset, trust=options.trust)
@@ -110,22 +92,11 @@ def subject_of_run(
 ) -> Subject:
     """The network of a run, and its test samples, or ``limit`` evenly spaced ones.
 
-    Args:
-        folder: of the run.
-        dataset, data_dir: other data than the run's, or its new place.
-        input_range: lowest and highest valid input, instead of the dataset's.
-        limit: number of samples.
-        trust: call the factories of network and dataset that the run's files name.
-
-    Raises:
-        OSError: ``folder`` holds no network, or files are missing.
-        ValueError, ImportError, TypeError, NotImplementedError: from the functions that load them.
+    ``dataset`` replaces the run's, ``data_dir`` is its new place, and ``input_range`` replaces the dataset's.
     """
     path = folder / MODEL
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{folder} holds no trained network ({MODEL}): name the folder of a training run that finished an epoch"
-        )
+        raise FileNotFoundError(f"{folder} holds no trained network ({MODEL}): name a run that finished an epoch")
     content = read_model(path)
     network, settings = load_model(path, trust=trust, content=content), content["settings"]
     if dataset is not None:
@@ -196,9 +167,8 @@ def _subject(
             example = example[:1]
             outputs = network(example)
     except RuntimeError as error:
-        raise ValueError(
-            f"the network {name} cannot be run on samples of {dataset.name}, of shape {shape}: {error}"
-        ) from error
+        text = f"the network {name} cannot be run on samples of {dataset.name}, of shape {shape}"
+        raise ValueError(f"{text}: {error}") from error
     if outputs.shape != (len(example), classes):
         raise ValueError(
             f"{dataset.name} has labels of {classes} classes, and the network {name} gives {tuple(outputs.shape)} for "

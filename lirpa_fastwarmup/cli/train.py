@@ -7,17 +7,11 @@ import logging
 import math
 import os
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from lirpa_fastwarmup.cli.options import (
-    add_settings,
-    add_trust,
-    device_named,
-    find_factories_here,
-    given_settings,
-    settings_of,
-)
+from lirpa_fastwarmup.cli import options as common
 from lirpa_fastwarmup.experiments.presets import DESCRIPTIONS
 from lirpa_fastwarmup.experiments.training.settings import Settings
 
@@ -34,9 +28,8 @@ def add_to(command: argparse.ArgumentParser) -> None:
     command.add_argument("--overwrite", action="store_true", help="replace an earlier run in DIR")
     command.add_argument("--show", action="store_true", help="print the settings and stop")
     command.add_argument("--device", help="cpu, cuda, cuda:1 …; by default a GPU if there is one")
-    command.add_argument("--tensorboard", action="store_true", help="also log to DIR/tensorboard")
-    add_trust(command)
-    add_settings(command)
+    common.add_trust(command)
+    common.add_settings(command)
 
 
 def _folder(options: argparse.Namespace) -> Path:
@@ -46,13 +39,13 @@ def _folder(options: argparse.Namespace) -> Path:
 
 
 def _train(options: argparse.Namespace) -> int:
-    find_factories_here(options.model, options.dataset, trust=options.trust)
+    common.find_factories_here(options.model, options.dataset, trust=options.trust)
     # After torchrun has restarted the processes, the same command resumes from the last checkpoint.
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) and options.preset is not None:
         from lirpa_fastwarmup.experiments.training.checkpoint import CHECKPOINT
 
         options.resume, options.overwrite = (_folder(options) / CHECKPOINT).is_file(), True
-    settings = _resumed_settings(options) if options.resume else settings_of(options)
+    settings = _resumed_settings(options) if options.resume else common.settings_of(options)
     if options.show:
         print(settings)
         return 0
@@ -60,7 +53,7 @@ def _train(options: argparse.Namespace) -> int:
     # Imported here, so that --help and --show answer at once.
     from lirpa_fastwarmup.distributed import local_device, process_group
 
-    device = local_device(device_named(options.device))
+    device = local_device(common.device_named(options.device))
     with process_group(device) as ranks:
         if not ranks.is_rank_zero:
             _run(options, settings, out, device=device)
@@ -78,7 +71,7 @@ def _run(options: argparse.Namespace, settings: Settings, out: Path, **arguments
     if options.resume:
         # The user trusts factories that this command names.
         factories = {name for name in ("model", "dataset") if is_factory(getattr(settings, name))}
-        trust = options.trust or factories <= given_settings(options).keys()
+        trust = options.trust or factories <= common.given_settings(options).keys()
         return resume(out, data_dir=options.data_dir, trust=trust, **arguments)
     return train(settings, out, overwrite=options.overwrite, **arguments)
 
@@ -86,21 +79,13 @@ def _run(options: argparse.Namespace, settings: Settings, out: Path, **arguments
 def _run_with_progress(options: argparse.Namespace, settings: Settings, out: Path, device: Any) -> dict[str, Any]:
     from tqdm.contrib.logging import logging_redirect_tqdm
 
-    from lirpa_fastwarmup.experiments.training.checkpoint import TENSORBOARD
-    from lirpa_fastwarmup.experiments.training.progress import TensorBoard
     from lirpa_fastwarmup.recipe import compiled
 
     # Compiling takes a minute, in which nothing else is printed.
     logging.getLogger(compiled.__name__).setLevel(logging.INFO)
-    board = TensorBoard(out / TENSORBOARD) if options.tensorboard else None
-    console = _Console(settings.epochs, board)
-    try:
-        with logging_redirect_tqdm():
-            return _run(options, settings, out, device=device, progress=console)
-    finally:
-        console.close()
-        if board:
-            board.close()
+    console = _Console(settings.epochs)
+    with logging_redirect_tqdm(), closing(console):
+        return _run(options, settings, out, device=device, progress=console)
 
 
 def _resumed_settings(options: argparse.Namespace) -> Settings:
@@ -109,8 +94,8 @@ def _resumed_settings(options: argparse.Namespace) -> Settings:
 
     settings = settings_of_run(_folder(options))
     saved = vars(settings)
-    typed = given_settings(options)
-    given = (vars(settings_of(options)) if options.preset else saved) | typed
+    typed = common.given_settings(options)
+    given = (vars(common.settings_of(options)) if options.preset else saved) | typed
     # What --epochs scales was not asked for, and earlier versions did not scale it.
     free = {"data_dir", *({"ramp_length", "lr_milestones"} - typed.keys() if "epochs" in typed else ())}
     changed = [name for name in saved if name not in free and given[name] != saved[name]]
@@ -124,11 +109,10 @@ def _resumed_settings(options: argparse.Namespace) -> Settings:
 
 
 class _Console:
-    """Shows a progress bar per epoch and prints a line when it is done; logs to TensorBoard, if asked to."""
+    """Shows a progress bar per epoch and prints a line when it is done."""
 
-    def __init__(self, epochs: int, board: Any) -> None:
+    def __init__(self, epochs: int) -> None:
         self._epochs = epochs
-        self._board = board
         self._bar: Any = None
         self._dead: dict[str, str] = {}
 
@@ -160,8 +144,6 @@ class _Console:
             f"loss {row['loss']:7.4f}  {errors}{dead}{seconds:.1f} s",
             flush=True,
         )
-        if self._board is not None:
-            self._board.epoch_done(row, seconds)
 
 
 def _table(summary: Mapping[str, Any], eps: float | None) -> str:

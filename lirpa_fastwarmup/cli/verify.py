@@ -76,14 +76,16 @@ def _verify(options: argparse.Namespace) -> int:
 def _run(
     options: argparse.Namespace, subject: Subject, radii: Sequence[float], out: Path, device: torch.device, ranks: World
 ) -> int:
-    bounded = fw.BoundedModule(
-        subject.network.to(device), subject.example.to(device), allow_untested=subject.allow_untested
-    ).eval()
+    network, example = subject.network.to(device), subject.example.to(device)
+    bounded = fw.BoundedModule(network, example, allow_untested=subject.allow_untested).eval()
     samples, journal = Batches(subject.samples, options.batch_size), Journal.of_rank(out / JOURNAL)
     given = {"methods": options.methods, "pgd_steps": options.pgd_steps, "restarts": options.pgd_restarts}
     given["input_range"] = subject.input_range
     given |= {"batch_size": options.batch_size, "seed": options.seed, "indices": subject.indices, "journal": journal}
-    largest = _width(subject)
+    x, ends = subject.samples.inputs, subject.input_range
+    # The widest box worth certifying: the input range, or what the samples of unclipped data span.
+    low, high = (x.min(), x.max()) if ends is None else map(torch.as_tensor, ends)
+    largest = float((high - low).max()) or 1.0
     tolerance = _TOLERANCE * largest
     started, contradictions = time.perf_counter(), list[str]()
 
@@ -101,11 +103,10 @@ def _run(
         return found
 
     def summary(found: Sequence[fw.verification.Radius]) -> str:
-        entry = radii_entry(found, tolerance)
-        mean, median, without = entry["mean"], entry["median"], entry["not_certified"]
-        return (
-            f"certified radius: mean {mean:.4f}, median {median:.4f} of {len(found):,} samples; {without:,} have none"
+        text = (
+            "certified radius: mean {mean:.4f}, median {median:.4f} of {count:,} samples; {not_certified:,} have none"
         )
+        return text.format(count=len(found), **radii_entry(found, tolerance))
 
     try:
         at = partial(verify, bounded, samples, float64=options.float64)
@@ -119,7 +120,6 @@ def _run(
         about = {"network": subject.name, "dataset": subject.dataset, "samples": len(subject.samples)}
         about |= {"classes": subject.classes, "methods": options.methods, "pgd_steps": options.pgd_steps}
         about |= {"pgd_restarts": options.pgd_restarts, "seed": options.seed}
-        ends = subject.input_range
         about["input_range"] = None if ends is None else [torch.as_tensor(end).tolist() for end in ends]
         about["seconds"] = time.perf_counter() - started
         write_results(out, bounded, verifications, certified, tolerance, about)
@@ -128,10 +128,3 @@ def _run(
     if contradictions:
         raise UnsoundBoundError(contradictions)
     return 0
-
-
-def _width(subject: Subject) -> float:
-    """The widest box worth certifying: the input range, or what the samples of unclipped data span."""
-    x = subject.samples.inputs
-    low, high = (x.min(), x.max()) if subject.input_range is None else map(torch.as_tensor, subject.input_range)
-    return float((high - low).max()) or 1.0

@@ -33,10 +33,6 @@ def normalize_by_batch(
 
     PyTorch computes the statistics, but provides no gradient through them. Computing them a second time costs several
     times as much as the normalisation itself (on the CPU, mostly for the variance).
-
-    Args:
-        x: ``(batch, channels, *space)``.
-        running_mean, running_var: moved towards the batch's statistics by ``momentum``, in place.
     """
     return _BatchNormWithStatistics.apply(x, weight, bias, running_mean, running_var, momentum, eps)
 
@@ -129,17 +125,27 @@ class SharedBatchNorm(BoundBatchNormalization):
         owner: that module, in a tuple, so that it is not registered as a child of the node.
         updates_running_stats: whether a pass in training mode moves the running statistics.
         over_ranks: whether batch statistics are computed over the batches of all processes.
+        statistics: in training mode, what a forward pass normalises by: the statistics of its own "batch", those of the
+            "last" such pass, or the "running" ones.
     """
 
+    statistics = "batch"
     owner: tuple[_BatchNorm]
     updates_running_stats: bool
     over_ranks: bool
     eps: float
     momentum: float
+    current_mean: Tensor
+    current_var: Tensor
 
     def forward(self, x: Tensor, w: Tensor, b: Tensor, m: Tensor, v: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x, w, b, m, v)
+        if self.statistics != "batch":
+            is_running = self.statistics == "running"
+            mean, var = (m, v) if is_running else (self.current_mean, self.current_var)
+            scale = w / (var + self.eps).sqrt()
+            return x * _per_channel(scale, x) + _per_channel(b - mean * scale, x)
         if self.updates_running_stats:
             self.momentum = self._count_batch()
         else:
@@ -178,16 +184,6 @@ class ViewedBatchNorm(SharedBatchNorm):
     @training.setter
     def training(self, mode: bool) -> None:
         """Only the module's mode counts."""
-
-
-class IdentityBatchNorm(BoundBatchNormalization):
-    """A BatchNorm node that returns its input."""
-
-    def forward(self, x: Tensor, *_: Tensor) -> Tensor:
-        return x
-
-    def interval_propagate(self, *v: Any) -> Any:
-        return v[0]
 
 
 class ConstantParameter(_engine.BoundConstant):
@@ -253,17 +249,16 @@ def frozen_running_stats(bounded: Any) -> Iterator[None]:
 
 
 @contextmanager
-def batchnorm_as_identity(bounded: Any) -> Iterator[None]:
-    """Treat every BatchNorm as the identity inside the block."""
-    nodes = _batchnorms(bounded, BoundBatchNormalization)
-    classes = [node.__class__ for node in nodes]
+def normalized_by(bounded: Any, statistics: str) -> Iterator[None]:
+    """In training mode, let forward passes normalise by the statistics of the "last" batch, or the "running" ones."""
+    nodes = _batchnorms(bounded)
+    for node in nodes:
+        node.statistics = statistics
     try:
-        for node in nodes:
-            node.__class__ = IdentityBatchNorm
         yield
     finally:
-        for node, cls in zip(nodes, classes, strict=True):
-            node.__class__ = cls
+        for node in nodes:
+            node.statistics = "batch"
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import io
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 import torch
@@ -14,10 +15,13 @@ from torch import Tensor, nn
 
 from lirpa_fastwarmup.boxes import box_ends, check_eps, check_pair, inputs_error, inputs_fit
 from lirpa_fastwarmup.engine.compat import engine
+from lirpa_fastwarmup.engine.graph import read_graph
 from lirpa_fastwarmup.engine.inputs import Inputs, Layout, bounded_tensor
 from lirpa_fastwarmup.engine.module import BoundedModule
 
 logger = logging.getLogger(__name__)
+
+_Relu: Any = engine.bound_general.BoundRelu
 
 _ARGUMENTS = inspect.signature(engine.BoundedModule.compute_bounds).parameters
 _INTERMEDIATE = next(name for name in ("interm_bounds", "intermediate_layer_bounds") if name in _ARGUMENTS)  # 0.7, 0.3
@@ -80,28 +84,23 @@ def margin_matrix(labels: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
     return eye[labels].unsqueeze(1) - eye[other_classes(labels, classes)]
 
 
-class _Margins(Tensor):
+def _margins(labels: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
     """The rows e_y − e_j for every class j, whose product with the last layer's weight is a difference of two rows.
 
-    The engine would compute a dense product, at a cost quadratic in the classes.
+    The engine would compute a dense product, at a cost quadratic in the classes. Its call finds the attribute `matmul`
+    before the tensor's own method. A subclass of Tensor is not created under a dispatch mode before PyTorch 2.5.
     """
+    eye = torch.eye(classes, dtype=dtype, device=labels.device)
+    margins = eye[labels].unsqueeze(1) - eye
+    setattr(margins, "matmul", functools.partial(_margin_product, labels, margins.detach()))  # noqa: B010
+    return margins
 
-    # Every operation other than `matmul` treats it as a plain tensor, and returns one.
-    __torch_function__: Any = torch._C._disabled_torch_function_impl
-    labels: Tensor
 
-    @staticmethod
-    def of(labels: Tensor, classes: int, dtype: torch.dtype) -> _Margins:
-        eye = torch.eye(classes, dtype=dtype, device=labels.device)
-        margins = (eye[labels].unsqueeze(1) - eye).as_subclass(_Margins)
-        margins.labels = labels
-        return margins
-
-    def matmul(self, weight: Tensor) -> Tensor:
-        """Differences of the rows of ``weight`` (classes, …), shape (batch, classes, …)."""
-        if weight.ndim > 2:  # Bounds (batch, classes, 1) on the logits: there is no linear layer to merge.
-            return self.as_subclass(Tensor).matmul(weight)
-        return weight.index_select(0, self.labels).unsqueeze(1) - weight
+def _margin_product(labels: Tensor, margins: Tensor, weight: Tensor) -> Tensor:
+    """Differences of the rows of ``weight`` (classes, …), shape (batch, classes, …)."""
+    if weight.ndim > 2:  # Bounds (batch, classes, 1) on the logits: there is no linear layer to merge.
+        return margins.matmul(weight)
+    return weight.index_select(0, labels).unsqueeze(1) - weight
 
 
 def ibp_margin_bounds(
@@ -113,7 +112,7 @@ def ibp_margin_bounds(
     """
     boxes = box if isinstance(box, tuple) else (box,)
     dtype = next(x.dtype for x in boxes if x.is_floating_point())
-    matrix = _Margins.of(labels, classes, dtype)
+    matrix = _margins(labels, classes, dtype)
     # The engine's own module always uses the statistics of the last forward pass.
     options = {"reuse_statistics": reuse_statistics} if isinstance(bounded, BoundedModule) else {}
     lower, upper = bounded.compute_bounds(x=boxes, C=matrix, method="IBP", **options)
@@ -134,6 +133,31 @@ def crown_lower(bounded: Any, directions: Tensor) -> Tensor:
 def crown_upper(bounded: Any, directions: Tensor) -> Tensor:
     """Upper bounds, as :func:`crown_lower`."""
     return bounded.compute_bounds(x=None, C=directions, IBP=False, method="CROWN", bound_lower=False)[1]
+
+
+class ShrunkRelu(_Relu):
+    """A ReLU whose IBP shrinks the upper bounds of unstable neurons: for training only, because it is not sound."""
+
+    factor: float
+
+    def interval_propagate(self, *v: Any) -> tuple[Tensor, Tensor]:
+        lower, upper = v[0]
+        unstable = (lower < 0) & (upper > 0)
+        return lower.relu(), torch.where(unstable, self.factor * upper, upper).relu()
+
+
+@contextmanager
+def shrunk_relus(bounded: Any, factor: float) -> Iterator[None]:
+    """In IBP, multiply the upper bounds of unstable ReLUs by ``factor``, for training only (Müller et al., 2023)."""
+    nodes = [node for _, node in read_graph(bounded).relus] if factor != 1 else []
+    classes = [node.__class__ for node in nodes]
+    try:
+        for node in nodes:
+            node.__class__, node.factor = ShrunkRelu, factor
+        yield
+    finally:
+        for node, kind in zip(nodes, classes, strict=True):
+            node.__class__ = kind
 
 
 def proved(margins: Tensor) -> Tensor:
@@ -205,14 +229,9 @@ METHODS: tuple[str, ...] = tuple(_METHODS)  # Cheapest first.
 class MarginBounds:
     """Lower bounds on the margins of a classifier, by any of :data:`METHODS`, on copies of it in ``dtype``.
 
-    The engine stores CROWN's coefficients of convolutions as patches, which saves memory but supports fewer operators
-    than matrices. A method that fails with patches uses matrices from then on.
-
-    Args:
-        bounded: the network. It is not changed, and later changes of it have no effect here.
-        dtype: precision of the bounds.
-        live: use ``bounded`` itself instead of copies; it must be in evaluation mode and of this dtype. Only IBP is
-            certain to work then, and its bounds stay at the nodes.
+    A method that fails with coefficients stored as patches, which save memory but support fewer operators, uses
+    matrices from then on. ``live``: use ``bounded`` itself, in evaluation mode and of this dtype; only IBP is certain
+    to work then, and its bounds stay at the nodes.
     """
 
     def __init__(self, bounded: BoundedModule, dtype: torch.dtype, *, live: bool = False) -> None:
@@ -232,17 +251,7 @@ class MarginBounds:
 
     @torch.no_grad()
     def lower(self, box: Any, labels: Tensor, method: str) -> Tensor:
-        """Lower bounds on z_y − z_j for every class j ≠ y over ``box``.
-
-        Args:
-            box: from :func:`lirpa_fastwarmup.input_box`, in this dtype.
-            labels: (batch,), int64.
-            method: IBP (Gowal et al. 2018), CROWN-IBP (Zhang et al. 2020), CROWN (Zhang et al. 2018) or alpha-CROWN
-                (Xu et al. 2021; it optimises the slopes of the margins' own pass only).
-
-        Returns:
-            Shape (batch, classes − 1).
-        """
+        """Lower bounds on z_y − z_j for every class j ≠ y over ``box``, in this dtype: (batch, classes − 1)."""
         try:
             return _METHODS[method](self._networks[method], box, labels, self.classes).detach()
         except NotImplementedError as error:

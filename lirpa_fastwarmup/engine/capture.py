@@ -93,12 +93,9 @@ def record(
 ) -> GraphModule:
     """Record ``function(*inputs)``, which computes with ``bounded``, with its model's ``state`` as further inputs.
 
-    Returns a module from ``(*state.values(), *inputs)`` to the function's result, tensors in any nesting of containers.
-    Buffers in ``state`` are changed in place, also while recording. The nodes of ``bounded`` keep recorded tensors; see
-    :func:`forget_last_pass`.
-
-    Raises:
-        RuntimeError: ``function`` reads a tensor's value.
+    Returns a module from ``(*state.values(), *inputs)`` to the function's result. Buffers in ``state`` are changed in
+    place, also while recording, and nodes keep recorded tensors (see :func:`forget_last_pass`). Raises RuntimeError if
+    ``function`` reads a tensor's value.
     """
     names = [f"model.{name}" for name in state]
 

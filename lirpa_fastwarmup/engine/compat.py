@@ -14,6 +14,7 @@ import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -24,24 +25,35 @@ import torch.onnx.symbolic_helper as symbolic_helper
 from torch import Tensor
 
 
-def _export_globals() -> Any:
-    """The settings of torch's TorchScript exporter; the module moved in PyTorch 2.9."""
-    for name in ("torch.onnx._internal.torchscript_exporter._globals", "torch.onnx._globals"):
+def _exporter_module(name: str) -> Any:
+    """A module of torch's TorchScript exporter, which moved in PyTorch 2.9."""
+    for package in ("torch.onnx._internal.torchscript_exporter", "torch.onnx"):
         try:
-            return importlib.import_module(name).GLOBALS
+            return importlib.import_module(f"{package}.{name}")
         except ModuleNotFoundError:
             continue
     raise ImportError(f"torch {torch.__version__} has no TorchScript exporter, which auto_LiRPA converts networks with")
 
 
+def _export_globals() -> Any:
+    return _exporter_module("_globals").GLOBALS
+
+
 @contextmanager
 def preserved_export_settings() -> Iterator[None]:
-    """Restore torch's process-wide export settings, which a conversion changes, on exit."""
+    """Convert by opset 10, and restore torch's process-wide export settings, which a conversion changes, on exit.
+
+    PyTorch uses those tables of operators up to the opset that the process has loaded, and loads those above 10 on
+    demand: with a newer opset, the same network would be converted differently after an export.
+    """
     settings = _export_globals()
     saved = dict(vars(settings))
+    token = _opset.set(10)
     try:
+        settings.export_onnx_opset_version = 10
         yield
     finally:
+        _opset.reset(token)
         vars(settings).update(saved)
 
 
@@ -54,8 +66,11 @@ def silenced_warnings() -> Iterator[None]:
         yield
 
 
+_opset: ContextVar[int | None] = ContextVar("_opset", default=None)  # Of conversions by this package.
+
+
 def _set_opset_version(version: int) -> None:
-    _export_globals().export_onnx_opset_version = version
+    _export_globals().export_onnx_opset_version = _opset.get() or version
 
 
 def _import_engine() -> Any:
@@ -82,7 +97,8 @@ def _import_engine() -> Any:
                 "lirpa_fastwarmup needs the auto_LiRPA engine, and none is installed. Install one of:\n"
                 "    pip install --no-deps auto_LiRPA==0.3\n"
                 "    pip install --no-deps git+https://github.com/Verified-Intelligence/auto_LiRPA.git\n"
-                "(--no-deps, because the engine's metadata requires versions of torch that exclude a current one)."
+                "(--no-deps, because the engine's metadata asks for torch < 2.9, and in 0.3 for torch < 1.13; see "
+                "docs/engines.md)."
             ) from error
 
 
@@ -149,6 +165,7 @@ def _cloned(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
 
 
 engine: Any = _import_engine()
+_exporter_module("symbolic_opset11")  # It registers gather, without which the engine cannot convert its loss fusion.
 ACTIVE_PATCHES: tuple[str, ...] = tuple(_patch(engine.BoundedModule))
 _record_models(engine.BoundedModule)
 ENGINE_VERSION: str = engine.__version__

@@ -1,4 +1,4 @@
-"""A BoundedModule read as a network: its affine layers, ReLUs, sums and outputs, and the bounds at its layers.
+"""A BoundedModule read as a network: its affine layers, activations, sums and outputs, and the bounds at its layers.
 
 Nodes are found by type and by their position in the graph; their names differ between releases of the engine, and even
 between two conversions.
@@ -18,9 +18,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lirpa_fastwarmup.engine.batchnorm import batchnorm_as_identity, frozen_running_stats
+from lirpa_fastwarmup.engine.batchnorm import frozen_running_stats
 from lirpa_fastwarmup.engine.compat import engine, node_classes
-from lirpa_fastwarmup.engine.nodes import BoundConstantArithmetic, BoundConvNd, BoundMeanPool, ConstantPad, evaluate
+from lirpa_fastwarmup.engine.nodes import (
+    BoundClamp,
+    BoundConstantArithmetic,
+    BoundConvNd,
+    BoundMeanPool,
+    ConstantPad,
+    ElementwiseIntervals,
+    evaluate,
+)
 from lirpa_fastwarmup.storage import add_to_hash
 
 _inputs: Callable[[Any], Iterable[Any]] = operator.attrgetter("inputs")
@@ -37,6 +45,8 @@ _OTHER_PIECEWISE = node_classes("LeakyRelu")
 _BATCHNORM = node_classes("BatchNormalization")
 _SUM = node_classes("Add", "Sub")
 _PRODUCT = node_classes("Mul")
+_ACTIVATION = (*node_classes("Activation"), BoundClamp, ElementwiseIntervals)
+_NO_ACTIVATION = (*_AFFINE, *_PRODUCT, *node_classes("MatMul"))  # 0.7 derives them from its activations.
 _DIVISION = node_classes("Div")
 _RESHAPING = node_classes(
     *("Flatten", "Reshape", "ATenUnflatten", "Squeeze", "Unsqueeze", "Transpose", "Identity", "Cast", "Dropout")
@@ -84,6 +94,8 @@ class NetworkGraph:
         affine: the affine layers, in order of execution.
         relus: name and node of each ReLU, in order of execution. A ReLU is named after the affine layer that feeds it,
             and after a residual sum by the module that holds the sum.
+        activations: name and pre-activation, a node, of each elementwise non-linearity, ReLUs among them, named and
+            ordered in the same way.
         first_sources: the nodes that the first affine layers read: the inputs, after any normalisation.
     """
 
@@ -99,7 +111,11 @@ class NetworkGraph:
         self._data = _reached(self.inputs, lambda node: self._users[id(node)])
         self.affine = [layer for layer in map(self._affine_layer, self.nodes) if layer is not None]
         self._affine_at = {id(layer.node): layer for layer in self.affine}
-        self.relus = self._named_relus(bounded.__dict__.get("wrapped"))
+        self._model = bounded.__dict__.get("wrapped")
+        relus = [node for node in self.nodes if self._is_relu(node)]
+        self.relus = list(zip(self._names_at([relu.inputs[0] for relu in relus]), relus, strict=True))
+        read = self._pre_activations()
+        self.activations = list(zip(self._names_at(read), read, strict=True))
         first = {id(layer.source): layer.source for layer in self.affine if not self.read_by(layer)}
         self.first_sources = list(first.values())
 
@@ -168,32 +184,64 @@ class NetworkGraph:
 
     def reads_relu_of_sum(self, layer: AffineLayer) -> bool:
         """Whether ``layer`` reads the ReLU of a residual sum directly, treating BatchNorm as the identity."""
-        return self._is_relu(layer.source) and self._sum_before(layer.source) is not None
+        return self._is_relu(layer.source) and self._sum_before(layer.source.inputs[0]) is not None
 
-    def _sum_before(self, relu: Any) -> Any:
-        """The residual sum that ``relu`` reads, directly or through BatchNorm, if it reads one."""
-        node = relu.inputs[0]
+    def _pre_activations(self) -> list[Any]:
+        """The nodes that non-linearities read: one for each ReLU, and one for all others that read the same node."""
+        gates = {id(node): x for product in self.nodes for node, x in self._gate(product)}
+        found: list[Any] = []
+        for node in self.nodes:
+            if self._is_relu(node):
+                found.append(node.inputs[0])
+            elif self._is_activation(node) or id(node) in gates:
+                read = gates.get(id(node), node.inputs[0])
+                found += [] if any(read is other for other in found) else [read]
+        return found
+
+    def _is_activation(self, node: Any) -> bool:
+        if not isinstance(node, _ACTIVATION) or isinstance(node, _NO_ACTIVATION):
+            return False
+        data = [source for source in node.inputs if id(source) in self._data]
+        return len(data) == 1 and data[0].output_shape == node.output_shape
+
+    def _gate(self, product: Any) -> list[tuple[Any, Any]]:
+        """The nodes of x·g(x), as SiLU, GELU and Mish are converted, each with x; none if ``product`` is another."""
+        for x in product.inputs if isinstance(product, _PRODUCT) else ():
+            while isinstance(x, BoundConstantArithmetic):
+                x = x.inputs[0]
+
+            def climb(node: Any, x: Any = x) -> list[Any]:
+                return [] if node is x else self._elementwise_inputs(node)
+
+            within = _reached([product], climb)
+            inside = [node for node in self.nodes if id(node) in within and node is not x]
+            if id(x) in within and all(self._elementwise_inputs(node) for node in inside):
+                return [(node, x) for node in inside]
+        return []
+
+    def _elementwise_inputs(self, node: Any) -> list[Any]:
+        """The inputs of an elementwise operator; none if ``node`` is another one."""
+        is_elementwise = isinstance(node, (BoundConstantArithmetic, *_SUM, *_PRODUCT)) or self._is_activation(node)
+        return [source for source in node.inputs if id(source) in self._data] if is_elementwise else []
+
+    def _sum_before(self, node: Any) -> Any:
+        """``node`` if it is a residual sum, or the sum before BatchNorm."""
         while isinstance(node, _BATCHNORM):
             node = node.inputs[0]
         is_residual = isinstance(node, _SUM) and sum(id(source) in self._data for source in node.inputs) > 1
         return node if is_residual else None
 
-    def _named_relus(self, model: nn.Module | None) -> list[tuple[str, Any]]:
-        relus = [node for node in self.nodes if self._is_relu(node)]
+    def _names_at(self, pre_activations: list[Any]) -> list[str]:
         layers, holders = [], []
-        modules = {} if model is None else dict(model.named_modules())
-        for relu in relus:
-            read = relu.inputs[0]
+        modules = {} if self._model is None else dict(self._model.named_modules())
+        for read in pre_activations:
             above = self._above(read, self._passes_linearly) or self._above(read, lambda _: True)
             layers.append(above[-1].name if above else "input")
-            residual = self._sum_before(relu)
+            residual = self._sum_before(read)
             holders.append("" if residual is None else self._holder_of(residual, modules))
-        named = []
-        for relu, layer, holder in zip(relus, layers, holders, strict=True):
-            # A module that holds several sums would give several ReLUs the same name.
-            is_unique = holder and holders.count(holder) == 1 and holder not in layers
-            named.append((holder if is_unique else layer, relu))
-        return named
+        # A module that holds several sums would give several activations the same name.
+        unique = [bool(holder) and holders.count(holder) == 1 and holder not in layers for holder in holders]
+        return [holder if use else layer for layer, holder, use in zip(layers, holders, unique, strict=True)]
 
     def _holder_of(self, residual: Any, modules: dict[str, nn.Module]) -> str:
         """The innermost module around the affine layers that feed one operand of a sum only; "" for the network.
@@ -316,9 +364,9 @@ def _code(kind: type) -> tuple[str, ...] | list[Any]:
 
 @dataclass(frozen=True)
 class LayerBounds:
-    """Bounds on the pre-activations of one ReLU, ``(batch, *neurons)``.
+    """Bounds on the pre-activations of one ReLU or other activation, ``(batch, *neurons)``.
 
-    ``name`` is the affine layer that feeds the ReLU; after a residual sum, the module that holds the sum.
+    ``name`` is the affine layer that feeds it; after a residual sum, the module that holds the sum.
     """
 
     name: str
@@ -350,9 +398,24 @@ def relu_bounds(bounded: Any) -> list[LayerBounds]:
     graph = read_graph(bounded)
     if not graph.relus:
         raise StructureError(
-            "the network has no ReLU, and the regularisers are defined on pre-activations: omit them (regularizers=())"
+            "the network has no ReLU, and only tightness is defined for other activations: use it alone "
+            "(regularizers=('tightness',))"
         )
     return [LayerBounds(name, *_bounds_at(relu.inputs[0], graph)) for name, relu in graph.relus]
+
+
+def activation_bounds(bounded: Any) -> list[LayerBounds]:
+    """The pre-activation bounds of every elementwise non-linearity from the last bound pass, in order of execution.
+
+    For ReLU networks those of :func:`relu_bounds`, with its errors.
+    """
+    graph = read_graph(bounded)
+    if not graph.activations:
+        raise StructureError(
+            "the network has no activation, and the regularisers are defined on pre-activations: omit them "
+            "(regularizers=())"
+        )
+    return [LayerBounds(name, *_bounds_at(read, graph)) for name, read in graph.activations]
 
 
 def relus_read(bounded: Any) -> list[list[int]]:
@@ -377,28 +440,3 @@ def input_half_width(bounded: Any) -> Tensor:
     graph = read_graph(bounded)
     ends = [_bounds_at(node, graph) for node in graph.first_sources]
     return torch.cat([(upper - lower).flatten() for lower, upper in ends]).mean() / 2
-
-
-@torch.no_grad()
-def width_gain(bounded: Any, layer: AffineLayer, box: tuple[Any, ...]) -> float:
-    """The factor by which ``layer`` widens intervals, treating BatchNorm as the identity.
-
-    The mean width at the layer's output over the mean width at the outputs of the affine layers that it reads; for a
-    first layer, over the width of its input.
-
-    Args:
-        box: the inputs, BoundedTensors.
-    """
-    graph = read_graph(bounded)
-    with batchnorm_as_identity(bounded):
-        bounded.compute_bounds(x=box, method="IBP", final_node_name=layer.node.name)
-        read = [other.node for other in graph.read_by(layer)] or [layer.source]
-        before = torch.stack([_mean_width(node, graph) for node in read]).mean()
-        gain = float(_mean_width(layer.node, graph) / before)
-        bounded.forward(*box)  # Clears these bounds, which hold only without BatchNorm.
-        return gain
-
-
-def _mean_width(node: Any, graph: NetworkGraph) -> Tensor:
-    lower, upper = _bounds_at(node, graph)
-    return (upper - lower).mean()

@@ -34,13 +34,16 @@ def bounded_tensor(x: Tensor, lower: Tensor, upper: Tensor, eps: Any = None) -> 
     return box
 
 
+def with_ends(box: Any, lower: Tensor, upper: Tensor) -> Any:
+    """``box``, a BoundedTensor, with other ends; the old ones are gone."""
+    box.ptb = engine.PerturbationLpNorm(norm=math.inf, eps=None, x_L=lower, x_U=upper)
+    return box
+
+
 class Layout:
     """The shapes and dtypes of a network's inputs, and their places in one tensor.
 
     Integer inputs (indices) are packed as floating-point numbers, and never perturbed.
-
-    Args:
-        example: the example inputs, batch first.
     """
 
     def __init__(self, example: Sequence[Tensor]) -> None:

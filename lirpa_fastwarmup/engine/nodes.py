@@ -16,7 +16,7 @@ import functools
 import inspect
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -273,6 +273,15 @@ class ConstantPad(AdjointBounds, Bound):
         return F.pad(x, self.widths, self.mode)
 
 
+class PixelShuffle(AdjointBounds, Bound):
+    """Channels moved into space, which some of the exporter's tables convert to one operator."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.attr["mode"] != "CRD":
+            raise NotImplementedError("DepthToSpace in another order than that of F.pixel_shuffle")
+        return F.pixel_shuffle(x, self.attr["blocksize"])
+
+
 class StridedSlice(AdjointBounds, _engine.BoundSlice):
     """A slice along one axis, with any step."""
 
@@ -415,6 +424,21 @@ class BoundClamp(MonotoneIntervals, Bound):
         return (below, below_at[1] - below * below_at[0]), (above, above_at[1] - above * above_at[0])
 
 
+class ElementwiseIntervals(Bound):
+    """An elementwise function that is monotone on either side of 0, bounded by IBP alone."""
+
+    function: ClassVar[Callable[[Any, Tensor], Tensor]]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+    def interval_propagate(self, *v: Any) -> tuple[Tensor, Tensor]:
+        lower, upper = v[0]
+        # The function is extreme at an end or at 0; without 0 in the interval, the third point is an end.
+        values = [self.function(point) for point in (lower, upper, lower.clamp(min=0).minimum(upper))]
+        return functools.reduce(torch.minimum, values), functools.reduce(torch.maximum, values)
+
+
 def _limit(attr: Any, name: str, inputs: Any, position: int, default: float) -> float:
     """A limit of Clip: an attribute in older opsets, an input in newer ones."""
     if name in attr or len(inputs) <= position:
@@ -464,10 +488,7 @@ def _computed(engine_class: Any) -> Any:
 class BoundConstantArithmetic(Bound):
     """x + c, x − c, c − x, x·c or x/c, where c does not depend on the network's inputs: the affine map s·x + t.
 
-    Attributes:
-        operation: "Add", "Sub", "Mul" or "Div".
-        constant: the node of c, in a tuple, so that it is not registered as a child.
-        constant_first: c is the left operand.
+    The node of c is in a tuple, so that it is not registered as a child.
     """
 
     operation: str
@@ -541,7 +562,17 @@ def _sum_to(coefficients: Tensor, shape: tuple[int, ...]) -> Tensor:
     return coefficients.sum(dims, keepdim=True) if dims else coefficients
 
 
+_FUNCTIONS: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "Elu": lambda node, x: F.elu(x, node.attr.get("alpha", 1.0)),
+    "Selu": lambda node, x: F.selu(x),
+    "Erf": lambda node, x: torch.erf(x),
+}
+# Node classes of operators that neither release has.
+ELEMENTWISE: dict[str, Any] = {
+    name: type(f"Bound{name}", (ElementwiseIntervals,), {"function": function}) for name, function in _FUNCTIONS.items()
+}
 CUSTOM_OPERATORS: dict[str, Callable[..., Any]] = {
+    **{f"onnx::{name}": cls for name, cls in ELEMENTWISE.items()},
     "onnx::Conv": _engine_first(_engine.BoundConv, transposed=False),
     "onnx::ConvTranspose": _engine_first(_engine.BoundConvTranspose, transposed=True),
     "onnx::AveragePool": BoundMeanPool,
@@ -550,6 +581,7 @@ CUSTOM_OPERATORS: dict[str, Callable[..., Any]] = {
     "onnx::Pad": ConstantPad,
     "onnx::Slice": StridedSlice,
     "onnx::Clip": BoundClamp,
+    "onnx::DepthToSpace": PixelShuffle,
     "onnx::HardSigmoid": functools.partial(BoundClamp, sigmoid=True),
 }
 # Engine classes whose forward passes are right, and whose bounds are not always, and their replacements.

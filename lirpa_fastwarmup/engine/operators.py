@@ -10,10 +10,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 from lirpa_fastwarmup.engine import nodes
 from lirpa_fastwarmup.engine.batchnorm import SharedBatchNorm, ViewedBatchNorm
 from lirpa_fastwarmup.engine.compat import ENGINE_VERSION, node_classes
 from lirpa_fastwarmup.engine.graph import NetworkGraph
+from lirpa_fastwarmup.engine.places import Places, by_place
 
 _INPUT = node_classes("Input")
 
@@ -85,11 +88,15 @@ OPERATORS: dict[str, Operator] = {
     **_tested("BatchNormalization", ours=(SharedBatchNorm, ViewedBatchNorm), patches=True),
     **_tested("LeakyRelu", patches=True, objection=_leaky),
     **_tested("Softplus", crown=False),
+    **_tested("Abs"),
+    **{name: Operator((cls,), crown=False) for name, cls in nodes.ELEMENTWISE.items()},
+    **(_tested("Sqr") if node_classes("Sqr") else {}),  # x·x, which 0.3 bounds as a product.
     **_tested("Add", "Sub", patches=True, objection=_two_operands),
     **_tested("Mul", objection=_two_operands),
     **_tested("Reshape", ours=_RESHAPE, patches=True),
     **_replaced(MaxPool=nodes.BoundMaximumPool, AveragePool=nodes.BoundMeanPool, GlobalAveragePool=nodes.GlobalMean),
     **_replaced(Clip=nodes.BoundClamp, Pad=nodes.ConstantPad, Slice=nodes.StridedSlice),
+    **_replaced(DepthToSpace=nodes.PixelShuffle),
     **{cls.__name__.removeprefix("Bound"): Operator((ours,)) for cls, ours in nodes.ADJOINT.items()},
     "Concat": Operator((nodes.LinfConcat,), objection=_concat),
     "convolution of another rank, or transposed": Operator((nodes.BoundConvNd,)),
@@ -105,38 +112,39 @@ def operator_of(node: Any) -> str:
 
 @dataclass(frozen=True)
 class Acceptance:
-    """The bounds that a BoundedModule supports.
-
-    Attributes:
-        untested: operators and attributes that have not been tested, each with its place.
-        interval_only: operators, with their places, that support only IBP.
-        needs_matrices: whether CROWN's coefficients must be matrices.
-    """
+    """The bounds that a BoundedModule supports: what is untested or bounded by IBP alone, with places and advice."""
 
     untested: tuple[str, ...]
     interval_only: tuple[str, ...]
+    advice: str
     needs_matrices: bool
 
 
-def review(bounded: Any, batch: int) -> Acceptance:
+def review(bounded: Any, model: nn.Module) -> Acceptance:
     """Compare the operators of ``bounded`` with :data:`OPERATORS`.
 
     Args:
-        bounded: a BoundedModule whose nodes have been replaced by ours.
-        batch: the number of samples in the example that it was built with.
+        bounded: a BoundedModule, built from ``model``, whose nodes have been replaced by ours.
     """
     values = nodes.reached_from_inputs(list(bounded._modules.values()), through_shapes=False)
-    graph = NetworkGraph(bounded)
-    untested, interval_only = [], []
+    graph, batch = NetworkGraph(bounded), len(bounded.example[0])
+    flagged: list[tuple[Any, str | None]] = []
     for node in graph.nodes:
         if id(node) not in values or isinstance(node, _INPUT):
             continue
         objection = _objection(node, [id(source) in values for source in node.inputs], batch)
-        if objection is not None:
-            untested.append(f"{operator_of(node)} {graph.place_of(node)}{objection}")
-        elif not OPERATORS[operator_of(node)].crown:
-            interval_only.append(f"{operator_of(node)} {graph.place_of(node)}")
-    return Acceptance(tuple(dict.fromkeys(untested)), tuple(dict.fromkeys(interval_only)), _needs_matrices(graph))
+        if objection is not None or not OPERATORS[operator_of(node)].crown:
+            flagged.append((node, objection))
+    places, advice = Places(model, bounded.example) if flagged else None, dict[str, None]()
+    found: tuple[list[tuple[str, str]], list[tuple[str, str]]] = ([], [])
+    for node, objection in flagged:
+        name, layer = operator_of(node), places.of_node(node.name) if places else None
+        instead = layer.advice(name) if layer else []
+        advice |= dict.fromkeys(instead)
+        place = f"in {layer}" if layer else graph.place_of(node)
+        found[objection is None].append((name, place if instead or not objection else f"{place} ({objection})"))
+    untested, interval_only = (tuple(by_place(entries)) for entries in found)
+    return Acceptance(untested, interval_only, "".join(advice), _needs_matrices(graph))
 
 
 def _objection(node: Any, depends: list[bool], batch: int) -> str | None:
@@ -145,7 +153,7 @@ def _objection(node: Any, depends: list[bool], batch: int) -> str | None:
     objection = OPERATORS[operator_of(node)].objection(node, depends)
     if objection is None and tuple(node.output_shape[:1]) != (batch,):
         objection = f"its output {tuple(node.output_shape)} does not begin with the batch, of {batch}: keep it first"
-    return None if objection is None else f" ({objection})"
+    return objection
 
 
 def _needs_matrices(graph: NetworkGraph) -> bool:
@@ -175,10 +183,10 @@ def _supports_patches(node: Any) -> bool:
     return all(len(set(sizes)) == 1 for sizes in spatial)
 
 
-def untested_error(untested: tuple[str, ...]) -> NotImplementedError:
+def untested_error(found: Acceptance) -> NotImplementedError:
     """The refusal of a network with untested operators."""
     return NotImplementedError(
-        f"the bounds of auto_LiRPA {ENGINE_VERSION} have not been tested for {'; '.join(untested)}. Write the network "
-        f"with tested operators ({', '.join(OPERATORS)}), or pass allow_untested=True: certificates then report the "
-        "untested bounds"
+        f"the bounds of auto_LiRPA {ENGINE_VERSION} have not been tested for {'; '.join(found.untested)}.{found.advice}"
+        " Write the network with tested operators (docs/operators.md), or pass allow_untested=True: certificates then "
+        "report the untested bounds"
     )

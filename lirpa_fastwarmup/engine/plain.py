@@ -25,14 +25,9 @@ _BUILD = "Build lirpa_fastwarmup.BoundedModule(model, example_inputs) instead"
 def view_of(bounded: Any) -> BoundedModule:
     """``bounded`` itself if it is this package's, otherwise a BoundedModule of the nn.Module that it was built from.
 
-    The view is built once, and follows the mode of ``bounded``. From then on both share one state: parameters, and
-    BatchNorm's running statistics, which are those of ``bounded`` if it was trained, and the nn.Module's if that was.
-
-    Raises:
-        TypeError: ``bounded`` is not a BoundedModule.
-        ValueError: it was built before this package was imported; both it and its nn.Module have moved their running
-            statistics; or it computes another function than its nn.Module.
-        NotImplementedError: the bounds of an operator are not proved; see :class:`lirpa_fastwarmup.BoundedModule`.
+    The view is built once, and follows the mode of ``bounded``. Both share parameters and BatchNorm's running
+    statistics from then on: those of ``bounded`` if it was trained, and the nn.Module's if that was. Raises TypeError,
+    ValueError or NotImplementedError where such a view would not be sound.
     """
     if isinstance(bounded, BoundedModule):
         return bounded

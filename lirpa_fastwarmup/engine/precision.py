@@ -2,47 +2,92 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 # Rounding errors of bounds, relative to the size of the values.
 SLACK = {torch.float32: 1e-4, torch.float64: 1e-9}
-_backends: Any = torch.backends  # Its type stubs are incomplete.
-_ON_GPU: tuple[Any, ...] = (_backends.cuda.matmul, _backends.cudnn.conv)
-# The backends that may compute float32 products in TF32 or bfloat16, on the GPU and on the CPU.
-_ON_CPU = (_backends.mkldnn.matmul, _backends.mkldnn.conv, _backends.mkldnn.rnn)
-_COARSE = (*_ON_GPU, _backends.cudnn.rnn, *_ON_CPU)
 _LOCK = threading.RLock()
+_backends: Any = torch.backends  # Its type stubs are incomplete.
+
+
+class _Products(NamedTuple):
+    """A setting that lets float32 products be rounded to TF32 or bfloat16, with its values for exact ones and TF32."""
+
+    read: Callable[[], Any]
+    write: Callable[[Any], None]
+    exact: Any = "ieee"
+    tf32: Any = "tf32"
+
+
+def _attribute(holder: Any, name: str, *values: Any) -> _Products:
+    return _Products(functools.partial(getattr, holder, name), functools.partial(setattr, holder, name), *values)
+
+
+# The settings of products on the GPU, and of all products.
+_ON_GPU: tuple[_Products, ...]
+_COARSE: tuple[_Products, ...]
+if hasattr(_backends.cudnn, "conv"):  # Since PyTorch 2.9, which rejects a mixture with the older settings.
+    _ON_GPU = tuple(_attribute(one, "fp32_precision") for one in (_backends.cuda.matmul, _backends.cudnn.conv))
+    _others = (_backends.cudnn.rnn, _backends.mkldnn.matmul, _backends.mkldnn.conv, _backends.mkldnn.rnn)
+    _COARSE = (*_ON_GPU, *(_attribute(one, "fp32_precision") for one in _others))
+else:
+    _matmul = _Products(torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "highest", "high")
+    _ON_GPU = (_matmul, _attribute(_backends.cudnn, "allow_tf32", False, True))
+    _COARSE = _ON_GPU
+    if getattr(_backends.mkldnn, "allow_tf32", None) is not None:  # Of Intel GPUs.
+        _COARSE = (*_ON_GPU, _attribute(_backends.mkldnn, "allow_tf32", False, True))
 
 
 @contextmanager
-def _float32_products(backends: Sequence[Any], precision: str) -> Iterator[None]:
+def _float32_products(settings: Sequence[_Products], tf32: bool) -> Iterator[None]:
     with _LOCK:
-        before = [backend.fp32_precision for backend in backends]
+        before = [setting.read() for setting in settings]
         try:
-            for backend in backends:
-                backend.fp32_precision = precision
+            for setting in settings:
+                setting.write(setting.tf32 if tf32 else setting.exact)
             yield
         finally:
-            for backend, setting in zip(backends, before, strict=True):
-                backend.fp32_precision = setting
+            for setting, value in zip(settings, before, strict=True):
+                setting.write(value)
+
+
+def _eager() -> AbstractContextManager[None]:
+    """Run functions that ``torch.compile`` compiled as they are written."""
+    return torch.compiler.set_stance("force_eager") if hasattr(torch.compiler, "set_stance") else _without_dynamo()
+
+
+@contextmanager
+def _without_dynamo() -> Iterator[None]:
+    """Before PyTorch 2.6, keep compiled functions from installing their compiler, which they do at every call."""
+    eval_frame: Any = importlib.import_module("torch._dynamo.eval_frame")
+    install = eval_frame.set_eval_frame
+    before = install(None)
+    eval_frame.set_eval_frame = lambda _: install(None)
+    try:
+        yield
+    finally:
+        eval_frame.set_eval_frame = install
+        install(before)
 
 
 @contextmanager
 def exact_arithmetic(device: torch.device) -> Iterator[None]:
     """Run eagerly, without autocast, TF32 or bfloat16 products, and restore the process's settings on exit."""
     on_cpu, on_device = torch.autocast("cpu", enabled=False), torch.autocast(device.type, enabled=False)
-    with _float32_products(_COARSE, "ieee"), torch.compiler.set_stance("force_eager"), on_cpu, on_device:
+    with _float32_products(_COARSE, tf32=False), _eager(), on_cpu, on_device:
         yield
 
 
 def products_in_tf32(allowed: bool) -> AbstractContextManager[None]:
     """Round the inputs of float32 products on a GPU to TF32, or not, and restore the process's settings on exit."""
-    return _float32_products(_ON_GPU, "tf32" if allowed else "ieee")
+    return _float32_products(_ON_GPU, allowed)
 
 
 @contextmanager

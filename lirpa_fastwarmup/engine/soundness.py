@@ -92,14 +92,8 @@ def find_contradictions(
     """Bound the margins of some samples of a batch over several boxes, and compare with values attained in them.
 
     The boxes are the given ones, smaller ones, and boxes of radius 0, where the bounds must equal the margins: these
-    show a wrong sign in one weight of thousands, which the slack of a real box hides.
-
-    Args:
-        network: computes the bounds by ``method``.
-        x, y: samples ``(batch, *input)``, in the network's dtype, and their labels.
-        eps: radius of the boxes; may have one value per sample, shape (batch, 1, …).
-        points: a point of each box to check in addition to the searched ones.
-        most: how many samples to check; expensive methods check fewer.
+    show a wrong sign in one weight of thousands, which the slack of a real box hides. ``points`` holds a point of each
+    box to check in addition to the searched ones; ``most`` limits the samples.
     """
     most = min(most, _PROBED_BY.get(method, PROBED))
     some = torch.arange(0, len(y), -(-len(y) // most), device=y.device)  # Evenly spaced.
@@ -127,10 +121,7 @@ def escapes(
     """Values of nodes and margins, attained in a box, outside the bounds of the last pass over that box.
 
     Checks the given points, the centre, random corners, and for every pre-activation and the margins the two corners
-    that the gradient of one element per sample points to.
-
-    ``bounded`` is in evaluation mode; its last pass bounded the boxes from ``lower`` to ``upper`` and gave the lower
-    bounds ``margins`` for the labels ``y``.
+    that the gradient of one element per sample points to. ``bounded`` is in evaluation mode.
     """
     search = _Search(bounded, margins, y, lower, upper)
     for point in itertools.chain(points, search.corners(), search.extremes()):

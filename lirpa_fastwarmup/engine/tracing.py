@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import copy
-import io
-import logging
 import re
 import sys
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -20,9 +18,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.overrides import TorchFunctionMode
 
-from lirpa_fastwarmup.engine.compat import ENGINE_VERSION, engine, preserved_export_settings, silenced_warnings
+from lirpa_fastwarmup.engine.compat import ENGINE_VERSION, engine
 from lirpa_fastwarmup.engine.graph import read_graph
-from lirpa_fastwarmup.engine.operators import OPERATORS, operator_of
+from lirpa_fastwarmup.engine.operators import operator_of
+from lirpa_fastwarmup.engine.places import Places, by_place, quiet_engine
 from lirpa_fastwarmup.memory import is_out_of_memory
 
 Bound: Any = engine.bound_general.Bound
@@ -77,12 +76,9 @@ class Recorder(TorchFunctionMode):
 class Observation(Recorder):
     """What one run of a network does, in its current mode.
 
-    Attributes:
-        output: the network's output.
-        value_reads: ``file:line`` of each call in user code that reads a tensor's value, in order.
-        operations: names of the torch functions called, in order, except on BatchNorm's counters.
-        norm_modes: for each functional batch_norm, whether it uses the statistics of the batch.
-        altered: calls that the exporter turns into another function, and what to write instead.
+    ``value_reads`` holds ``file:line`` of each call in user code that reads a tensor's value, ``norm_modes`` whether
+    each functional batch_norm uses the statistics of the batch, ``altered`` calls that the exporter turns into another
+    function, and what to write instead.
     """
 
     @torch.no_grad()
@@ -193,60 +189,59 @@ def copy_of(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def quiet_conversion() -> Iterator[None]:
-    """Silence the engine's conversion, and turn its failures into one clear NotImplementedError."""
-    log = logging.getLogger("auto_LiRPA.utils")
-    messages: list[str] = []
-
-    def collect(record: logging.LogRecord) -> bool:
-        messages.append(record.getMessage())
-        return False
-
-    log.addFilter(collect)
+def quiet_conversion(model: nn.Module, inputs: Sequence[Tensor]) -> Iterator[None]:
+    """Silence the engine's conversion, and turn its failures into a NotImplementedError that names the layer."""
     try:
-        with preserved_export_settings(), silenced_warnings(), redirect_stdout(io.StringIO()):
+        with quiet_engine():
             yield
-    except NotImplementedError as error:
-        raise NotImplementedError(_unsupported(messages, error)) from error
     except Exception as error:  # The network itself ran on these inputs, so its conversion failed.
         if is_out_of_memory(error):
             raise
-        raise NotImplementedError(
-            f"auto_LiRPA {ENGINE_VERSION} failed while converting the network ({type(error).__name__}: {error}); it "
-            f"does not support the form of {_failed_operator(error)}: write the network with other operators"
-        ) from error
-    finally:
-        log.removeFilter(collect)
+        raise _conversion_error(error, model, inputs) from error
 
 
-def _unsupported(messages: list[str], error: NotImplementedError) -> str:
-    """The error for operators that the engine does not know, from its log: lines "Name: …, Attr: {…}"."""
-    names = set()
-    for message in messages:
-        if message.startswith("Name: "):
-            # An operator that ONNX lacks is exported as ATen, with its own name among the attributes.
-            hidden = re.search(r"'operator': '(\w+)'", message)
-            names.add(f"aten::{hidden[1]}" if hidden else message.split(",")[0].removeprefix("Name: "))
-    if not names:
-        return f"auto_LiRPA {ENGINE_VERSION} could not convert the network: {error}"
-    return (
-        f"auto_LiRPA {ENGINE_VERSION} has no bounds for the operator(s) {', '.join(sorted(names))} of this network. "
-        f"Replace them by operators whose bounds have been tested ({', '.join(OPERATORS)}), or pass custom_ops and "
-        "allow_untested=True"
+def _conversion_error(error: Exception, model: nn.Module, inputs: Sequence[Tensor]) -> NotImplementedError:
+    failed, are_unknown = _failed_operators(error)
+    places = Places(model, inputs)
+    found = [(operator, places.of_node(name)) for operator, name in failed]
+    found = found or [places.of_call(re.findall(r"\w+", str(error)))]  # The exporter failed, and names a function.
+    named = "; ".join(by_place((operator, f"in {layer}" if layer else "") for operator, layer in found))
+    advice = "".join(dict.fromkeys(text for operator, layer in found if layer for text in layer.advice(operator)))
+    if are_unknown:
+        text = f"has no bounds for the operator(s) {named}"
+    else:
+        # Assertions and lookup errors of the engine explain nothing; the traceback shows them.
+        reason = f" ({error})" if isinstance(error, NotImplementedError) else ""
+        text = f"cannot convert {named}{reason}"
+    return NotImplementedError(
+        f"auto_LiRPA {ENGINE_VERSION} {text}.{advice} Write the network with tested operators (docs/operators.md)"
+        f"{', or pass custom_ops and allow_untested=True' if are_unknown else ''}"
     )
 
 
-def _failed_operator(error: BaseException) -> str:
-    """The operator at which a conversion failed, with its attributes, from the variables of the engine's functions."""
-    name, attributes = "", {}
+def _failed_operators(error: BaseException) -> tuple[list[tuple[str, str]], bool]:
+    """The operators, with the names of their nodes, at which a conversion failed, from the engine's variables.
+
+    Also returns whether the engine does not know them.
+    """
+    found: list[tuple[str, str]] = []
     for frame, _ in traceback.walk_tb(error.__traceback__):
-        nodes, number, node = (frame.f_locals.get(name) for name in ("nodesOP", "n", "self"))
-        if isinstance(nodes, list) and isinstance(number, int) and number < len(nodes):
-            name, attributes = str(nodes[number].op).removeprefix("onnx::"), nodes[number].attr
-        elif type(node).__module__.startswith("auto_LiRPA.operators") and isinstance(vars(node).get("attr"), dict):
-            name, attributes = type(node).__name__.removeprefix("Bound"), vars(node)["attr"]
-    shown = {key: value for key, value in dict(attributes).items() if not isinstance(value, torch.device)}
-    return f"the operator {name}{f' with {shown}' if shown else ''}" if name else "an operator"
+        unknown, nodes, number = (frame.f_locals.get(name) for name in ("unsupported_ops", "nodesOP", "n"))
+        if isinstance(unknown, list) and unknown:
+            return [(_operator_in(entry), entry.name) for entry in unknown], True
+        if isinstance(nodes, list) and isinstance(number, int) and number < len(nodes) and hasattr(nodes[number], "op"):
+            found = [(_operator_in(nodes[number]), nodes[number].name)]  # Not yet a node of the engine.
+        for node in (frame.f_locals.get("node"), frame.f_locals.get("self")):
+            if isinstance(node, Bound) and isinstance(vars(node).get("name"), str):
+                found = [(operator_of(node), node.name)]
+    return found, False
+
+
+def _operator_in(entry: Any) -> str:
+    """The name of a traced operator; one that ONNX lacks is exported as ATen, with its own name as an attribute."""
+    if isinstance(entry.attr.get("value"), str):
+        return "Einsum"  # Its equation is a constant of its own, where conversion fails first.
+    return f"aten::{entry.attr['operator']}" if "operator" in entry.attr else str(entry.op).removeprefix("onnx::")
 
 
 @contextmanager
@@ -266,9 +261,13 @@ def named_failures(bounded: Any, method: str) -> Iterator[None]:
             raise
         place = _place(bounded, [frame for frame, package in zip(frames, packages, strict=True) if package in _OURS])
         raise NotImplementedError(
-            f"auto_LiRPA {ENGINE_VERSION} failed in {method} {place} ({type(error).__name__}: {error}): use another "
-            "method, or write the network with other operators"
+            f"auto_LiRPA {ENGINE_VERSION} failed in {method} {place}{_reason(error)}: use another method, or write the "
+            "network with other operators"
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    return f" ({type(error).__name__}: {error})" if str(error) else ""
 
 
 def _place(bounded: Any, frames: list[FrameType]) -> str:

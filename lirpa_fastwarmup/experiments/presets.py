@@ -30,7 +30,6 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "cifar10": {},
     "cifar10-70": {**_70_EPOCHS, "dataset": "cifar10"},
     "tiny-imagenet": {**_IMAGENET, "epochs": 80, "ramp_length": 20, "lr_milestones": (61, 71)},
-    "imagenet64": {**_IMAGENET, **_20_EPOCHS},
 }
 PRESETS = {name: _CIFAR10.replace(**{"preset": name, "dataset": name, **some}) for name, some in _CHANGES.items()}
 # Settings for data that nobody has tuned any for: a start, not a recommendation. It has neither dataset nor radius.
@@ -42,7 +41,6 @@ DESCRIPTIONS = {
     "cifar10": "CIFAR-10, ε = 8/255, 160 epochs; the paper's",
     "cifar10-70": "CIFAR-10, ε = 8/255, 70 epochs; the paper's",
     "tiny-imagenet": "Tiny-ImageNet, ε = 1/255, 80 epochs; the paper's",
-    "imagenet64": "ImageNet64, ε = 1/255, 20 epochs; ours, with the settings of Tiny-ImageNet",
     "custom": "your own data, 100 epochs; untuned, and needs --dataset and --eps",
 }
 
@@ -58,10 +56,9 @@ def preset(name: str, **given: Any) -> Settings:
             raise ValueError("the preset custom has no data of its own: name yours with --dataset, such as FILE.csv")
         if given.get("eps") is None:
             raise ValueError(
-                "the preset custom has no radius, because it depends on your data: give --eps, in units of the inputs "
-                "as your files hold them, and the same for every feature. It is the largest change of an input that "
-                "must not change the class, such as the error of a sensor; start small, at a hundredth of a typical "
-                "standard deviation, and raise it while the verified error is acceptable"
+                "the preset custom has no radius, because it depends on your data: give --eps, the largest change of "
+                "an input that must not change the class, such as the error of a sensor, in units of the inputs. Start "
+                "at a hundredth of a typical standard deviation, and raise it while the verified error is acceptable"
             )
         return Settings(**_CUSTOM, dataset=given["dataset"], eps=given["eps"])
     if name not in PRESETS:

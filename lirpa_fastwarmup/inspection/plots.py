@@ -81,9 +81,8 @@ def draw_bound_growth(axes: Axes, networks: Mapping[str, Inspection], *, formula
             expected = list(itertools.accumulate(factors, operator.mul, initial=1.0))
             style = {"color": series["color"], "linewidth": 0.9, "marker": "x", "markersize": 9}
             axes.plot(range(len(expected)), expected, **style, label=f"{name}, formula")
-    axes.set_yscale("log")
-    axes.set(xlabel="ReLU layer (0: input)", ylabel="mean half-width of bounds, Δᵢ/Δ₀", xticks=range(deepest + 1))
-    _finish(axes)
+    labels: dict[str, Any] = {"xlabel": "ReLU layer (0: input)", "ylabel": "mean half-width of bounds, Δᵢ/Δ₀"}
+    _finish(axes, yscale="log", xticks=range(deepest + 1), **labels)
 
 
 def draw_states_by_layer(axes: Axes, found: Inspection) -> None:
@@ -98,8 +97,8 @@ def draw_states_by_layer(axes: Axes, found: Inspection) -> None:
         left = [sum(pair) for pair in zip(left, percent, strict=True)]
     axes.set_yticks(places, [layer.name or "(the network)" for layer in found.relus])
     axes.invert_yaxis()  # The first layer on top.
-    axes.set(xlabel="neurons (%)", ylabel="ReLU layer", xlim=(0, 100))
-    _finish(axes, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    legend = {"ncols": 3, "loc": "lower center", "bbox_to_anchor": (0.5, 1.0)}
+    _finish(axes, legend, xlabel="neurons (%)", ylabel="ReLU layer", xlim=(0, 100))
 
 
 # Training.
@@ -130,8 +129,7 @@ def draw_relu_states(axes: Axes, history: History, layer: str | None = None) -> 
         fractions = [_column(history, f"{state}/{name}") for name in chosen]
         means = [100 * math.fsum(values) / len(chosen) for values in zip(*fractions, strict=True)]
         axes.plot(_column(history, "epoch"), means, **series, markersize=3, label=label)
-    axes.set(xlabel="epoch", ylabel="neurons (%)", ylim=(0, 100))
-    _finish(axes)
+    _finish(axes, xlabel="epoch", ylabel="neurons (%)", ylim=(0, 100))
 
 
 def draw_growth_over_training(axes: Axes, history: History) -> None:
@@ -140,9 +138,8 @@ def draw_growth_over_training(axes: Axes, history: History) -> None:
     epochs = _column(history, "epoch")
     for name, series in zip(names, itertools.cycle(_SERIES), strict=False):
         axes.plot(epochs, _column(history, f"growth/{name}"), **series, markersize=3, label=name or "(the network)")
-    axes.set_yscale("log")
-    axes.set(xlabel="epoch", ylabel="Δᵢ/Δ₀ at the target ε")
-    _finish(axes, ncols=2, title="ReLU layer", title_fontsize="small")
+    legend = {"ncols": 2, "title": "ReLU layer", "title_fontsize": "small"}
+    _finish(axes, legend, yscale="log", xlabel="epoch", ylabel="Δᵢ/Δ₀ at the target ε")
 
 
 def draw_losses(axes: Axes, history: History) -> None:
@@ -150,16 +147,13 @@ def draw_losses(axes: Axes, history: History) -> None:
     _draw_columns(axes, history, _LOSSES)
     known = [column for column in _REGULARISERS if not all(map(math.isnan, _column(history, column[0])))]
     _draw_columns(axes, history, known, markersize=3, linewidth=0.8)
-    axes.set(xlabel="epoch", ylabel="mean over the training set")
-    axes.set_ylim(bottom=-0.02)
-    _finish(axes)
+    _finish(axes, xlabel="epoch", ylabel="mean over the training set", ylim=(-0.02, None))
 
 
 def draw_errors(axes: Axes, history: History) -> None:
     """Draw the standard error and the verified error at the target ε, on the test set."""
     _draw_columns(axes, history, (_VERIFIED, _STANDARD), scale=100)
-    axes.set(xlabel="epoch", ylabel="error on the test set (%)", ylim=(0, 102))
-    _finish(axes)
+    _finish(axes, xlabel="epoch", ylabel="error on the test set (%)", ylim=(0, 102))
 
 
 def _draw_columns(
@@ -177,15 +171,13 @@ def draw_errors_of_runs(axes: Axes, histories: Mapping[str, History], column: st
     for (name, history), series in zip(histories.items(), itertools.cycle(_SERIES), strict=False):
         errors = [100 * value for value in _column(history, column)]
         axes.plot(_column(history, "epoch"), errors, **series, markersize=3, label=name)
-    axes.set(xlabel="epoch", ylabel=f"{column.replace('_', ' ')} on the test set (%)", ylim=(0, 102))
-    _finish(axes)
+    _finish(axes, xlabel="epoch", ylabel=f"{column.replace('_', ' ')} on the test set (%)", ylim=(0, 102))
 
 
 def draw_radius(axes: Axes, history: History) -> None:
     """Draw the radius ε at the end of each epoch."""
     _draw_columns(axes, history, [("eps", "ε", _BLACK, "-")])
-    axes.set(xlabel="epoch", ylabel="ε (input units)")
-    axes.set_ylim(bottom=0)
+    axes.set(xlabel="epoch", ylabel="ε (input units)", ylim=(0, None))
 
 
 def save_training_curves(history: History, path: Path, *, title: str) -> None:
@@ -231,8 +223,7 @@ def draw_margins(axes: Axes, margins: Sequence[float], *, bins: int = 40) -> Non
     axes.axvline(0, color=_BLACK, linewidth=1)
     further = sum(margin < low for margin in known)
     tail = f"; {further:,} further left, at the edge" if further else ""
-    axes.set(xlabel=f"verified margin (logits){tail}", ylabel="samples")
-    _finish(axes)
+    _finish(axes, xlabel=f"verified margin (logits){tail}", ylabel="samples")
 
 
 def draw_errors_over_eps(axes: Axes, results: Sequence[Mapping[str, Any]]) -> None:
@@ -251,11 +242,10 @@ def draw_errors_over_eps(axes: Axes, results: Sequence[Mapping[str, Any]]) -> No
             label = name.replace("_", " ").replace("pgd", "PGD")
             style = {**series, "markersize": 4, "capsize": 3, "label": label}
             axes.errorbar(radii, [100 * value for value in values], yerr=(below, above), **style)
-    axes.set(xlabel="ε (input units)", ylabel="error (%)")
-    axes.set_ylim(bottom=0)
-    _finish(axes)
+    _finish(axes, xlabel="ε (input units)", ylabel="error (%)", ylim=(0, None))
 
 
-def _finish(axes: Axes, **legend: Any) -> None:
+def _finish(axes: Axes, legend: Mapping[str, Any] | None = None, **properties: Any) -> None:
+    axes.set(**properties)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize="small", frameon=False, **legend)
+    axes.legend(fontsize="small", frameon=False, **(legend or {}))

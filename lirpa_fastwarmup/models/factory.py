@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import inspect
+import operator
 import sys
 from collections.abc import Callable, Sequence
 from importlib.util import module_from_spec, spec_from_file_location
@@ -31,25 +32,11 @@ def build(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> nn.Module:
-    """Build the network called ``name``.
+    """Build a network: one of :data:`MODELS`, or a factory, `package.module:factory` or `path/to/file.py:factory`.
 
-    A factory is a function or class that returns an nn.Module. It gets the arguments below, and ``classes`` also as
-    ``num_classes``, if its signature names them (``**kwargs`` names none; a ``width`` of None is left out). Its network
-    is run once, on zeros, which changes neither modes nor torch's random numbers.
-
-    Args:
-        name: one of :data:`MODELS`, or a factory: `package.module:factory` or `path/to/file.py:factory`.
-        in_shape: shape of an input: (channels, height, width) of images, whose pixels are from 0 to 1.
-        classes: number of outputs.
-        width, hidden: size of the network; ``width=None`` for its default.
-        batchnorm: whether it has BatchNorm.
-        mean, std: of the inputs, per channel or feature, if the data is usually normalised.
-
-    Raises:
-        ValueError: there is no network of that name, it cannot be run on two inputs of ``in_shape``, or its output is
-            not (batch, classes).
-        ImportError: the module or file cannot be imported, or has no such factory.
-        TypeError: ``name`` is no factory, the factory needs other arguments, or it makes no nn.Module.
+    A factory gets these arguments, and ``classes`` also as ``num_classes``, if its signature names them (``**kwargs``
+    names none; a ``width`` of None is left out). Its network is run once, on zeros, which changes neither modes nor
+    torch's random numbers.
     """
     given: dict[str, Any] = {"in_shape": in_shape, "classes": classes, "hidden": hidden, "batchnorm": batchnorm}
     given |= {"mean": mean, "std": std} | ({} if width is None else {"width": width})
@@ -72,38 +59,27 @@ def find_factory(name: str, makes: str = "network") -> Callable[..., Any]:
     if name in MODELS:
         return MODELS[name]
     if ":" not in name:
-        raise ValueError(
-            f"unknown {makes} {name!r}; known are {', '.join(MODELS)}, or name your own factory as "
-            "package.module:factory or path/to/file.py:factory"
-        )
-    source, _, attribute = name.rpartition(":")
+        known = f"{', '.join(MODELS)}, or name your own factory as package.module:factory or path/to/file.py:factory"
+        raise ValueError(f"unknown {makes} {name!r}; known are {known}")
+    source, _, inner = name.rpartition(":")
     is_file = source.endswith(".py")
-    kind = "file" if is_file else "module"
+    where = f"the {'file' if is_file else 'module'} {source!r}"
     try:
         factory: Any = _imported_file(Path(source)) if is_file else importlib.import_module(source)
     except Exception as error:  # The user's code may raise anything on import, even a syntax error.
-        by_dots = "Write it with dots, as in an import statement, from a folder on Python's path"
         raise ImportError(
-            f"the {kind} {source!r} of the {makes} {name!r} cannot be imported ({type(error).__name__}: {error}). "
-            f"{'Give its path from the current folder' if is_file else by_dots}, and check that it can be imported by "
-            "itself"
+            f"{where} of the {makes} {name!r} cannot be imported ({type(error).__name__}: {error}). Write a module "
+            "with dots, from a folder on Python's path, and a file as its path from the current folder, and check that "
+            "it can be imported by itself"
         ) from error
-    for part in attribute.split("."):
-        if not hasattr(factory, part):
-            raise ImportError(
-                f"the {kind} {source!r} has no {attribute!r}, named by the {makes} {name!r}: after the colon, name a "
-                f"function or class in it that makes the {makes}"
-            )
-        factory = getattr(factory, part)
-    if isinstance(factory, nn.Module):
+    try:
+        factory = operator.attrgetter(inner)(factory)
+    except AttributeError as error:
+        raise ImportError(f"{where} has no {inner!r}, named by the {makes} {name!r}: name a function in it") from error
+    if isinstance(factory, nn.Module) or not callable(factory):
         raise TypeError(
-            f"{name!r} is a network ({type(factory).__name__}) already, whose weights a second run would continue to "
-            "train, and every run needs a fresh one: name a function or class that makes one"
-        )
-    if not callable(factory):
-        raise TypeError(
-            f"{name!r} is of type {type(factory).__name__}, which cannot be called to make a {makes}: name a function "
-            "or class that makes one"
+            f"{name!r} is of type {type(factory).__name__}, and every run needs a fresh {makes}: name a function or "
+            "class that makes one"
         )
     return factory
 
@@ -137,16 +113,13 @@ def _made(factory: Callable[..., Any], name: str, given: dict[str, Any]) -> nn.M
         signature.bind(**arguments)
     except TypeError as error:
         raise TypeError(
-            f"the factory {name!r} cannot be called ({error}): it may have the parameters in_shape, classes (or "
-            "num_classes), width (passed only where the run sets one), hidden, batchnorm, mean and std. Give any other "
-            "parameter a default"
+            f"the factory {name!r} cannot be called ({error}): it may have the parameters in_shape, classes or "
+            "num_classes, width (only if set), hidden, batchnorm, mean and std. Give any other parameter a default"
         ) from error
     model = factory(**arguments)
     if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"the factory {name!r} returned an object of type {type(model).__name__}, which has no layers to train: "
-            "return an nn.Module"
-        )
+        found = type(model).__name__
+        raise TypeError(f"the factory {name!r} returned an object of type {found}, no network: return an nn.Module")
     return model
 
 

@@ -146,16 +146,10 @@ class _Residual(nn.Module):
 def _normalisation(
     in_shape: Sequence[int], sizes: Sequence[int | None], mean: Sequence[float] | None, std: Sequence[float] | None
 ) -> list[nn.Module]:
-    """A leading :class:`Normalize` if there are ``mean`` and ``std``, after checks of a network's arguments.
-
-    Args:
-        sizes: classes, width and hidden; ``None`` for a default.
-    """
+    """A leading :class:`Normalize` if there are ``mean`` and ``std``; ``sizes`` are classes, width and hidden."""
     if len(in_shape) != 3:
-        raise ValueError(
-            f"found in_shape={tuple(in_shape)}, but the network's convolutions need images: give (channels, height, "
-            "width), without the batch"
-        )
+        needed = "convolutions need images: give (channels, height, width), without the batch"
+        raise ValueError(f"found in_shape={tuple(in_shape)}, but the network's {needed}")
     if min(*in_shape, *(size for size in sizes if size is not None)) < 1:
         classes, width, hidden = sizes
         found = f"in_shape={tuple(in_shape)}, classes={classes}, width={width}, hidden={hidden}"

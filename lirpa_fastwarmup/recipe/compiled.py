@@ -26,10 +26,10 @@ from lirpa_fastwarmup.engine.module import BoundedModule
 
 logger = logging.getLogger(__name__)
 
-# (x, y, box, fraction) -> 0-dim tensors by name, "loss" among them.
-Step = Callable[[Tensor, Tensor, Any, Tensor], Mapping[str, Tensor]]
-# x, y, eps and fraction, all on one device.
-Batch = tuple[Tensor, Tensor, Tensor, Tensor]
+# (box, x, y, eps, fraction, ...) -> 0-dim tensors by name, "loss" among them.
+Step = Callable[..., Mapping[str, Tensor]]
+# x, y, eps, fraction and anything else that differs from step to step, all on one device.
+Batch = tuple[Tensor, ...]
 
 # The largest relative differences to the eager step, of the loss and of the gradient. They find mistakes: rounding
 # alone flips a few ReLUs, and changes a gradient by up to a percent where bounds explode.
@@ -44,14 +44,7 @@ class CompilationWarning(UserWarning):
 
 
 class CompiledSteps:
-    """Compiled training steps of one network, each compiled on first use.
-
-    Args:
-        bounded: the network.
-        input_range: lowest and highest valid input, to which the box is clipped.
-        batch_size: compile batches of this many samples only; ``None`` for any.
-        backend: of ``torch.compile``.
-    """
+    """Training steps of one network, each compiled on first use, for batches of ``batch_size`` or of any size."""
 
     def __init__(
         self,
@@ -72,21 +65,16 @@ class CompiledSteps:
         return {**self.__dict__, "_steps": {}}  # Compiled code cannot be pickled, and belongs to one network.
 
     def run(
-        self, step: Step, key: tuple[Any, ...], x: Tensor, y: Tensor, eps: Epsilon, fraction: float
+        self, step: Step, key: tuple[Any, ...], x: Tensor, y: Tensor, eps: Epsilon, fraction: float, *more: Tensor
     ) -> dict[str, Tensor] | None:
-        """The values of ``step``, compiled; ``None`` where it must run eagerly.
+        """The values of ``step``, compiled; ``None`` where it must run eagerly. Only the loss has a gradient.
 
-        Args:
-            step: computes values from a batch, the box around it and ε/ε_max. Only the loss has a gradient afterwards.
-            key: the step's name for the log, then everything else that ``step`` depends on besides the network.
-            x, y, eps, fraction: the batch, the radius of the box, and ε/ε_max.
-
-        Warns:
-            CompilationWarning: the step cannot be compiled, with the reason. Every later step runs eagerly.
+        ``key`` holds the step's name for the log, then everything else that ``step`` depends on besides the network. If
+        the step cannot be compiled, a CompilationWarning says why, and every later step runs eagerly.
         """
         if self._failed or not self._suits(x, eps):
             return None
-        batch = (x, y, scalar_like(x, eps), scalar_like(x, fraction))
+        batch = (x, y, scalar_like(x, eps), scalar_like(x, fraction), *more)
         key = (*key, *self._state_key(batch))
         if key not in self._steps:
             try:
@@ -114,7 +102,7 @@ class CompiledSteps:
 
     def _state_key(self, batch: Batch) -> tuple[Any, ...]:
         """Everything that any recording depends on besides the values of tensors."""
-        x, _, eps, _ = batch
+        x, _, eps, *_ = batch
         model, device = self._bounded.wrapped, x.device.type
         return (
             tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in (x, eps)),
@@ -145,8 +133,8 @@ class _RecordedStep:
         example = batch[0]
         box = RecordableBox(example)
 
-        def flat(x: Tensor, y: Tensor, eps: Tensor, fraction: Tensor) -> tuple[Tensor, list[Tensor | None]]:
-            values = step(x, y, box.around(x, eps, input_range), fraction)
+        def flat(x: Tensor, y: Tensor, eps: Tensor, *more: Tensor) -> tuple[Tensor, list[Tensor | None]]:
+            values = step(box.around(x, eps, input_range), x, y, eps, *more)
             loss, self._names = values["loss"], list(values)
             grads = torch.autograd.grad(loss, self._parameters(), allow_unused=True)
             return torch.stack([value.detach().to(loss.dtype) for value in values.values()]), list(grads)
@@ -191,11 +179,12 @@ class _RecordedStep:
             RuntimeError: it does not.
         """
         x, y, eps, fraction = batch[0].flip(0), batch[1].flip(0), batch[2] * 0.75, batch[3] * 0.75
+        other = (x, y, eps, fraction, *batch[4:])
         with _restored_buffers(self._bounded.wrapped):
-            loss = step(x, y, input_box(x, eps, self._input_range), fraction)["loss"]
+            loss = step(input_box(x, eps, self._input_range), *other)["loss"]
             expected = torch.autograd.grad(loss, self._parameters(), allow_unused=True)
         with _restored_buffers(self._bounded.wrapped):
-            values, grads = self._run(self._state(), (x, y, eps, fraction))
+            values, grads = self._run(self._state(), other)
         if not loss.isfinite():
             return
         found = values[self._names.index("loss")]
@@ -215,10 +204,6 @@ class CudaGraph:
 
     The graph reads and writes the state in place, and is captured again where the state has other memory. Inputs are
     copied to the memory that it reads, and results from the memory that it writes.
-
-    Args:
-        function: does nothing that waits for the device.
-        inputs: example inputs.
     """
 
     def __init__(self, function: Callable[..., Any], inputs: tuple[Tensor, ...]) -> None:

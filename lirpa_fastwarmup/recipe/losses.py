@@ -1,62 +1,263 @@
-"""Robust cross-entropy losses: upper bounds on the worst-case loss over a box, by IBP or CROWN-IBP.
+"""Losses of certified training, for :class:`lirpa_fastwarmup.ShortWarmup`.
 
-The loss is CE(−m, y), with lower bounds m_j on the margins z_y − z_j and m_y = 0. CROWN-IBP (Zhang et al., ICLR 2020)
-mixes the bounds of both methods, w·CROWN-IBP + (1 − w)·IBP with w = 1 − ε/ε_max: tight bounds early in the ramp, cheap
-ones late. Call a loss after the clean forward pass of the same batch, whose BatchNorm statistics it uses:
+L_IBP is the cross-entropy of the scores −l, with l_j the IBP lower bounds on z_y − z_j over the box and l_y = 0: an
+upper bound on the cross-entropy in the box. L_adv is the cross-entropy at a point of the box that an attack found.
+
+A loss is a callable from a :class:`LossStep` to a :class:`LossValue`. It runs after the clean forward pass of the
+batch, whose BatchNorm statistics it uses, and the warmup's regularisers read the bounds that it leaves.
+
+Losses with an attack name their BatchNorm policy, ``batchnorm``. "clean": attack and bounds use the statistics of the
+clean batch (CTBench). "running": the attack uses the running statistics, and bounds those of the clean batch (the
+authors of SABR). "adversarial": the attack uses the running statistics; a forward pass of its points, which also moves
+the running statistics, provides those of the bounds (expressive-losses, CTRAIN).
 
 Example:
-    >>> logits = bounded(x)
-    >>> robust = fw.losses.ibp(bounded, fw.input_box(x, 8 / 255), y, classes=10)
-    >>> robust.loss.backward()
+    >>> loss = fw.losses.MTLIBP(alpha=0.5)
+    >>> warmup = fw.ShortWarmup(bounded, schedule, loss=loss)
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from lirpa_fastwarmup.attacks import PGD
+from lirpa_fastwarmup.boxes import Epsilon, InputRange, box_ends
 from lirpa_fastwarmup.engine import bounds
+from lirpa_fastwarmup.engine.batchnorm import normalized_by
+from lirpa_fastwarmup.engine.inputs import with_ends
+
+BatchNormPolicy = Literal["clean", "running", "adversarial"]
+START, RAMP, FULL = "before the ramp", "in the ramp", "at full ε"
 
 
 @dataclass(frozen=True)
-class RobustLoss:
-    """A robust loss: its mean over the batch (0-dim), and which samples are certified (batch,)."""
+class LossStep:
+    """What a loss is computed from.
+
+    Attributes:
+        bounded: the BoundedModule, after a clean forward pass of the batch.
+        x: the batch ``(batch, *input)``; several inputs are packed into one tensor.
+        y: labels (batch,).
+        logits: of the clean pass, (batch, classes).
+        box: the box around ``x``, a BoundedTensor.
+        eps: its radius, before it is clipped to ``input_range``.
+        input_range: lowest and highest valid input.
+        fraction: ε/ε_max.
+        phase: ``START``, ``RAMP`` or ``FULL``.
+        starts: starting points of the loss's attack, from :meth:`lirpa_fastwarmup.attacks.PGD.starts`.
+    """
+
+    bounded: Any
+    x: Tensor
+    y: Tensor
+    logits: Tensor
+    box: Any
+    eps: Epsilon
+    input_range: InputRange | None = None
+    fraction: float | Tensor = 1.0
+    phase: str = FULL
+    starts: Tensor | None = None
+
+    @property
+    def classes(self) -> int:
+        return self.logits.shape[1]
+
+    def ibp_margins(self, box: Any = None) -> Tensor:
+        """IBP lower bounds on z_y − z_j for j ≠ y over ``box``, by default the step's: (batch, classes − 1)."""
+        box = self.box if box is None else box
+        return bounds.ibp_margins(self.bounded, box, self.y, self.classes, reuse_statistics=True)
+
+    def attacked(self, attack: PGD, batchnorm: BatchNormPolicy) -> Tensor:
+        """The points that ``attack`` finds in the box of radius ``attack.scale``·ε."""
+        ends = box_ends(self.x, self.eps * attack.scale, self.input_range)
+        starts = attack.starts(self.x) if self.starts is None else self.starts
+        with normalized_by(self.bounded, "last" if batchnorm == "clean" else "running"):
+            points = attack.points(self.bounded, self.y, *ends, starts)
+        if batchnorm == "adversarial":
+            self.bounded(points)  # Later passes use its statistics.
+        return points
+
+    def logits_at(self, points: Tensor) -> Tensor:
+        """The logits at ``points``, normalised by the statistics that the bounds use."""
+        with normalized_by(self.bounded, "last"):
+            logits: Tensor = self.bounded(points)
+        return logits
+
+
+@dataclass(frozen=True)
+class LossValue:
+    """A loss, 0-dim, and what was computed with it; ``None`` for what was not.
+
+    Attributes:
+        loss: the mean over the batch, to be differentiated.
+        robust_loss: an upper bound on the cross-entropy over the box, 0-dim.
+        certified: which samples are certified, (batch,).
+        adversarial_loss, adversarial_error: cross-entropy and fraction misclassified at the attack's points, 0-dim.
+    """
 
     loss: Tensor
-    certified: Tensor
+    robust_loss: Tensor | None = None
+    certified: Tensor | None = None
+    adversarial_loss: Tensor | None = None
+    adversarial_error: Tensor | None = None
 
 
-# (bounded, box, labels, classes, fraction) -> RobustLoss: over the BoundedTensor ``box``, at ``fraction`` = ε/ε_max.
-LossFunction = Callable[[Any, Any, Tensor, int, float | Tensor], RobustLoss]
+Loss = Callable[[LossStep], LossValue]
 
 
-def ibp(bounded: Any, box: Any, labels: Tensor, classes: int, fraction: float | Tensor = 1.0) -> RobustLoss:
-    """The loss from IBP bounds, whatever the ``fraction``."""
-    lower = bounds.ibp_margins(bounded, box, labels, classes, reuse_statistics=True)
-    return RobustLoss(bounds.log_sum_exp(-lower).mean(), bounds.proved(lower))
+@dataclass(frozen=True)
+class IBP:
+    """L_IBP (Gowal et al., 2018)."""
+
+    def __call__(self, step: LossStep) -> LossValue:
+        lower = step.ibp_margins()
+        loss = bounds.log_sum_exp(-lower).mean()
+        return LossValue(loss, loss, bounds.proved(lower))
 
 
-def crown_ibp(bounded: Any, box: Any, labels: Tensor, classes: int, fraction: float | Tensor) -> RobustLoss:
-    """The loss from mixed margins; CROWN's backward pass has classes − 1 rows."""
-    lower = bounds.ibp_margins(bounded, box, labels, classes, reuse_statistics=True)
-    crown = bounds.crown_lower(bounded, bounds.margin_matrix(labels, classes, lower.dtype))
-    mixed = (1 - fraction) * crown + fraction * lower
-    return RobustLoss(bounds.log_sum_exp(-mixed).mean(), bounds.proved(torch.maximum(crown, lower)))
+@dataclass(frozen=True)
+class CrownIBP:
+    """CROWN-IBP (Zhang et al., ICLR 2020): w·CROWN-IBP + (1 − w)·IBP with w = 1 − ε/ε_max; IBP after the ramp.
 
-
-def crown_ibp_fused(bounded: Any, box: Any, labels: Tensor, classes: int, fraction: float | Tensor) -> RobustLoss:
-    """CROWN-IBP with loss fusion: bounds on Σ_j exp(z_j − z_y) are mixed, and CROWN's backward pass has one row.
-
-    Samples are certified by their IBP margins alone, because CROWN's margins are not computed.
+    Attributes:
+        fused: use loss fusion (Xu et al., NeurIPS 2020): bounds on Σ_j exp(z_j − z_y) are mixed, and CROWN's backward
+            pass has one row instead of classes − 1. Samples are certified by their IBP margins alone then.
     """
-    lower, upper = bounds.ibp_margin_bounds(bounded, box, labels, classes, reuse_statistics=True)
-    loss = bounds.fused_crown_loss(bounded, -upper, -lower, labels, classes)
-    loss = bounds.mixed_log(loss, bounds.log_sum_exp(-lower), 1 - fraction)
-    return RobustLoss(loss.mean(), bounds.proved(lower))
+
+    fused: bool = False
+
+    def __call__(self, step: LossStep) -> LossValue:
+        if step.phase == FULL:
+            return IBP()(step)
+        if self.fused:
+            return self._fused(step)
+        lower = step.ibp_margins()
+        crown = bounds.crown_lower(step.bounded, bounds.margin_matrix(step.y, step.classes, lower.dtype))
+        mixed = (1 - step.fraction) * crown + step.fraction * lower
+        loss = bounds.log_sum_exp(-mixed).mean()
+        return LossValue(loss, loss, bounds.proved(torch.maximum(crown, lower)))
+
+    def _fused(self, step: LossStep) -> LossValue:
+        options: dict[str, Any] = {"reuse_statistics": True}
+        lower, upper = bounds.ibp_margin_bounds(step.bounded, step.box, step.y, step.classes, **options)
+        losses = bounds.fused_crown_loss(step.bounded, -upper, -lower, step.y, step.classes)
+        loss = bounds.mixed_log(losses, bounds.log_sum_exp(-lower), 1 - step.fraction).mean()
+        return LossValue(loss, loss, bounds.proved(lower))
 
 
-LOSSES: dict[str, LossFunction] = {"ibp": ibp, "crown-ibp": crown_ibp, "crown-ibp-fused": crown_ibp_fused}
+@dataclass(frozen=True)
+class SABR:
+    """The IBP loss over a small box around an adversarial point (Müller et al., ICLR 2023).
+
+    The small box has ``ratio`` times the half-width of the clipped box at each coordinate, and lies within that box. It
+    does not bound the loss over the whole box, so no sample counts as certified.
+
+    Attributes:
+        ratio: its size relative to the box, above 0 and at most 1.
+        attack: finds the adversarial point; no gradient passes through it.
+        batchnorm: the BatchNorm policy.
+        scalar: the small box has the half-width ``ratio``·ε at every coordinate instead, and is clipped to the input
+            range (the authors' code).
+        relu_shrinkage: factor of the upper bounds of unstable ReLUs, 1 for none; 0.8 for CIFAR-10 at ε = 2/255.
+    """
+
+    ratio: float = 0.4
+    attack: PGD = field(default_factory=lambda: PGD(steps=8, step_size=0.5, decay=(0.1, (4, 7)), return_best=True))
+    batchnorm: BatchNormPolicy = "clean"
+    scalar: bool = False
+    relu_shrinkage: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.ratio <= 1:
+            raise ValueError(
+                f"ratio is the small box's size relative to the box, above 0 and at most 1; found {self.ratio}. A "
+                "ratio of 1 is the IBP loss; for a point instead of a box, use losses.MTLIBP(alpha=0)"
+            )
+        if not 0 < self.relu_shrinkage <= 1:
+            raise ValueError(f"relu_shrinkage must be above 0 and at most 1; found {self.relu_shrinkage}")
+        _check_policy(self.batchnorm)
+
+    def __call__(self, step: LossStep) -> LossValue:
+        points = step.attacked(self.attack, self.batchnorm)
+        box = with_ends(step.box, *self.small_box(step, points))
+        with bounds.shrunk_relus(step.bounded, self.relu_shrinkage):
+            lower = step.ibp_margins(box)
+        return LossValue(bounds.log_sum_exp(-lower).mean())
+
+    def small_box(self, step: LossStep, points: Tensor) -> tuple[Tensor, Tensor]:
+        """The ends of the small box around ``points``."""
+        lower, upper = step.box.ptb.x_L, step.box.ptb.x_U
+        half = self.ratio * step.eps if self.scalar else self.ratio * (upper - lower) / 2
+        centre = torch.min(torch.max(points, lower + half), upper - half)
+        return box_ends(centre, half, step.input_range if self.scalar else None)
+
+
+@dataclass(frozen=True)
+class MTLIBP:
+    """α·L_IBP + (1 − α)·L_adv (De Palma et al., ICLR 2024).
+
+    Attributes:
+        alpha: weight of IBP, from 0 (adversarial training) to 1 (IBP).
+        attack: finds the adversarial point, whose box has the radius ``attack.scale``·ε.
+        batchnorm: the BatchNorm policy.
+    """
+
+    alpha: float = 0.5
+    attack: PGD = field(default_factory=PGD)
+    batchnorm: BatchNormPolicy = "clean"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(
+                f"alpha must be from 0 (the adversarial loss alone) to 1 (the IBP loss alone); found {self.alpha}"
+            )
+        _check_policy(self.batchnorm)
+
+    def __call__(self, step: LossStep) -> LossValue:
+        logits = step.logits_at(step.attacked(self.attack, self.batchnorm))
+        lower = step.ibp_margins()
+        adversarial = F.cross_entropy(logits, step.y)
+        robust = bounds.log_sum_exp(-lower).mean()
+        error = (logits.detach().argmax(1) != step.y).to(robust.dtype).mean()
+        loss = self._combined(step, logits, lower, adversarial, robust)
+        return LossValue(loss, robust, bounds.proved(lower), adversarial, error)
+
+    def _combined(self, step: LossStep, logits: Tensor, lower: Tensor, adversarial: Tensor, robust: Tensor) -> Tensor:
+        return self.alpha * robust + (1 - self.alpha) * adversarial
+
+
+@dataclass(frozen=True)
+class EXPIBP(MTLIBP):
+    """L_IBP^α · L_adv^(1 − α), of the means over the batch (De Palma et al., ICLR 2024); attributes as MTLIBP."""
+
+    def _combined(self, step: LossStep, logits: Tensor, lower: Tensor, adversarial: Tensor, robust: Tensor) -> Tensor:
+        # The gradient of a power below 1 is infinite at 0.
+        smallest = torch.finfo(robust.dtype).eps
+        return robust.clamp(min=smallest) ** self.alpha * adversarial.clamp(min=smallest) ** (1 - self.alpha)
+
+
+@dataclass(frozen=True)
+class CCIBP(MTLIBP):
+    """The cross-entropy of α·l + (1 − α)·m, with m the margins of the adversarial point; attributes as MTLIBP.
+
+    De Palma et al., ICLR 2024.
+    """
+
+    def _combined(self, step: LossStep, logits: Tensor, lower: Tensor, adversarial: Tensor, robust: Tensor) -> Tensor:
+        margins = logits.gather(1, step.y.unsqueeze(1)) - logits
+        margins = margins.gather(1, bounds.other_classes(step.y, step.classes))
+        return bounds.log_sum_exp(-(self.alpha * lower + (1 - self.alpha) * margins)).mean()
+
+
+def _check_policy(batchnorm: str) -> None:
+    if batchnorm not in ("clean", "running", "adversarial"):
+        raise ValueError(f"unknown BatchNorm policy {batchnorm!r}; known are clean, running and adversarial")
+
+
+LOSSES: dict[str, Loss] = {"ibp": IBP(), "crown-ibp": CrownIBP(), "crown-ibp-fused": CrownIBP(fused=True)}

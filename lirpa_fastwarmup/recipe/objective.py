@@ -22,15 +22,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from lirpa_fastwarmup import boxes
-from lirpa_fastwarmup.boxes import Epsilon
+from lirpa_fastwarmup.boxes import Epsilon, InputRange
 from lirpa_fastwarmup.engine.bounds import class_count, input_box
-from lirpa_fastwarmup.engine.graph import StructureError, read_graph
+from lirpa_fastwarmup.engine.graph import StructureError
 from lirpa_fastwarmup.engine.inputs import Inputs
 from lirpa_fastwarmup.engine.module import BoundedModule
 from lirpa_fastwarmup.engine.plain import view_of
 from lirpa_fastwarmup.recipe.compiled import CompiledSteps, scalar_like
-from lirpa_fastwarmup.recipe.losses import LOSSES, LossFunction, ibp
-from lirpa_fastwarmup.recipe.regularizers import BUILT_IN, Regularizer, relu_balance, tightness
+from lirpa_fastwarmup.recipe.losses import FULL, IBP, RAMP, START, Loss, LossStep, LossValue
+from lirpa_fastwarmup.recipe.regularizers import BUILT_IN, Regularizer, relu_balance, tightness, undefined
 from lirpa_fastwarmup.recipe.schedule import Schedule
 
 _STEP = "step"
@@ -49,6 +49,7 @@ class StepLoss:
         loss: the objective, to be differentiated.
         clean_loss: cross-entropy of the clean batch.
         robust_loss: upper bound on the cross-entropy over the box.
+        adversarial_loss, adversarial_error: cross-entropy and fraction misclassified at the loss's attack.
         tightness: the tightness regulariser, before its weight.
         relu_balance: the ReLU-balance regulariser, before its weight.
         eps: radius of the step, in units of the input (the largest, where it varies).
@@ -60,6 +61,8 @@ class StepLoss:
     loss: Tensor
     clean_loss: Tensor
     robust_loss: Tensor
+    adversarial_loss: Tensor
+    adversarial_error: Tensor
     tightness: Tensor
     relu_balance: Tensor
     eps: Tensor
@@ -68,24 +71,15 @@ class StepLoss:
     terms: Mapping[str, Tensor]
 
 
-START, RAMP, FULL = "before the ramp", "in the ramp", "at full ε"
-
-
 class Terms(NamedTuple):
     """The terms of the loss in one phase of training, throughout which every step does the same computation.
 
-    Attributes:
-        phase: ``START``, ``RAMP`` or ``FULL``.
-        loss_function: computes the robust loss.
-        kappa: weight of the clean loss at the end of the ramp; ``None`` for the robust loss alone.
-        reg_weight: λ.
-        fading: regularisers with the weight λ·(1 − ε/ε_max).
-        constant: penalties with constant weights.
+    ``fading`` regularisers have the weight λ·(1 − ε/ε_max), ``constant`` penalties their own.
     """
 
     phase: str
-    loss_function: LossFunction
-    kappa: float | None
+    loss: Loss
+    kappa: tuple[float, float]
     reg_weight: float
     fading: Mapping[str, Regularizer]
     constant: Mapping[str, tuple[Regularizer, float]]
@@ -94,16 +88,24 @@ class Terms(NamedTuple):
     def key(self) -> tuple[Any, ...]:
         """The phase, and everything else in which the terms of one objective may differ."""
         weights = tuple((name, weight) for name, (_, weight) in self.constant.items())
-        return self.phase, self.kappa, self.reg_weight, tuple(self.fading), weights
+        return self.phase, self.loss, self.kappa, self.reg_weight, tuple(self.fading), weights
 
 
 def compute_step(
-    terms: Terms, bounded: BoundedModule, x: Tensor, y: Tensor, box: Any, fraction: float | Tensor
+    terms: Terms,
+    bounded: BoundedModule,
+    input_range: InputRange | None,
+    box: Any,
+    x: Tensor,
+    y: Tensor,
+    eps: Epsilon,
+    fraction: float | Tensor,
+    *starts: Tensor,
 ) -> dict[str, Tensor]:
-    """The loss of one step and its components, on the batch ``x``, ``y`` and the ``box`` around it, at ε/ε_max.
+    """The loss of one step and its components, 0-dim; regularisers and penalties as "terms.name".
 
-    Returns:
-        0-dim tensors by the names of :class:`StepLoss`; regularisers and penalties as "terms.name".
+    ``eps`` is the radius of ``box``, before it is clipped to ``input_range``; ``starts`` are starting points of the
+    loss's attack, if it has one.
     """
     logits = bounded(x)
     loss = F.cross_entropy(logits, y)
@@ -112,19 +114,28 @@ def compute_step(
     # Autocast would round bounds more coarsely than the gap between them.
     with torch.autocast(x.device.type, enabled=False):
         if regularizers or terms.phase != START:
-            robust = terms.loss_function(bounded, box, y, logits.shape[1], fraction)
-            values |= {"robust_loss": robust.loss, "verified_error": 1 - robust.certified.to(loss.dtype).mean()}
+            step = LossStep(bounded, x, y, logits, box, eps, input_range, fraction, terms.phase, *starts)
+            found = (IBP() if terms.phase == START else terms.loss)(step)
+            values |= _reported(found, loss.dtype)
         computed = {name: term(bounded) for name, term in regularizers.items()}
     if terms.phase != START:
-        loss = values["robust_loss"]
-        if terms.kappa is not None:
-            clean_weight = 1 - (1 - terms.kappa) * fraction
+        loss = found.loss
+        if terms.kappa != (0.0, 0.0):
+            first, last = terms.kappa
+            clean_weight = first + (last - first) * fraction
             loss = clean_weight * values["clean_loss"] + (1 - clean_weight) * loss
     if terms.fading:
         loss = loss + terms.reg_weight * (1 - fraction) * sum(computed[name] for name in terms.fading)
     for name, (_, weight) in terms.constant.items():
         loss = loss + weight * computed[name]
     return {"loss": loss, **values, **{f"terms.{name}": value for name, value in computed.items()}}
+
+
+def _reported(found: LossValue, dtype: torch.dtype) -> dict[str, Tensor]:
+    values = {name: getattr(found, name) for name in ("robust_loss", "adversarial_loss", "adversarial_error")}
+    if found.certified is not None:
+        values["verified_error"] = 1 - found.certified.to(dtype).mean()
+    return {name: value for name, value in values.items() if value is not None}
 
 
 class ValueChecks:
@@ -173,11 +184,10 @@ class ShortWarmup(nn.Module):
             :class:`lirpa_fastwarmup.BoundedModule` is built then.
         schedule: the radius over the steps, such as :class:`lirpa_fastwarmup.SmoothedEpsilon`. For a network of several
             inputs, its ``max_eps`` may be a tuple, one radius per input; 0 for an unperturbed one.
-        bound: the bounds in the robust loss: "ibp", "crown-ibp" (CROWN-IBP and IBP margins mixed with weights
-            1 − ε/ε_max and ε/ε_max), or "crown-ibp-fused" (the same with loss fusion: a step costs the same for any
-            number of classes).
-        kappa: weight of the clean loss at the end of the ramp, κ·clean + (1 − κ)·robust with κ falling from 1 by
-            ε/ε_max (Gowal et al., 2018); ``None`` for the robust loss alone.
+        loss: the robust loss, by default IBP: any of :mod:`lirpa_fastwarmup.losses`, or your own function from a
+            :class:`~lirpa_fastwarmup.losses.LossStep` to a :class:`~lirpa_fastwarmup.losses.LossValue`.
+        kappa: weights κ of the clean loss at the start and at the end of the ramp, in κ·clean + (1 − κ)·robust: it
+            changes with ε/ε_max. (1, 0.5) as Gowal et al. (2018), equal weights as CTBench.
         reg_weight: λ, the weight of the regularisers while ε is below its maximum.
         tol: τ of "tightness" and "relu_balance".
         regularizers: terms of the warmup, weighted λ·(1 − ε/ε_max): names of functions in
@@ -197,7 +207,7 @@ class ShortWarmup(nn.Module):
     Raises:
         TypeError: ``bounded`` is not a BoundedModule.
         NotImplementedError: an engine module with bounds that are not proved.
-        StructureError: there are regularisers, and the network has no ReLU.
+        StructureError: a built-in regulariser uses activations (ReLUs) that the network does not have.
         ValueError: an argument out of its range; a largest radius wider than the input range; the output is not
             (batch, classes); or the network has a parameter called ``step``.
 
@@ -216,8 +226,8 @@ class ShortWarmup(nn.Module):
         bounded: Any,
         schedule: Schedule,
         *,
-        bound: str = "ibp",
-        kappa: float | None = None,
+        loss: Loss | None = None,
+        kappa: tuple[float, float] = (0.0, 0.0),
         reg_weight: float = 0.5,
         tol: float = 0.5,
         regularizers: Sequence[str | Regularizer] = ("tightness", "relu_balance"),
@@ -231,8 +241,9 @@ class ShortWarmup(nn.Module):
         bounded = view_of(bounded)
         penalties = penalties or {}
         _check_weights(reg_weight, tol, min_eps, kappa, penalties.values())
-        if bound not in LOSSES:
-            raise ValueError(f"unknown bound {bound!r}; known are {', '.join(LOSSES)}")
+        loss = IBP() if loss is None else loss
+        if isinstance(loss, type) or not callable(loss):
+            raise TypeError(f"expected a loss such as losses.IBP(), or a function of a LossStep; found {loss!r}")
         if not callable(getattr(schedule, "fraction", None)):
             raise TypeError(
                 "expected a schedule such as SmoothedEpsilon(max_eps, start, length, steps_per_epoch), or "
@@ -246,7 +257,7 @@ class ShortWarmup(nn.Module):
         if _STEP in self.model.state_dict():
             raise ValueError(f"the network has an entry called {_STEP!r}, the key of the step count: rename it")
         self.schedule = schedule
-        self.kappa = kappa
+        self.kappa = (float(kappa[0]), float(kappa[1]))
         self.reg_weight = reg_weight
         self.min_eps = min_eps
         self.input_range = input_range
@@ -256,17 +267,19 @@ class ShortWarmup(nn.Module):
         constant = _named(list(penalties), tol, used=fading)
         self.regularizers = fading if reg_weight > 0 else {}
         self.penalties = dict(zip(constant, zip(constant.values(), penalties.values(), strict=True), strict=True))
-        self._loss_function = LOSSES[bound]
-        built_in = [name for name in (*self.regularizers, *self.penalties) if name in BUILT_IN and name != "weight_l1"]
-        if built_in and not read_graph(bounded).relus:
+        self.loss = loss
+        if missing := undefined(bounded, [*self.regularizers, *self.penalties]):
+            left = tuple(name for name in self.regularizers if name not in missing)
+            what = "activation" if "tightness" in missing else "ReLU"
             raise StructureError(
-                f"the network has no ReLU, and {' and '.join(built_in)} use the bounds of ReLUs: pass regularizers=() "
-                "to train without them"
+                f"the network has no {what}, and {' and '.join(missing)} use the bounds of {what}s: pass "
+                f"regularizers={left} to train without them"
             )
         self.steps_done = 0
         self._checks = ValueChecks()
         self._compiled = CompiledSteps(bounded, self._range, batch_size=compile_batch_size) if compile else None
-        self.register_load_state_dict_pre_hook(_to_registered_keys)
+        # Public without the underscore since PyTorch 2.5.
+        self._register_load_state_dict_pre_hook(_to_registered_keys, with_module=True)
         self.training = self.model.training
 
     def step(self) -> None:
@@ -303,8 +316,8 @@ class ShortWarmup(nn.Module):
         phase = START if fraction == 0 else RAMP if fraction < 1 else FULL
         terms = Terms(
             phase=phase,
-            loss_function=self._loss_function if phase == RAMP else ibp,
-            kappa=self.kappa if self.training else None,
+            loss=self.loss if self.training else IBP(),
+            kappa=self.kappa if self.training else (0.0, 0.0),
             reg_weight=self.reg_weight,
             fading=self.regularizers if fraction < 1 else {},
             constant=self.penalties if self.training else {},
@@ -312,10 +325,12 @@ class ShortWarmup(nn.Module):
         smallest = self.min_eps if terms.fading or terms.constant else 0.0
         eps = self._max_eps(max_eps) * fraction
         eps = eps.clamp(min=smallest) if isinstance(eps, Tensor) else max(eps, smallest)
-        step = partial(compute_step, terms, self.bounded)
-        values = self._compiled.run(step, terms.key, x, y, eps, fraction) if self._compiled else None
+        step = partial(compute_step, terms, self.bounded, self._range)
+        attack = getattr(terms.loss, "attack", None)
+        starts = () if attack is None or phase == START else (attack.starts(x),)
+        values = self._compiled.run(step, terms.key, x, y, eps, fraction, *starts) if self._compiled else None
         if values is None:
-            values = step(x, y, input_box(x, eps, self._range), fraction)
+            values = step(input_box(x, eps, self._range), x, y, eps, fraction, *starts)
         step_loss = self._step_loss(values, eps)
         loss = step_loss.loss.detach()
         facts = [loss, torch.full_like(loss, self.steps_done), step_loss.eps]
@@ -333,7 +348,7 @@ class ShortWarmup(nn.Module):
         terms = {name: values.get(f"terms.{name}", nan) for name in (*self.regularizers, *self.penalties)}
         names = ("loss", "clean_loss", "clean_error", "robust_loss", "verified_error")
         return StepLoss(
-            **{name: values.get(name, nan) for name in names},
+            **{name: values.get(name, nan) for name in (*names, "adversarial_loss", "adversarial_error")},
             tightness=terms.get("tightness", nan),
             relu_balance=terms.get("relu_balance", nan),
             eps=scalar_like(nan, eps).max(),
@@ -416,13 +431,14 @@ def _to_registered_keys(module: ShortWarmup, state_dict: Any, prefix: str, *rest
         state_dict[f"{prefix}model.{key[len(prefix) :]}"] = state_dict.pop(key)
 
 
-def _check_weights(
-    reg_weight: float, tol: float, min_eps: float, kappa: float | None, penalties: Collection[float]
-) -> None:
+def _check_weights(reg_weight: float, tol: float, min_eps: float, kappa: Any, penalties: Collection[float]) -> None:
     if not (reg_weight >= 0 and tol > 0 and min_eps >= 0):
         raise ValueError(f"expected reg_weight ≥ 0, tol > 0 and min_eps ≥ 0; found {reg_weight}, {tol} and {min_eps}")
-    if kappa is not None and not 0 <= kappa <= 1:
-        raise ValueError(f"kappa, the clean loss's weight at the end of the ramp, must be from 0 to 1; found {kappa}")
+    if not (isinstance(kappa, tuple | list) and len(kappa) == 2 and all(0 <= one <= 1 for one in kappa)):
+        raise ValueError(
+            "kappa must be a pair, the clean loss's weights at the start and at the end of the ramp, each from 0 to 1; "
+            f"found {kappa!r}"
+        )
     if not all(math.isfinite(weight) and weight >= 0 for weight in penalties):
         raise ValueError(f"weights of penalties must be finite and at least 0; found {list(penalties)}")
 

@@ -1,4 +1,4 @@
-"""Regularisers on the bounds that the last IBP pass left at every ReLU's input.
+"""Regularisers on the bounds that the last IBP pass left at the input of every activation.
 
 :func:`tightness` and :func:`relu_balance` belong to the short warmup (Shi et al., NeurIPS 2021, section 3.3); the
 others are from the literature, for comparison. Call them after any IBP pass:
@@ -7,14 +7,15 @@ Example:
     >>> bounded.compute_bounds(x=(fw.input_box(x, 8 / 255),), method="IBP")
     >>> loss = loss + 0.5 * (fw.regularizers.tightness(bounded) + fw.regularizers.relu_balance(bounded))
 
-[l, u] bounds the input of one of m ReLU layers, c = (l + u)/2, Δ is the mean of (u − l)/2 over batch and neurons, and
-Δ_0 is the same at the input of the first affine layer. After :meth:`lirpa_fastwarmup.BoundedModule.join_ranks`, means
-and sums are over the batches of all processes.
+[l, u] bounds the input of one of m activations, c = (l + u)/2, Δ is the mean of (u − l)/2 over batch and neurons, and
+Δ_0 is the same at the input of the first affine layer. :func:`tightness` takes every elementwise activation, the others
+ReLUs alone. After :meth:`lirpa_fastwarmup.BoundedModule.join_ranks`, means and sums are over the batches of all
+processes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +23,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lirpa_fastwarmup.distributed import all_reduce, differentiable_all_reduce
-from lirpa_fastwarmup.engine.graph import LayerBounds, affine_weights, input_half_width, relu_bounds
+from lirpa_fastwarmup.engine.graph import (
+    LayerBounds,
+    activation_bounds,
+    affine_weights,
+    input_half_width,
+    read_graph,
+    relu_bounds,
+)
 
 Regularizer = Callable[[Any], Tensor]
 
@@ -58,14 +66,14 @@ def tightness(bounded: Any, tol: float = 0.5) -> Tensor:
 
     Raises:
         RuntimeError: no bounds have been computed since the last forward pass.
-        StructureError: the network has no ReLU.
+        StructureError: the network has no activation.
     """
-    layers = relu_bounds(bounded)
+    layers = activation_bounds(bounded)
     reduction = _reduction(bounded, layers[0].lower)
     widths = torch.stack([(layer.upper - layer.lower).mean() for layer in layers]) / 2
     widths = torch.cat([input_half_width(bounded).view(1), widths])
-    at_input, at_relus = reduction.sum(widths * reduction.fraction).split([1, len(layers)])
-    ratio = at_input / at_relus.clamp(min=_SMALLEST_WIDTH)
+    at_input, at_activations = reduction.sum(widths * reduction.fraction).split([1, len(layers)])
+    ratio = at_input / at_activations.clamp(min=_SMALLEST_WIDTH)
     return (tol - ratio).clamp(min=0).mean() / tol
 
 
@@ -75,7 +83,7 @@ def relu_balance(bounded: Any, tol: float = 0.5) -> Tensor:
     ρ_i compares the mean and s_i the variance of c between always-active (l > 0) and always-inactive (u < 0) neurons;
     ``tol`` is the ratio above which a layer is balanced enough. A layer without always-inactive neurons adds 0 for that
     batch, one with them but without always-active neurons adds 2, both with zero gradient. Returns and raises as
-    :func:`tightness`.
+    :func:`tightness`, and StructureError if the network has no ReLU.
     """
     layers = relu_bounds(bounded)
     return _imbalance(layers, tol, _reduction(bounded, layers[0].lower)).mean() / tol
@@ -97,11 +105,7 @@ def _imbalance(layers: Sequence[LayerBounds], tol: float, reduction: _Reduction 
 def state_moments(lower: Tensor, upper: Tensor) -> Tensor:
     """Σ c and Σ (c − μ)² over the always-active (l > 0) and the always-inactive (u < 0) neurons; μ is the mean of c.
 
-    Args:
-        lower, upper: bounds on a ReLU layer's input ``(batch, *neurons)``.
-
-    Returns:
-        A tensor (2 states, 2 sums), differentiable once.
+    Returns a tensor (2 states, 2 sums), differentiable once.
     """
     return _StateMoments.apply(_ONE_PROCESS, lower, upper)[0]
 
@@ -191,3 +195,10 @@ def weight_l1(bounded: Any) -> Tensor:
 BUILT_IN: dict[str, Regularizer] = {
     function.__name__: function for function in (tightness, relu_balance, relu_stability, volume, weight_l1)
 }
+
+
+def undefined(bounded: Any, names: Iterable[str]) -> list[str]:
+    """The built-in regularisers among ``names`` that use activations which the network does not have."""
+    graph = read_graph(bounded)
+    defined = {"weight_l1", *(["tightness"] if graph.activations else []), *(BUILT_IN if graph.relus else [])}
+    return [name for name in names if name in BUILT_IN and name not in defined]

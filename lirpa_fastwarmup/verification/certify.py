@@ -12,19 +12,11 @@ from torch import Tensor, nn
 
 from lirpa_fastwarmup.attacks import Attack, attack, random_starts
 from lirpa_fastwarmup.boxes import Epsilon, InputRange, box_ends
+from lirpa_fastwarmup.engine import soundness
 from lirpa_fastwarmup.engine.bounds import METHODS, MarginBounds, input_box, proved
 from lirpa_fastwarmup.engine.module import BoundedModule
 from lirpa_fastwarmup.engine.precision import exact_arithmetic
-from lirpa_fastwarmup.engine.soundness import (
-    PROBED,
-    Finding,
-    class_margins,
-    contradicted,
-    corners_of,
-    find_contradictions,
-    per_sample,
-    tolerance,
-)
+from lirpa_fastwarmup.engine.soundness import Finding, per_sample
 from lirpa_fastwarmup.memory import MicroBatches
 from lirpa_fastwarmup.verification.intervals import interval_bounds
 from lirpa_fastwarmup.verification.result import ATTACK, BatchResult, Certificate, Stage
@@ -57,11 +49,7 @@ def method_named(name: str) -> str:
 
 
 def ordered(methods: Sequence[str]) -> tuple[str, ...]:
-    """``methods``, in any case, each once, cheapest first.
-
-    Raises:
-        ValueError: the sequence is empty, or contains an unknown name.
-    """
+    """``methods``, in any case, each once, cheapest first."""
     names = [] if isinstance(methods, str) else [method_named(method) for method in methods]
     unknown = [name for name in names if name not in METHODS]
     if unknown or not names:
@@ -93,16 +81,7 @@ def attack_samples(
 
 
 class _Batch:
-    """A batch in one precision, and its verdicts.
-
-    Attributes:
-        points: the attack's point for each sample; ``None`` without an attack.
-        attained: margins attained in the boxes, at the samples and the attack's points.
-        predictions: the predicted classes, shape (batch,).
-        falsified: whether the sample itself or the attack's point is misclassified.
-        method: index in :data:`METHODS` of the cheapest method that proved the sample; −1 without a proof.
-        margin: the largest lower bound on the smallest margin; NaN without one.
-    """
+    """A batch in one precision, and its verdicts; ``points`` are the attack's, one for each sample."""
 
     def __init__(
         self, network: MarginBounds, x: Tensor, y: Tensor, eps: Epsilon, plan: Plan, points: Tensor | None
@@ -110,16 +89,17 @@ class _Batch:
         self.network, self.x, self.y = network, x.to(network.dtype), y
         self.radii = per_sample(eps, x)
         clean = worst = network.model(self.x)
-        self.attained = [class_margins(clean, y)]
+        self.attained = [soundness.class_margins(clean, y)]  # Of the samples and of the attack's points.
         self.points = points
         if points is not None:
             lower, upper = box_ends(self.x, eps, plan.input_range)
             self.points = torch.min(torch.max(points.to(self.x.dtype), lower), upper)
             worst = network.model(self.points)
-            self.attained.append(class_margins(worst, y))
+            self.attained.append(soundness.class_margins(worst, y))
         self.predictions = clean.argmax(1)
         self.falsified = (self.predictions != y) | (worst.argmax(1) != y)
-        self.method = torch.full_like(y, -1)
+        self.method = torch.full_like(y, -1)  # The place in METHODS of the cheapest proof; −1 without one.
+        # The largest lower bound on the smallest margin.
         self.margin = torch.full(y.shape, torch.nan, dtype=self.x.dtype, device=y.device)
 
     def contradiction(self, index: int, text: str) -> Finding:
@@ -127,13 +107,9 @@ class _Batch:
 
 
 class Certifier:
-    """Certifies batches by one plan, in exact arithmetic.
+    """Certifies batches by one plan, in exact arithmetic; of ``bounds`` in several precisions, it reports the first.
 
-    Args:
-        bounds: the network's bounds in each precision; the first one's numbers are reported.
-        plan: what to compute.
-        untested: whether the network contains operators whose bounds have not been tested.
-        check: check the bounds of each method on the first samples it runs on.
+    With ``check``, it checks the bounds of each method on the first samples that it runs on.
     """
 
     def __init__(self, bounds: Sequence[MarginBounds], plan: Plan, *, untested: bool, check: bool = True) -> None:
@@ -145,12 +121,7 @@ class Certifier:
 
     @torch.no_grad()
     def certify(self, x: Tensor, y: Tensor, eps: Epsilon) -> BatchResult[Certificate]:
-        """Attack and bound the samples ``x`` with labels ``y`` in their boxes of radius ``eps``.
-
-        Raises:
-            NotImplementedError: the engine has no such bounds for the network.
-            OutOfMemoryError: one sample does not fit into memory.
-        """
+        """Attack and bound the samples ``x`` with labels ``y`` in their boxes of radius ``eps``."""
         with exact_arithmetic(x.device):
             result: BatchResult[Certificate] = BatchResult()
             points = self._attack(x.to(self._bounds[0].dtype), y, eps, result) if self.plan.restarts else None
@@ -196,7 +167,7 @@ class Certifier:
         batch.method[samples[proves]] = METHODS.index(method)
         batch.margin[samples] = torch.fmax(batch.margin[samples], lower.amin(1))
         result.stages[method] = Stage(len(samples), int(proves.sum()), time.perf_counter() - started)
-        wrong = torch.stack([contradicted(lower, margins[samples]) for margins in batch.attained]).any(0)
+        wrong = torch.stack([soundness.contradicted(lower, margins[samples]) for margins in batch.attained]).any(0)
         text = f"has a smaller margin at a point of its box than {method}'s lower bound"
         result.contradictions += [batch.contradiction(index, text) for index in samples[wrong].tolist()]
         if (method, x.dtype) in self._unchecked:
@@ -207,11 +178,11 @@ class Certifier:
     def _check(self, batch: _Batch, method: str, samples: Tensor) -> list[Finding]:
         """Contradictions in the bounds of ``method`` on some of ``samples``, by their place among these."""
         network, input_range = batch.network, self.plan.input_range
-        x, eps, most = batch.x[samples], batch.radii(samples), self._micro_batches[method].size
+        x, y, eps, most = batch.x[samples], batch.y[samples], batch.radii(samples), self._micro_batches[method].size
         points = None if batch.points is None else batch.points[samples]
-        found = find_contradictions(network, x, batch.y[samples], eps, method, input_range, points=points, most=most)
+        found = soundness.find_contradictions(network, x, y, eps, method, input_range, points=points, most=most)
         if method == "IBP":
-            some = torch.arange(min(len(x), PROBED), device=x.device)
+            some = torch.arange(min(len(x), soundness.PROBED), device=x.device)
             found += beyond_intervals(network.bounded(method), x[some], per_sample(eps, x)(some), input_range)
         return found
 
@@ -264,13 +235,9 @@ def _changes(first: _Batch, second: _Batch, index: int) -> str:
 
 @torch.no_grad()
 def beyond_intervals(bounded: BoundedModule, x: Tensor, eps: Epsilon, input_range: InputRange | None) -> list[Finding]:
-    """Samples whose IBP bounds on the outputs are tighter than interval arithmetic in double precision.
-
-    IBP is interval arithmetic, so tighter bounds are wrong. Returns no findings for networks with an operator that
-    :func:`interval_bounds` has no rule for.
-    """
+    """Samples whose IBP bounds are tighter than interval arithmetic, which IBP is; none where no interval rule is."""
     try:
-        lower, upper = (bounded.layout.unpack(end) for end in corners_of(x, eps, input_range))
+        lower, upper = (bounded.layout.unpack(end) for end in soundness.corners_of(x, eps, input_range))
         pairs = zip(lower, upper, strict=True)
         boxes = [(low, high) if low.is_floating_point() else low for low, high in pairs]
         reference = interval_bounds(bounded.wrapped, *boxes)
@@ -278,7 +245,7 @@ def beyond_intervals(bounded: BoundedModule, x: Tensor, eps: Epsilon, input_rang
         logger.info("IBP is not compared with interval arithmetic on this network: %s", error)
         return []
     found = bounded.compute_bounds(x=(input_box(x, eps, input_range),), method="IBP")
-    above = found[0] > reference[0].to(x) + tolerance(found[0], reference[0].to(x))
-    below = found[1] < reference[1].to(x) - tolerance(found[1], reference[1].to(x))
+    above = found[0] > reference[0].to(x) + soundness.tolerance(found[0], reference[0].to(x))
+    below = found[1] < reference[1].to(x) - soundness.tolerance(found[1], reference[1].to(x))
     tighter = (above | below).flatten(1).any(1).nonzero().flatten().tolist()
     return [(place, "has tighter IBP bounds on its outputs than interval arithmetic") for place in tighter]

@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from lirpa_fastwarmup.engine.inputs import Inputs, Layout
 from lirpa_fastwarmup.engine.module import BoundedModule
 from lirpa_fastwarmup.engine.plain import view_of
 from lirpa_fastwarmup.engine.soundness import UnsoundBoundError
+from lirpa_fastwarmup.engine.tracing import unchanged
 from lirpa_fastwarmup.verification.certify import Certifier, Plan, ordered
 from lirpa_fastwarmup.verification.journal import Journal, digest
 from lirpa_fastwarmup.verification.result import BatchResult, Certificate, Result, Verification
@@ -46,17 +47,9 @@ def over_batches(
     progress: Callable[[Sequence[Result]], None] | None = None,
     over_ranks: bool = False,
 ) -> BatchResult[Result]:
-    """The results of all batches.
+    """The results, of class ``kind``, that ``compute`` gives for x and y, on the network's device, and their radius.
 
-    Args:
-        compute: the function of a batch: x and y on the network's device, and their radius.
-        kind: the class of its results.
-        conditions: what the results depend on besides network, plan and batch, for the journal.
-        eps: the radius of all samples, packed; ``None`` for a search of radii.
-        bounded, samples, indices, journal, progress, over_ranks: see :func:`verify`.
-
-    Raises:
-        TypeError, ValueError: the samples do not fit the network, or there are none.
+    ``conditions`` are what they depend on besides network, plan and batch, for the journal. ``eps`` is packed.
     """
     ranks = world() if over_ranks else SINGLE
     device, classes = bounded.example[0].device, class_count(bounded)
@@ -70,11 +63,7 @@ def over_batches(
                 check_batch(x, y, classes, plan.input_range)
                 key = digest({**described, "x": x, "y": y, "eps": radius}) if journal else ""
                 stored = journal.get(key) if journal else None
-                result = (
-                    compute(x.to(device), y.to(device), radius)
-                    if stored is None
-                    else BatchResult.from_dict(kind, stored)
-                )
+                result = BatchResult.from_dict(kind, stored) if stored else compute(x.to(device), y.to(device), radius)
                 if journal and stored is None:
                     journal.put(key, result.as_dict())
                 own.append(result.numbered(numbers))
@@ -95,11 +84,9 @@ def over_batches(
 
 
 def _numbers(indices: Sequence[int] | None, first: int, count: int) -> Sequence[int]:
-    if indices is None:
-        return range(first, first + count)
-    found = indices[first : first + count]
+    found = range(first, first + count) if indices is None else indices[first : first + count]
     if len(found) != count:
-        raise ValueError(f"pass one index per sample; found only {len(indices)} indices")
+        raise ValueError(f"pass one index per sample; found only {first + len(found)} indices")
     return found
 
 
@@ -212,8 +199,8 @@ def evaluate(
     packed_range = _checked_range(bounded, eps, input_range)
     plan = Plan(("IBP",), pgd_steps, restarts, packed_range, False, batch_size, seed)
     dtype = next((value.dtype for value in bounded.wrapped.parameters()), torch.get_default_dtype())
-    with _evaluating(bounded):
-        network = MarginBounds(bounded, dtype, live=True)
+    with unchanged(bounded.wrapped):
+        network = MarginBounds(bounded.eval(), dtype, live=True)
         certifier = Certifier([network], plan, untested=bool(bounded.untested), check=check)
         return _without_contradictions(_verification(bounded, samples, eps, certifier, over_ranks=over_ranks))
 
@@ -246,17 +233,6 @@ def _without_contradictions(found: Verification) -> Verification:
     if found.contradictions:
         raise UnsoundBoundError(found.contradictions, found)
     return found
-
-
-@contextmanager
-def _evaluating(bounded: BoundedModule) -> Iterator[None]:
-    modes = [(module, module.training) for module in bounded.wrapped.modules()]
-    bounded.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def check_network(bounded: Any) -> BoundedModule:
@@ -292,10 +268,6 @@ def batches_of(samples: Samples, size: int, layout: Layout, eps: Any) -> Iterato
     """``samples`` as checked and packed batches with their radius: the given ones, or batches of ``size`` from tensors.
 
     A ``size`` of 1 also splits the given ones.
-
-    Raises:
-        TypeError: labels are missing, or inputs are not floating-point numbers.
-        ValueError: there is no radius, one of 0, or not one per sample.
     """
     is_whole = isinstance(samples, tuple | list) and bool(samples) and isinstance(samples[-1], Tensor)
     first = 0

@@ -41,10 +41,7 @@ def write_results(
     tolerance: float,
     about: Mapping[str, Any],
 ) -> None:
-    """Replace the verification in ``folder`` by one for each radius, and certified radii within ``tolerance``, if any.
-
-    ``about`` are entries of ``verification.json`` that the results do not hold, such as the dataset.
-    """
+    """Replace the verification in ``folder``; ``about`` are entries of ``verification.json``, such as the dataset."""
     device, weights = bounded.example[0].device, weights_sum(bounded.wrapped.state_dict())
     for name in WRITTEN:
         (folder / name).unlink(missing_ok=True)

@@ -50,24 +50,8 @@ def interval_bounds(model: nn.Module, *boxes: tuple[Tensor, Tensor] | Tensor) ->
     a tensor with itself. At radius 0 both bounds are the network's output. Rounding is to nearest, not outward, so
     compare with a tolerance.
 
-    The bounds are those of a float64 copy of ``model`` in evaluation mode, on the device of the first box. ``model``
-    and the state of torch's random number generators do not change.
-
-    Args:
-        model: network with one output tensor.
-        boxes: one per input of ``model``: (lower, upper), two tensors of the input's shape (batch, ...), or a tensor
-            if the input is constant.
-
-    Returns:
-        Lower and upper bounds on the output, float64, each of the output's shape.
-
-    Raises:
-        UnknownOperatorError: no rule covers an operator, or the network is random or counts its calls in a buffer.
-        ValueError: the ends of a box differ in shape, a lower end exceeds the upper end, or an operator is undefined or
-            unbounded on its interval, such as 1/x around 0.
-        TypeError: the output is not one tensor.
-        RuntimeError: the network cannot be traced, for example because its control flow depends on the data.
-        ArithmeticError: a bound is NaN, or a lower bound exceeds the upper bound.
+    There is a box (lower, upper), or a constant tensor, for each input. The bounds are those of a float64 copy of
+    ``model`` in evaluation mode, on the device of the first box.
     """
     device = (boxes[0] if isinstance(boxes[0], Tensor) else boxes[0][0]).device
     inputs = [_as_value(box, device) for box in boxes]
@@ -291,8 +275,8 @@ def _only_shape(function: Any, args: Any, kwargs: Any) -> Any:
 
 
 _MOVING = """
-    _reshape_alias _to_copy alias cat channel_shuffle clone constant_pad_nd copy detach diagonal diagonal_scatter
-    expand fill flip gather im2col index index_put index_select permute pixel_shuffle pixel_unshuffle
+    _reshape_alias _to_copy _unsafe_index alias cat channel_shuffle clone constant_pad_nd copy detach diagonal
+    diagonal_scatter expand fill flip gather im2col index index_put index_select permute pixel_shuffle pixel_unshuffle
     reflection_pad1d reflection_pad2d reflection_pad3d repeat replication_pad1d replication_pad2d replication_pad3d
     roll select select_scatter slice slice_scatter split split_with_sizes squeeze stack t transpose unbind unfold
     unsqueeze where

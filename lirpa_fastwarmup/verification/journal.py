@@ -15,19 +15,11 @@ from lirpa_fastwarmup.storage import add_to_hash, parse_json, write_atomically
 
 
 class Journal:
-    """Results by a digest of their inputs, one line of JSON each, synced to disk when they are stored.
-
-    Args:
-        path: the file. It and the journals of other processes in the same folder are read at once, without lines that
-            are torn or damaged.
-
-    Attributes:
-        used: the keys that were looked up.
-    """
+    """Results by a digest of their inputs, one line of JSON each; reads the journals of other processes beside it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.used: set[str] = set()
+        self.used: set[str] = set()  # The keys that were looked up.
         self._known: dict[str, Any] = {}
         for other in _journals_beside(path):
             self._known |= _read(other)

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import importlib.machinery
 import importlib.util
+import inspect
 import logging
 import math
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-logger = logging.getLogger(__name__)
 
 _OPSET = 18
 # onnx2pytorch imports these for operators on images, which no engine bounds.
@@ -41,10 +40,15 @@ def write_onnx(model: nn.Module, in_shape: Sequence[int], path: Path, *, origina
     shapes = ({0: torch.export.Dim("batch")},)
     with warnings.catch_warnings(), _quiet("torch.onnx", "onnxscript", "onnx_ir"):
         warnings.simplefilter("ignore")
-        program = torch.onnx.export(model, (example,), dynamo=True, dynamic_shapes=shapes, verbose=False, **names)
-        assert program is not None  # Not with dynamo=True.
-        program.save(str(path), external_data=False)
-    _compare(model if original is None else original, path, example)
+        if "dynamic_shapes" in inspect.signature(torch.onnx.export).parameters:
+            program = torch.onnx.export(model, (example,), dynamo=True, dynamic_shapes=shapes, verbose=False, **names)
+            assert program is not None  # Not with dynamo=True.
+            program.save(str(path), external_data=False)
+        else:  # Before PyTorch 2.5.
+            axes = {"input": {0: "batch"}, "logits": {0: "batch"}}
+            torch.onnx.export(model, (example,), str(path), dynamic_axes=axes, **names)
+    expected = _outputs(model if original is None else original, [example], path)
+    _require_equal(expected, _onnxruntime(path, example), path)
 
 
 def read_onnx(path: Path, in_shape: Sequence[int]) -> nn.Module:
@@ -52,49 +56,45 @@ def read_onnx(path: Path, in_shape: Sequence[int]) -> nn.Module:
 
     A file for a single sample, with a first dimension of 1 or without one, becomes a network for batches if that
     computes the same, and otherwise one that refuses batches of more than one sample. Its input may also be the
-    flattened sample, or differ from ``in_shape`` in dimensions of 1.
-
-    Raises:
-        ImportError: a package is missing; the message says how to install it.
-        OSError: the file cannot be read.
-        NotImplementedError: an operator cannot be converted; the message names it.
-        ValueError: the file is not an ONNX network with one input and one output, the network does not accept such
-            inputs, or its outputs after the conversion differ from onnxruntime's, which are compared sample by sample
-            if the file is for one.
+    flattened sample, or differ from ``in_shape`` in dimensions of 1. Outputs are compared with onnxruntime's.
     """
     _require("onnx", "onnxruntime")
     content, example = _loaded(path), _example(in_shape)
     if (fixed := _fixed_shape(content, in_shape, path)) is not None:
         return _of_one_sample(content, path, fixed, example)
     model = _converted(content, path)
-    try:
-        with torch.no_grad():
-            output = model(example)
-    except Exception as error:
-        raise ValueError(
-            f"the network in {path} cannot be run on a batch of two inputs of shape {tuple(in_shape)}, the dataset's "
-            f"({type(error).__name__}: {error}): name the dataset that it was trained on"
-        ) from error
-    if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != 2:
-        found = tuple(output.shape) if isinstance(output, Tensor) else f"of type {type(output).__name__}"
-        raise ValueError(f"the output of {path} for two inputs is {found}, and should be (2, classes)")
-    _compare(model, path, example)
+    output = _outputs(model, [example], path)
+    if output.ndim != 2 or len(output) != 2:
+        raise ValueError(f"the output of {path} for two inputs is {tuple(output.shape)}, and should be (2, classes)")
+    _require_equal(output, _onnxruntime(path, example), path)
     return model
 
 
 def _converted(content: Any, path: Path) -> nn.Module:
     converter = _converter()
-    operators = sorted({node.op_type for node in content.graph.node})
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model: nn.Module = converter.ConvertModel(content, experimental=True).eval()
     except Exception as error:  # The converter raises many kinds of errors.
+        operators = ", ".join(sorted({node.op_type for node in content.graph.node}))
         raise NotImplementedError(
-            f"{path} cannot be converted to a PyTorch module: {error}. Its operators are {', '.join(operators)}; "
-            "replace the one in this message, or name the network as package.module:factory"
+            f"{path} cannot be converted to a PyTorch module: {error}. Its operators are {operators}; replace the one "
+            "in this message, or name the network as package.module:factory"
         ) from error
     return model
+
+
+@torch.no_grad()
+def _outputs(model: nn.Module, batches: Sequence[Tensor], path: Path) -> Tensor:
+    try:
+        return torch.cat([model(x) for x in batches])
+    except Exception as error:  # Of any kind, after a conversion.
+        count, *shape = batches[0].shape
+        raise ValueError(
+            f"the network in {path} cannot be run on a batch of {count} input(s) of shape {tuple(shape)}, the "
+            f"dataset's ({type(error).__name__}: {error}): name the dataset that it was trained on"
+        ) from error
 
 
 class _Reshaped(nn.Module):
@@ -132,31 +132,20 @@ def _of_one_sample(content: Any, path: Path, shape: tuple[int, ...], x: Tensor) 
     """The network of a file for one sample of ``shape``: for batches, if that computes the same, or for one sample."""
     expected = torch.cat([_onnxruntime(path, one.reshape(shape)).reshape(1, -1) for one in x])
     sizes = shape[1:] if shape[0] == 1 and len(shape) > 1 else shape
-    opened = _converted(_with_batch(content), path)
+    opened = _converted(_with_sizes(content, batch=True), path)
     batched = opened if sizes == x.shape[1:] else _Reshaped(opened, (-1, *sizes)).eval()
-    try:
-        with torch.no_grad():
-            if _difference(batched(x), expected) == 0:
-                return batched
-    except Exception as error:  # Any kind.
-        logger.info("the network in %s runs on single samples only: %s", path, error)
-    single = _Reshaped(_converted(content, path), shape).eval()
-    try:
-        with torch.no_grad():
-            found = torch.cat([single(one.unsqueeze(0)) for one in x])
-    except Exception as error:
-        raise ValueError(
-            f"the network in {path} cannot be run on a sample of shape {shape} after its conversion "
-            f"({type(error).__name__}: {error}): name the network as package.module:factory"
-        ) from error
-    _require_equal(found, expected, path)
+    with suppress(ValueError):
+        if _difference(_outputs(batched, [x], path), expected) == 0:
+            return batched
+    single = _Reshaped(_converted(_with_sizes(content, batch=False), path), shape).eval()
+    _require_equal(_outputs(single, x.split(1), path), expected, path)
     return single
 
 
-def _with_batch(content: Any) -> Any:
-    """A copy of a graph for one sample whose reshapes keep an open first dimension.
+def _with_sizes(content: Any, *, batch: bool) -> Any:
+    """A copy of a graph for one sample, with constants as the sizes of reshapes.
 
-    It may compute something else, so that its outputs must be compared.
+    With ``batch``, their first dimension is open: the outputs may differ, and must be compared.
     """
     import onnx
 
@@ -167,7 +156,8 @@ def _with_batch(content: Any) -> Any:
         if node.op_type == "Reshape" and sizes and all(sizes):
             rest = sizes[1:] if sizes[0] == 1 and len(sizes) > 1 else sizes
             del node.input[1:], node.attribute[:]
-            node.attribute.append(onnx.helper.make_attribute("shape", [-1, *rest]))  # As before opset 5.
+            # As before opset 5.
+            node.attribute.append(onnx.helper.make_attribute("shape", [-1, *rest] if batch else sizes))
     return inferred
 
 
@@ -206,11 +196,6 @@ def _loaded(path: Path) -> Any:
 def _inputs_of(content: Any) -> list[Any]:
     constants = {constant.name for constant in content.graph.initializer}
     return [one for one in content.graph.input if one.name not in constants]
-
-
-def _compare(model: nn.Module, path: Path, x: Tensor) -> None:
-    with torch.no_grad():
-        _require_equal(model(x), _onnxruntime(path, x), path)
 
 
 def _onnxruntime(path: Path, x: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -54,9 +55,7 @@ def certified_radii(
     """
     bounded = check_network(bounded)
     if not all(x.is_floating_point() for x in bounded.example):
-        raise ValueError(
-            "radii are searched for floating-point inputs only: use verify, with the radius 0 for integers"
-        )
+        raise ValueError("radii are searched for floating-point inputs only: use verify, with radius 0 for integers")
     if not 0 < tolerance < largest < float("inf"):
         raise ValueError(
             "the search runs from 0 to largest, to within tolerance, and needs 0 < tolerance < largest; found "
@@ -98,21 +97,14 @@ class _Search:
                     method[correct[found > radius[correct]]] = place
                     radius[correct] = found
             eps = radius.view(-1, *[1] * (x.ndim - 1))
-            falsified = self._falsified(x, y, eps).tolist()
+            columns = y, predictions, radius, method, self._falsified(x, y, eps)
             contradictions = [] if self._checked else self._contradictions(x, y, eps)
             self._checked = True
-        labels, places = y.tolist(), method.tolist()
         radii = [
-            Radius(
-                index=index,
-                label=labels[index],
-                prediction=int(predictions[index]),
-                radius=float(radius[index]),
-                method=methods[places[index]] if places[index] >= 0 else None,
-                falsified=falsified[index],
-                untested=self._untested,
+            Radius(index, label, prediction, size, methods[place] if place >= 0 else None, falsified, self._untested)
+            for index, (label, prediction, size, place, falsified) in enumerate(
+                zip(*(column.tolist() for column in columns), strict=True)
             )
-            for index in range(len(y))
         ]
         text = "is proved by {} at {:g} and misclassified at a point of that box"
         contradictions += [(one.index, text.format(one.method, one.radius)) for one in radii if one.falsified]
@@ -120,11 +112,9 @@ class _Search:
 
     def _contradictions(self, x: Tensor, y: Tensor, eps: Tensor) -> list[Finding]:
         """Contradictions in the bounds of the methods over the certified boxes."""
-        found: list[Finding] = []
-        for method in self._plan.methods:
-            wrong = find_contradictions(self._network, x, y, eps, method, self._plan.input_range)
-            found += dict(wrong).items()
-        return found
+        input_range = self._plan.input_range
+        found = (find_contradictions(self._network, x, y, eps, name, input_range) for name in self._plan.methods)
+        return [one for wrong in found for one in dict(wrong).items()]
 
     def _bisect(self, method: str, x: Tensor, y: Tensor, samples: Tensor, proven: Tensor) -> Tensor:
         """The largest radii of ``samples`` that ``method`` certifies, at least ``proven``."""
@@ -161,7 +151,6 @@ class _Search:
         falsified = torch.zeros(len(y), dtype=torch.bool, device=x.device)
         if len(certified) and self._plan.restarts:
             model, micro_batches = self._network.model, self._micro_batches[ATTACK]
-            falsified[certified] = attack_samples(
-                model, x, y, eps, certified, self._plan, micro_batches, lambda found: found.succeeded
-            )
+            options = self._plan, micro_batches, attrgetter("succeeded")
+            falsified[certified] = attack_samples(model, x, y, eps, certified, *options)
         return falsified

@@ -50,21 +50,14 @@ class Certificate:
 
 @dataclass(frozen=True)
 class Radius:
-    """The largest certified radius of one sample.
-
-    Attributes:
-        radius: in units of the input; 0 for a misclassified sample, or if no method proved anything.
-        method: the cheapest method that proves it; ``None`` without a proof.
-        falsified: whether a misclassified point was found in a certified box, so that the bounds are unsound.
-        index, label, prediction, untested: see :class:`Certificate`.
-    """
+    """The largest certified radius of one sample; fields are otherwise as in :class:`Certificate`."""
 
     index: int
     label: int
     prediction: int
-    radius: float
-    method: str | None
-    falsified: bool
+    radius: float  # In units of the input; 0 for a misclassified sample, or without a proof.
+    method: str | None  # The cheapest that proves it.
+    falsified: bool  # A misclassified point was found in the certified box: the bounds are unsound.
     untested: bool = False
 
     def row(self, weights: str) -> dict[str, Any]:

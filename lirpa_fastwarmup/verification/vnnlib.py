@@ -8,17 +8,8 @@ from torch import Tensor
 def robustness_property(lower: Tensor, upper: Tensor, label: int, classes: int, *, comment: str = "") -> str:
     """The property whose counterexamples are the points of a box at which another class reaches the score of ``label``.
 
-    Inputs X_0, X_1, … are the flattened box in row-major order. Bounds are written with all digits, so that the
-    property describes exactly this box. The answer "unsat" certifies the sample.
-
-    Args:
-        lower, upper: ends of the box, of the input's shape, without a batch dimension.
-        label: the class of the sample.
-        classes: number of outputs Y_0, Y_1, …
-        comment: lines at the top.
-
-    Raises:
-        ValueError: ``label`` is not a class, or the box is empty.
+    Inputs X_0, X_1, … are the flattened box in row-major order, without a batch dimension. Bounds are written with all
+    digits, so that the property describes exactly this box. The answer "unsat" certifies the sample.
     """
     if not 0 <= label < classes:
         raise ValueError(f"label {label} is none of the {classes} classes, 0 to {classes - 1}")

@@ -236,6 +236,7 @@ def _activations() -> Iterator[Cell]:
             )
         ),
         ("GELU", "approximate='tanh'", lambda: nn.GELU(approximate="tanh")),
+        *(("ELU", f"alpha={alpha}", lambda alpha=alpha: nn.ELU(alpha)) for alpha in (-1.5, 0.3)),
         ("Softmax", "1", lambda: nn.Softmax(1)),
     ]
     for name, attributes, build in modules:
@@ -253,6 +254,9 @@ def _activations() -> Iterator[Cell]:
         "x*x": lambda x: x * x,
         "1/(|x| + 1)": lambda x: 1 / (x.abs() + 1),
         "x/(|x|.sum() + 1)": lambda x: x / (x.abs().flatten(1).sum(1).view(-1, 1, 1, 1) + 1),
+        "erf": torch.erf,
+        "-softplus(-x)": lambda x: -F.softplus(-x),
+        "x[:, :2] * sigmoid(x[:, 2:])": lambda x: x[:, :2] * torch.sigmoid(x[:, 2:]),
         "sin": torch.sin,
         "atan": torch.atan,
         "maximum(x, 0.1x)": lambda x: torch.maximum(x, 0.1 * x),
@@ -346,6 +350,8 @@ def _arithmetic() -> Iterator[Cell]:
         "a * b": lambda a, b: a * b,
         "a / (|b| + 1)": lambda a, b: a / (b.abs() + 1),
         "a + b + a": lambda a, b: a + b + a,
+        "a + relu(b - a)": lambda a, b: a + torch.relu(b - a),
+        "a - relu(a - b)": lambda a, b: a - torch.relu(a - b),
         "a @ b": lambda a, b: a @ b.transpose(2, 3),
     }
     for name, join in joins.items():

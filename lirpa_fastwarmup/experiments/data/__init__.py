@@ -25,8 +25,7 @@ LOADERS: dict[str, Callable[[Path | None], Dataset]] = {
     "mnist5k": mnist.load_5k,
     "mnist": mnist.load,
     "cifar10": cifar10.load,
-    "tiny-imagenet": imagenet.load_tiny,
-    "imagenet64": imagenet.load_64,
+    "tiny-imagenet": imagenet.load,
     "npz": arrays.load,
 }
 
@@ -67,19 +66,5 @@ def load(name: str, data_dir: Path | None = None, input_range: InputRange | None
     return dataset if input_range is None else dataclasses.replace(dataset, input_range=input_range)
 
 
-__all__ = [
-    "LOADERS",
-    "Augmentation",
-    "Batches",
-    "CorruptFileError",
-    "Dataset",
-    "Split",
-    "generator_of",
-    "held_out",
-    "is_factory",
-    "limited",
-    "load",
-    "place",
-    "spread",
-    "spread_indices",
-]
+__all__ = ["LOADERS", "Augmentation", "Batches", "CorruptFileError", "Dataset", "Split", "generator_of", "held_out"]
+__all__ += ["is_factory", "limited", "load", "place", "spread", "spread_indices"]

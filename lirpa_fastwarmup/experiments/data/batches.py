@@ -14,27 +14,18 @@ from lirpa_fastwarmup.experiments.data.dataset import Split
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Random horizontal flips and random crops of a batch of images.
+    """Random horizontal flips, and random crops after padding by pixels of the edge, of a batch of images.
 
     Random numbers are drawn on the CPU, in the order flips, vertical offsets, horizontal offsets, so that every device
     yields the same images.
-
-    Attributes:
-        flip: mirror each image left to right with probability 1/2.
-        crop_padding: pad by this many pixels of the edge, and crop a window of the original size at a uniformly drawn
-            offset for each image; 0 for none.
-        generator: source of the random numbers, on the CPU; by default torch's own.
     """
 
     flip: bool = False
     crop_padding: int = 0
-    generator: torch.Generator | None = None
+    generator: torch.Generator | None = None  # On the CPU; by default torch's own.
 
     def __call__(self, images: Tensor, whole: int | None = None, shard: slice = slice(None)) -> Tensor:
-        """Augment images (batch, channels, height, width); pixels move, but are not interpolated.
-
-        Random numbers are drawn for a batch of ``whole`` images, of which ``images`` are the ``shard``.
-        """
+        """Augment images (batch, channels, height, width), the ``shard`` of a batch of ``whole`` images."""
         count = len(images) if whole is None else whole
 
         def draw(end: int) -> Tensor:
@@ -63,21 +54,9 @@ class Augmentation:
 class Batches:
     """The batches of an epoch, as ``(x, y)`` with x float, pixels from 0 to 1.
 
-    The last batch may be shorter. An epoch can be interrupted and resumed from :meth:`state_dict`, with the same
-    batches as without the interruption.
-
-    Args:
-        split: the samples.
-        batch_size: samples in a batch.
-        generator: shuffles the samples in every epoch; by default batches follow the split's order.
-        drop_single: drop a last batch of one sample, which BatchNorm cannot be trained on.
-        augment: applied to each batch, of images.
-        device: device of the batches; by default the split's.
-        shard: (rank, size): yield every size-th sample of each batch, starting with sample ``rank``. The shards of all
-            ranks together are the batch, augmented as in a single process.
-
-    Raises:
-        ValueError: ``batch_size`` is less than 1, or no batch has a sample for each rank (two with ``drop_single``).
+    The last batch may be shorter; ``drop_single`` drops one of a single sample, which BatchNorm cannot be trained on.
+    An epoch can be interrupted and resumed from :meth:`state_dict`, with the same batches. With ``shard``, (rank,
+    size), each batch is every size-th sample, from sample ``rank`` on, of the batch of a single process.
     """
 
     def __init__(
@@ -93,20 +72,18 @@ class Batches:
     ) -> None:
         rank, size = shard
         least = size * (2 if drop_single else 1)
-        if batch_size < 1:
-            raise ValueError(f"batch size must be at least 1, found {batch_size}")
         self.split, self.batch_size = split, batch_size
         self.generator, self.augment = generator, augment
         self.device = split.labels.device if device is None else device
-        complete, rest = divmod(len(split), batch_size)
-        self._count = complete + (rest >= least)
         self._shard = slice(rank, None, size)
-        if self._count == 0 or batch_size < least:
+        if min(batch_size, len(split)) < least:
             needed = "two samples (BatchNorm cannot be trained on one)" if drop_single else "a sample"
             raise ValueError(
                 f"{len(split)} sample(s) in batches of {batch_size} leave no batch with {needed} for each of {size} "
                 "process(es): use more samples, larger batches, or fewer processes"
             )
+        complete, rest = divmod(len(split), batch_size)
+        self._count = complete + (rest >= least)
         self._position = 0  # Batches of the current epoch that were yielded.
         self._first = 0  # First batch of the next iteration, after a state was loaded.
         self._order_state: Tensor | None = None  # State of the generator before it shuffled the current epoch.
@@ -126,8 +103,7 @@ class Batches:
         for batch in range(first, self._count):
             indices = order[batch * self.batch_size : (batch + 1) * self.batch_size]
             local = indices[self._shard]
-            images, labels = self.split.images[local], self.split.labels[local]
-            images, labels = _move(images, self.device), _move(labels, self.device)
+            images, labels = (_move(whole[local], self.device) for whole in (self.split.images, self.split.labels))
             if self.augment is not None:
                 images = self.augment(images, len(indices), self._shard)
             self._position = batch + 1
@@ -148,11 +124,7 @@ class Batches:
         return {"position": 0, **states}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Resume with the next iteration where :meth:`state_dict` was taken, with identical batches.
-
-        Raises:
-            ValueError: the state is of batches with other sources of random numbers.
-        """
+        """Resume with the next iteration where :meth:`state_dict` was taken, with identical batches."""
         generators = self._generators()
         for name, generator in generators.items():
             if (state[name] is None) is not (generator is None):

@@ -22,11 +22,8 @@ _ORIGINALS = {  # MD5 sums.
     "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
     "test_batch": "40351d587109b95175f43aff81a1287e",
 }
-SOURCE = Source(
-    "cifar-10-python.tar.gz",
-    "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
-    "md5:c58f30108f718f92721af3b95e74349a",
-)
+_ARCHIVE = "cifar-10-python.tar.gz"
+SOURCE = Source(_ARCHIVE, f"https://www.cs.toronto.edu/~kriz/{_ARCHIVE}", "md5:c58f30108f718f92721af3b95e74349a")
 
 
 def load(data_dir: Path | None = None) -> Dataset:

@@ -84,13 +84,9 @@ class Dataset:
     input_range: InputRange | None = None
 
     def __post_init__(self) -> None:
-        shapes = [tuple(split.images.shape[1:]) for split in (self.train, self.test)]
-        if shapes[0] != shapes[1] or self.train.images.dtype != self.test.images.dtype:
-            kinds = [split.images.dtype for split in (self.train, self.test)]
-            raise ValueError(
-                f"training samples of {self.name} have shape {shapes[0]} ({kinds[0]}), but test samples {shapes[1]} "
-                f"({kinds[1]}): a network accepts one shape"
-            )
+        train, test = (f"{tuple(split.images.shape[1:])} ({split.images.dtype})" for split in (self.train, self.test))
+        if train != test:
+            raise ValueError(f"{self.name} has training samples {train} and test samples {test}: a network accepts one")
         if self.train.images.dtype == torch.uint8 and self.input_range is None:
             object.__setattr__(self, "input_range", (0.0, 1.0))
         for title, split in (("training", self.train), ("test", self.test)):
@@ -105,11 +101,10 @@ class Dataset:
             return
         bad = (~images.isfinite()).nonzero()
         if len(bad):
-            row, *place = bad[0].tolist()
-            column = place[0] if len(place) == 1 else tuple(place)
+            row, *columns = bad[0].tolist()
             raise ValueError(
-                f"the {title} set of {self.name} holds {float(images[tuple(bad[0])])} in row {row}, column {column} "
-                "(from 0): replace what is missing or infinite, or leave the sample out"
+                f"the {title} set of {self.name} holds {float(images[tuple(bad[0])])} in row {row}, column "
+                f"{', '.join(map(str, columns))} (from 0): replace missing or infinite values, or leave the sample out"
             )
         raise inputs_error(images, self.input_range)
 
@@ -128,7 +123,7 @@ def check_labels(labels: np.ndarray, count: int, classes: range, path: Path | st
         found += f" from {first} to {last}"
         valid = first in classes and last in classes
     if not valid:
-        expected = f"labels from {classes[0]} to {classes[-1]}, one for each of {count} samples"
+        expected = f"integer labels from {classes[0]} to {classes[-1]}, one for each of {count} samples"
         raise CorruptFileError(f"{path} should contain {expected}; found {found}")
     return torch.from_numpy(labels.astype(np.int64) - classes[0])
 
@@ -143,11 +138,7 @@ def unflatten(pixels: np.ndarray, count: int, shape: tuple[int, int, int], path:
 
 
 def limited(split: Split, count: int, *, seed: int) -> Split:
-    """``count`` samples of ``split``, drawn without replacement.
-
-    Raises:
-        ValueError: ``count`` is less than 1 or more than there are.
-    """
+    """``count`` samples of ``split``, drawn without replacement."""
     if not 1 <= count <= len(split):
         raise ValueError(f"the training set has {len(split)} samples; cannot limit it to {count}")
     order = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))
@@ -155,11 +146,7 @@ def limited(split: Split, count: int, *, seed: int) -> Split:
 
 
 def held_out(split: Split, count: int, *, seed: int) -> tuple[Split, Split]:
-    """``split`` without ``count`` samples drawn at random, and these samples.
-
-    Raises:
-        ValueError: ``count`` is less than 1, or nothing would be left.
-    """
+    """``split`` without ``count`` samples drawn at random, and these samples."""
     if not 1 <= count < len(split):
         raise ValueError(f"the training set has {len(split)} samples; cannot hold out {count} of them")
     order = torch.randperm(len(split), generator=generator_of(seed, _HELD_OUT)).to(split.labels.device)

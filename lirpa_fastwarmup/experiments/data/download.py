@@ -49,11 +49,7 @@ def missing_files(title: str, names: Sequence[str], folder: Path, hint: str = ""
 
 
 def download(title: str, sources: Sequence[Source], folder: Path) -> None:
-    """Download the files of the dataset ``title`` that ``folder`` lacks.
-
-    A file gets its name once it is complete and its checksum matches. Raises OSError if a file cannot be downloaded or
-    written, and CorruptFileError if it has another checksum.
-    """
+    """Download the files of the dataset ``title`` that ``folder`` lacks; a file gets its name once it is complete."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with locked(folder, wait=True):  # Another process may be downloading the same files.
@@ -93,10 +89,9 @@ def _download(source: Source, folder: Path) -> None:
 def extracted_folder(
     title: str, dataset: str, data_dir: Path | None, source: Source, inside: str, required: Sequence[str]
 ) -> Path:
-    """The folder ``inside`` of the archive ``source``, downloaded into the cache and unpacked if needed.
+    """The folder ``inside`` of the archive ``source``, with its files ``required``, downloaded and unpacked if needed.
 
-    ``data_dir`` may be that folder, or contain it or the archive; nothing is downloaded into it. The folder is
-    recognised by its files ``required``.
+    ``data_dir`` may be that folder, or contain it or the archive; nothing is downloaded into it.
     """
     folder = dataset_folder(dataset, data_dir)
     archive = folder / source.name

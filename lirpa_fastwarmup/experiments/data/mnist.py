@@ -60,9 +60,7 @@ def read_idx(path: Path) -> Tensor:
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise CorruptFileError(f"{path} is a damaged gzip file ({error}): download it again") from error
     if len(content) < 4 or content[:2] != b"\0\0" or content[2] != _UNSIGNED_BYTE:
-        raise CorruptFileError(
-            f"{path} does not begin like an IDX file of unsigned bytes (00 00 08); found {content[:4].hex(' ')!r}"
-        )
+        raise CorruptFileError(f"{path} is no IDX file of unsigned bytes (00 00 08); found {content[:4].hex(' ')!r}")
     start = 4 + 4 * content[3]
     if len(content) < start:
         raise CorruptFileError(f"{path} ends within its header: download it again")

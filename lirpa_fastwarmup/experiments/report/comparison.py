@@ -15,15 +15,12 @@ _ALWAYS = ("method", "eps")
 
 
 def comparison(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> list[tuple[str, ...]]:
-    """The table over finished runs, its heading first; errors are in percent.
-
-    Runs whose settings agree except for the seed (and the folder of the data) form one row, "mean ± standard deviation"
-    (of the sample). There are columns for the dataset, the method, ε, and the settings that differ between rows.
-    ``runs`` holds the name and the ``summary.json`` of each run.
-    """
+    """The table over finished runs (name, ``summary.json``), its heading first; errors are in percent."""
     groups: dict[str, list[tuple[str, Mapping[str, Any]]]] = {}
-    for run in runs:
-        groups.setdefault(_key(run[1]), []).append(run)
+    for name, summary in runs:
+        settings = {setting: value for setting, value in summary["settings"].items() if setting not in _WITHIN_ROW}
+        key = json.dumps([summary["dataset"], settings], sort_keys=True)
+        groups.setdefault(key, []).append((name, summary))
     columns = _differing([group[0][1] for group in groups.values()])
     heads = ("dataset", "method", "ε", *columns, "seeds", "standard %", "PGD %", "verified %", "runs")
     return [heads, *(_row(group, columns) for group in groups.values())]
@@ -39,11 +36,6 @@ def _row(group: Sequence[tuple[str, Mapping[str, Any]]], columns: Sequence[str])
         *(_error([summary[name] for summary in summaries]) for name in ERRORS),
         ", ".join(name for name, _ in group),
     )
-
-
-def _key(summary: Mapping[str, Any]) -> str:
-    settings = {name: value for name, value in summary["settings"].items() if name not in _WITHIN_ROW}
-    return json.dumps([summary["dataset"], settings], sort_keys=True)
 
 
 def _differing(summaries: Sequence[Mapping[str, Any]]) -> list[str]:

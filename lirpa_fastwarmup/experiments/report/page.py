@@ -23,10 +23,7 @@ _MODEL = {"model": "", "width": "width ", "hidden": "hidden "}
 
 
 def render(records: Sequence[RunRecord]) -> str:
-    """The page over ``records`` as HTML, with a comparison table if several runs are finished.
-
-    Raises ImportError if matplotlib or jinja2 is not installed.
-    """
+    """The page over ``records`` as HTML, with a comparison table if several runs are finished."""
     try:
         from jinja2 import Environment, PackageLoader
     except ImportError as error:
@@ -88,9 +85,8 @@ def _headline(record: RunRecord) -> str:
     if error is None or math.isnan(error) or eps is None:
         return ""
     images = "the test samples" if count is None else f"{count:,} test samples"
-    return (
-        f"{100 * (1 - error):.1f} % of {images} are certified at ε = {_radius(eps)} by {' and '.join(methods)}{when}."
-    )
+    certified, by = f"{100 * (1 - error):.1f} % of {images} are certified", " and ".join(methods)
+    return f"{certified} at ε = {_radius(eps)} by {by}{when}."
 
 
 def _error_table(record: RunRecord) -> list[tuple[str, ...]]:

@@ -50,27 +50,19 @@ class Sample:
 
 @dataclass
 class RunRecord:
-    """A run, finished or not.
-
-    Attributes:
-        name: distinguishes the run from others.
-        summary, verification: the content of ``summary.json`` and ``verification.json``; ``None`` without the file.
-        history: a row per finished epoch.
-        samples, eps: samples with a known margin at radius ``eps``, in ascending order of margins.
-        images: of the samples with the smallest and the largest margins, (height, width, channels), bytes.
-        missing: what is missing and why, one sentence each.
-    """
+    """A run, finished or not; ``summary`` and ``verification`` are the contents of the JSON files of these names."""
 
     name: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     summary: Mapping[str, Any] | None = None
     history: list[dict[str, float]] = field(default_factory=list)
     verification: Mapping[str, Any] | None = None
-    samples: list[Sample] = field(default_factory=list)
-    eps: float | None = None
+    samples: list[Sample] = field(default_factory=list)  # In ascending order of margins.
+    eps: float | None = None  # Of these margins.
     inspection: Inspection | None = None
+    # Of the samples with the smallest and the largest margins, (height, width, channels).
     images: list[tuple[Sample, Image]] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)  # What is missing and why, one sentence each.
 
 
 class _SavedModel:
@@ -95,18 +87,12 @@ class _SavedModel:
 def read_history(path: Path) -> list[dict[str, float]]:
     """The rows of a ``history.csv``; blanks are NaN. Raises OSError or ValueError if it is not the history of a run."""
     rows = read_csv(path, ("epoch",), "the history of a run")
-    try:
+    with refused(f"{path} cannot be read as the history of a run", ValueError):
         return [{name: float(text) if text else math.nan for name, text in row.items()} for row in rows]
-    except ValueError as error:
-        raise ValueError(f"{path} cannot be read as the history of a run: {error}") from error
 
 
 def read_summary(folder: Path, model: _SavedModel | None = None) -> dict[str, Any]:
-    """The ``summary.json`` of the run in ``folder``; ``model`` is its network, if it was read before.
-
-    Raises FileNotFoundError if the run is not finished, and ValueError if the file is not the summary of a run, or
-    belongs to other weights or tables than the folder's.
-    """
+    """The ``summary.json`` of the run in ``folder``; ``model`` is its network, if it was read before."""
     path = folder / SUMMARY
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no finished run (no {path.name})")
@@ -134,11 +120,7 @@ def _check_origin(path: Path, content: Mapping[str, Any], model: _SavedModel) ->
 
 
 def read_record(folder: Path, data_dir: Path | None = None, *, trust: bool = False) -> RunRecord:
-    """Read the run in ``folder``, inspect its network, and bound test samples if there are no certificates.
-
-    Raises FileNotFoundError if the folder holds no run, and ValueError if a text file is damaged, or belongs to other
-    weights than ``model.pt`` holds. Without ``trust``, factories that the run's files name are not called.
-    """
+    """Read the run in ``folder``, inspect its network, and bound test samples if there are no certificates."""
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}: name the folder of a training run")
     record, model = RunRecord(name=folder.resolve().name), _SavedModel(folder)
@@ -206,13 +188,10 @@ def _inspect_network(record: RunRecord, model: _SavedModel, data_dir: Path | Non
     shape, classes = tuple(model.checked["architecture"]["in_shape"]), model.checked["architecture"]["classes"]
     if (shape, classes) != (dataset.in_shape, dataset.classes):
         found = f"{dataset.in_shape} and {dataset.classes}"
-        raise ValueError(
-            f"it was trained on samples {shape} of {classes} classes; those of {dataset.name} have {found}"
-        )
+        raise ValueError(f"it was trained on samples {shape} of {classes} classes; {dataset.name} has {found}")
     bounded = BoundedModule(network, torch.zeros(2, *dataset.in_shape), allow_untested=settings.allow_untested)
-    record.inspection = inspect(
-        bounded, data.spread(dataset.test, _INSPECTED).inputs, settings.eps, input_range=dataset.input_range
-    )
+    samples = data.spread(dataset.test, _INSPECTED).inputs
+    record.inspection = inspect(bounded, samples, settings.eps, input_range=dataset.input_range)
     if not record.samples:
         record.eps, record.samples = settings.eps, _bounded_samples(bounded, dataset, settings.eps)
     elif record.verification is not None and record.verification.get("dataset") != dataset.name:

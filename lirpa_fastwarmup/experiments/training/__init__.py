@@ -11,11 +11,7 @@ from lirpa_fastwarmup.experiments.training.settings import METHODS, Settings
 if TYPE_CHECKING:
     from lirpa_fastwarmup.experiments.training.build import build_run
     from lirpa_fastwarmup.experiments.training.checkpoint import OutputExistsError
-    from lirpa_fastwarmup.experiments.training.network import (
-        UntrustedError,
-        load_model,
-        load_weights,
-    )
+    from lirpa_fastwarmup.experiments.training.network import UntrustedError, load_model, load_weights
     from lirpa_fastwarmup.experiments.training.run import resume, settings_of_run, train
 
 _MODULES = {

@@ -19,11 +19,11 @@ from lirpa_fastwarmup.experiments import data
 from lirpa_fastwarmup.experiments.training.network import build_network
 from lirpa_fastwarmup.experiments.training.settings import Settings
 from lirpa_fastwarmup.recipe.initialization import initialize_
+from lirpa_fastwarmup.recipe.losses import LOSSES
 from lirpa_fastwarmup.recipe.objective import ShortWarmup
 from lirpa_fastwarmup.recipe.schedule import SCHEDULES
 
 _EVALUATION_BATCH = 250
-_CALIBRATION_SAMPLES = 128
 _INSPECTED = 250
 _AUGMENTATION = 2  # The stream of random numbers for augmentation; shuffling has its own.
 
@@ -53,13 +53,7 @@ class Run:
 
 
 def build_run(settings: Settings, device: torch.device) -> Run:
-    """Build the run that ``settings`` describe, with freshly drawn weights.
-
-    Raises:
-        OSError: data files are missing or unreadable.
-        ValueError, TypeError, ImportError, NotImplementedError: a name in the settings is unknown, or the settings do
-            not fit together.
-    """
+    """Build the run that ``settings`` describe, with freshly drawn weights."""
     models.find_factory(settings.model)  # Before anything is downloaded.
     with rank_zero_first():  # Rank 0 downloads and unpacks.
         dataset = data.load(settings.dataset, settings.data_dir, settings.input_range)
@@ -74,15 +68,11 @@ def build_run(settings: Settings, device: torch.device) -> Run:
         "mean": dataset.mean,
         "std": dataset.std,
     }
-    calibrate = None
-    if settings.init == "ibp-calibrated":
-        count = min(_CALIBRATION_SAMPLES, len(train))
-        calibrate = data.limited(train, count, seed=settings.seed).to(device).inputs
     # All random numbers depend on the seed; the caller's random state is restored.
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(settings.seed)
         bounded = _bounded(settings, build_network(architecture).to(device), dataset.in_shape)
-        initialize_(bounded, settings.init, calibrate=calibrate, eps=settings.eps)
+        initialize_(bounded, settings.init)
     if settings.sync_batchnorm:
         bounded.join_ranks()
     objective = _objective(settings, bounded, input_range, len(train_batches), processes)
@@ -162,7 +152,9 @@ def _objective(
         bounded,
         schedule,
         input_range=input_range,
-        **{name: getattr(settings, name) for name in ("bound", "kappa", "reg_weight", "tol", "compile")},
+        loss=LOSSES[settings.bound],
+        kappa=(0.0, 0.0) if settings.kappa is None else (1.0, settings.kappa),
+        **{name: getattr(settings, name) for name in ("reg_weight", "tol", "compile")},
         regularizers=("tightness", "relu_balance") if settings.regularizers else (),
         penalties={name: weight for name, weight in penalties.items() if weight},
         # The last batch of an epoch runs eagerly: few steps would not repay another compilation.

@@ -16,7 +16,7 @@ from lirpa_fastwarmup.storage import is_leftover, locked, make_folder, refused, 
 from lirpa_fastwarmup.verification.folder import WRITTEN as CERTIFICATES
 
 MODEL, HISTORY, SUMMARY, CHECKPOINT = "model.pt", "history.csv", "summary.json", "checkpoint.pt"
-CURVES, TENSORBOARD, EVENTS = "curves.png", "tensorboard", "tensorboard/events.out.tfevents.*"
+CURVES = "curves.png"
 
 _FORMATS = (1, 2)  # Both are read; the last one is written.
 _ENTRIES = {"settings", "train_samples", "objective", "optimizer", "batches", "average", "position"}
@@ -29,10 +29,7 @@ class OutputExistsError(FileExistsError):
 
 @contextmanager
 def claimed(folder: Path, *, overwrite: bool) -> Iterator[None]:
-    """Make and lock ``folder`` for a run, on rank 0. An earlier run in it stays until the first checkpoint.
-
-    Raises OutputExistsError if it is not empty and ``overwrite`` is off.
-    """
+    """Make and lock ``folder`` for a run, on rank 0. An earlier run in it stays until the first checkpoint."""
     if not world().is_rank_zero:
         yield
         return
@@ -54,10 +51,7 @@ def remove(folder: Path, *patterns: str) -> None:
 
 
 def save(folder: Path, run: Run, position: Position, *, fresh: bool) -> None:
-    """Write the state of ``run`` at ``position``, on rank 0; every process must call this.
-
-    The content does not depend on the number of processes. With ``fresh``, it replaces an earlier run in ``folder``.
-    """
+    """Write the state of ``run``, on rank 0; every process must call this. ``fresh``: replace an earlier run."""
     content = {
         "format": _FORMATS[-1],
         "settings": run.settings.as_dict(),
@@ -77,10 +71,7 @@ def save(folder: Path, run: Run, position: Position, *, fresh: bool) -> None:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Read a checkpoint, its settings as :class:`Settings`.
-
-    Raises FileNotFoundError if there is none, and ValueError if it is damaged or cannot be read.
-    """
+    """Read a checkpoint, its settings as :class:`Settings`."""
     if not path.is_file():
         raise FileNotFoundError(
             f"{path.parent} holds no checkpoint ({path.name}) to resume from: a run writes one when it finishes its "

@@ -45,11 +45,7 @@ def learning_rate(settings: Settings, epoch: int) -> float:
 
 
 def train_epoch(run: Run, position: Position, progress: Progress, stop: StopRequest) -> None:
-    """Run the remaining steps of the current epoch, until a stop is asked for.
-
-    Raises:
-        NonFiniteLossError: the loss or, after the last step, the network is NaN or infinite.
-    """
+    """Run the remaining steps of the current epoch, until a stop is asked for."""
     started = time.perf_counter() - position.seconds
     run.objective.train()
     for group in run.optimizer.param_groups:

@@ -62,10 +62,9 @@ def load_model(path: Path, *, trust: bool = False, content: Mapping[str, Any] | 
     """
     content = content or read_model(path)
     require_trust(path, str(content["architecture"]["model"]), trust=trust)
-    try:
+    unbuildable = TypeError, AttributeError, RuntimeError, MemoryError, OverflowError
+    with storage.refused(f"{path} names an architecture that cannot be built", *unbuildable):
         model = build_network(content["architecture"])
-    except (TypeError, AttributeError, RuntimeError, MemoryError, OverflowError) as error:
-        raise ValueError(f"{path} names an architecture that cannot be built: {error}") from error
     load_weights(model, content["state_dict"], path)
     return model.eval()
 
@@ -74,19 +73,12 @@ def require_trust(path: Path, *names: str, trust: bool) -> None:
     """Raise :class:`UntrustedError` if one of ``names``, read from ``path``, is a factory and ``trust`` is off."""
     for name in names:
         if data.is_factory(name) and not trust:
-            raise UntrustedError(
-                f"{path} names the factory {name!r}, whose code would be imported and run. If you know where the file "
-                "is from, trust it: --trust, or trust=True"
-            )
+            known = "If you know where the file is from, trust it: --trust, or trust=True"
+            raise UntrustedError(f"{path} names the factory {name!r}, whose code would be imported and run. {known}")
 
 
 def load_dataset(settings: Settings, path: Path, data_dir: Path | None = None, *, trust: bool = False) -> data.Dataset:
-    """The dataset of a run, whose settings were read from ``path``; ``data_dir`` is its new place.
-
-    Raises:
-        UntrustedError: the settings name a factory, and ``trust`` is off.
-        OSError, ValueError, TypeError, ImportError: as :func:`lirpa_fastwarmup.experiments.data.load`.
-    """
+    """The dataset of a run, whose settings were read from ``path``; ``data_dir`` is its new place."""
     require_trust(path, settings.dataset, trust=trust)
     return data.load(settings.dataset, data_dir or settings.data_dir, settings.input_range)
 
@@ -106,10 +98,7 @@ def read_format(path: Path, formats: Sequence[int], content: Any = None) -> dict
 
 
 def read_model(path: Path, content: Any = None) -> dict[str, Any]:
-    """Read ``model.pt``, its settings as :class:`Settings`; raise ValueError as :func:`load_model`.
-
-    ``content`` holds the tensors and values in the file, if they were read before.
-    """
+    """Read ``model.pt``, its settings as :class:`Settings`; ``content`` is what it holds, if it was read before."""
     content = dict(read_format(path, _FORMATS, content))
     for name in ("architecture", "settings", "state_dict"):
         if not isinstance(content.get(name), dict):
@@ -117,19 +106,14 @@ def read_model(path: Path, content: Any = None) -> dict[str, Any]:
     missing = _ARCHITECTURE - content["architecture"].keys()
     if missing:
         raise ValueError(f"{path} is not the model of a run: its architecture lacks {', '.join(sorted(missing))}")
-    try:
+    with storage.refused(f"{path} holds no settings of a run", TypeError, KeyError, AttributeError):
         content["settings"] = Settings.from_dict(content["settings"])
-    except (TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path} holds no settings of a run: {error}") from error
     return content
 
 
 def load_weights(model: nn.Module, state_dict: Mapping[str, Any], path: Path) -> None:
     """Load weights that were read from ``path``; raise ValueError if they belong to another architecture."""
-    try:
+    problem = f"{path} holds the weights of another architecture than {type(model).__name__} has now"
+    advice = ". Restore the code that the run was made with"
+    with storage.refused(problem, RuntimeError, TypeError, AttributeError, advice=advice):
         model.load_state_dict(state_dict)
-    except (RuntimeError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{path} holds the weights of another architecture than {type(model).__name__} has now: {error}. Restore "
-            "the code that the run was made with"
-        ) from error

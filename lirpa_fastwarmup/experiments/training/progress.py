@@ -1,11 +1,8 @@
-"""Progress of a run: its interface, the metrics averaged over an epoch, and logs for TensorBoard."""
+"""Progress of a run: its interface, and the metrics averaged over an epoch."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,42 +27,8 @@ class Progress:
         """An epoch is done, with this row of the history, after ``seconds`` of training."""
 
 
-class TensorBoard(Progress):
-    """Logs the history of a run to ``folder``, made at the end of the first epoch: a scalar per column and epoch."""
-
-    def __init__(self, folder: Path) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise ImportError(
-                "TensorBoard logs need the tensorboard package: pip install 'lirpa_fastwarmup[tensorboard]'"
-            ) from error
-        self._make_writer = SummaryWriter
-        self._folder = folder
-        self._writer: Any = None
-
-    def epoch_done(self, row: Mapping[str, float], seconds: float) -> None:
-        epoch = int(row["epoch"])
-        if self._writer is None:
-            # A resumed run logs this epoch and later ones again.
-            self._writer = self._make_writer(self._folder, purge_step=epoch)
-        for name, value in {**row, "seconds": seconds}.items():
-            if name != "epoch" and math.isfinite(value):
-                self._writer.add_scalar(name, value, epoch)
-        self._writer.flush()
-
-    def close(self) -> None:
-        """Close the event file."""
-        if self._writer is not None:
-            self._writer.close()
-
-
 class EpochMeans:
-    """Means of the metrics of a step over an epoch, weighted by batch size, on the device until read.
-
-    A metric that a step did not compute (NaN) does not count; one that no step computed is NaN. The paper's two terms
-    of the objective always have a place, next to ``terms``.
-    """
+    """Means of a step's metrics over an epoch, weighted by batch size; NaN, which was not computed, does not count."""
 
     def __init__(self, device: torch.device, terms: Sequence[str] = ()) -> None:
         self._terms = (*_TERMS, *(name for name in terms if name not in _TERMS))

@@ -57,8 +57,9 @@ def train(
 
     Raises:
         OutputExistsError: ``out`` is not empty, and ``overwrite`` is off.
-        OSError, ValueError, TypeError, ImportError, NotImplementedError: as :func:`build_run`, or ``out`` cannot be
-            written to.
+        OSError: data files are missing or unreadable, or ``out`` cannot be written to.
+        ValueError, TypeError, ImportError, NotImplementedError: a name in the settings is unknown, or they do not fit
+            together.
         NonFiniteLossError: the loss became NaN or infinite; ``model.pt`` holds the last whole epoch.
         TrainingInterrupted: a signal stopped the run.
     """
@@ -167,8 +168,6 @@ def _run_to_end(
                 kept = position.epoch - 1 if position.best is None else position.best[1]
                 saved = f"{out / MODEL} holds epoch {kept}" if kept else "no epoch had been finished"
                 raise NonFiniteLossError(f"training stopped in epoch {position.epoch}: {error}. {saved}") from error
-            if fresh and run.world.is_rank_zero:
-                checkpoint.remove(out, checkpoint.EVENTS)  # Before this run logs its first epoch.
             if position.batches_done == len(run.train_batches):
                 _close_epoch(run, position, progress)
             position.elapsed = time.perf_counter() - started
@@ -200,10 +199,7 @@ def _close_epoch(run: Run, position: Position, progress: Progress) -> None:
 
 
 def _write_results(run: Run, position: Position, out: Path) -> None:
-    """Write the history, and the network if it is kept, after the checkpoint at the end of an epoch.
-
-    A run that was killed in between writes them when it is resumed.
-    """
+    """Write the history, and the network if it is kept, after the checkpoint at the end of an epoch."""
     epoch = position.epoch - 1
     if epoch == 0 or position.batches_done or not run.world.is_rank_zero:
         return

@@ -13,10 +13,10 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 Method = Literal["fast", "ibp", "gowal", "crown-ibp", "xiao", "colt"]
 # The names in the registries of datasets, models, initialisations, losses and schedules, whose modules import PyTorch.
-Dataset = Literal["mnist5k", "mnist", "cifar10", "tiny-imagenet", "imagenet64", "npz"]
+Dataset = Literal["mnist5k", "mnist", "cifar10", "tiny-imagenet", "npz"]
 _PIXELS = frozenset(get_args(Dataset)) - {"npz"}  # Those that are certainly images.
 Model = Literal["cnn7", "wide-resnet8", "resnext"]
-Init = Literal["default", "kaiming", "xavier", "orthogonal", "ibp", "ibp-calibrated"]
+Init = Literal["default", "kaiming", "xavier", "orthogonal", "ibp"]
 Bound = Literal["ibp", "crown-ibp", "crown-ibp-fused"]
 Schedule = Literal["smoothed", "linear"]
 Select = Literal["last", "validation", "test"]
@@ -192,12 +192,7 @@ class Settings:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Settings:
-        """The inverse of :meth:`as_dict`.
-
-        Raises:
-            TypeError: a setting is unknown or missing.
-            ValueError: a value is out of range.
-        """
+        """The inverse of :meth:`as_dict`; raises TypeError if a setting is unknown or missing."""
         values = dict(values)
         # Settings of earlier versions.
         ablated = [name for name in ("bn_mean", "bn_var", "bn_affine") if not values.pop(name, True)]

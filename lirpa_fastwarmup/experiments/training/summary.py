@@ -99,14 +99,9 @@ def summarise(run: Run, position: Position, out: Path, started: float) -> dict[s
     settings, network = run.settings, run.evaluated.wrapped
     epoch = _load_selected_weights(run, position, out)
     broadcast_buffers(network)
-    errors = evaluate(
-        *(run.evaluated, run.test_batches, settings.eps),
-        pgd_steps=settings.pgd_steps,
-        restarts=settings.pgd_restarts,
-        input_range=run.input_range,
-        seed=settings.seed,
-        over_ranks=True,
-    )
+    options: dict[str, Any] = {"pgd_steps": settings.pgd_steps, "restarts": settings.pgd_restarts}
+    options |= {"input_range": run.input_range, "seed": settings.seed, "over_ranks": True}
+    errors = evaluate(run.evaluated, run.test_batches, settings.eps, **options)
     return {
         **{name: getattr(settings, name) for name in ("preset", "method", "model", "seed", "eps", "epochs")},
         "dataset": run.dataset_name,
