@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import pickle
 import subprocess
 import sys
@@ -199,9 +200,9 @@ def test_means_skip_what_was_not_computed():
     nan = torch.tensor(torch.nan)
 
     def step(loss, robust):
-        values = dict.fromkeys(("clean_loss", "tightness", "relu_balance", "eps", "clean_error", "verified_error"), nan)
-        terms = {"own": torch.tensor(2 * loss)}
-        return fw.StepLoss(loss=torch.tensor(loss), robust_loss=torch.tensor(robust), terms=terms, **values)
+        values = dict.fromkeys((field.name for field in dataclasses.fields(fw.StepLoss)), nan)
+        values |= {"loss": torch.tensor(loss), "robust_loss": torch.tensor(robust)}
+        return fw.StepLoss(**{**values, "terms": {"own": torch.tensor(2 * loss)}})
 
     means.add(step(1.0, 4.0), 30)
     means.add(step(4.0, torch.nan), 10)
