@@ -157,7 +157,10 @@ def check_batch(x: Tensor, y: Tensor, classes: int, input_range: InputRange | No
 
 
 def check_input_shapes(inputs: Sequence[Tensor], example: Sequence[Tensor]) -> None:
-    """Raise ValueError if the number or shapes of inputs differ from the example's: bounds hold for these only."""
+    """Refuse inputs of another number or shapes than the example's (bounds hold for these only), and other types."""
+    kinds = {type(one).__name__ for one in inputs if not isinstance(one, Tensor)}
+    if kinds:
+        raise TypeError(f"inputs must be tensors, found {', '.join(kinds)}: for arrays, pass torch.from_numpy(x)")
     expected, found = ([tuple(one.shape[1:]) for one in tensors] for tensors in (example, inputs))
     if found != expected:
         raise ValueError(

@@ -134,9 +134,9 @@ def test_any_network(name, step, x, y, monkeypatch):
 @pytest.mark.parametrize(
     "arguments",
     [
-        {"bound": "crown-ibp"},
-        {"bound": "crown-ibp-fused"},
-        {"kappa": 0.5},
+        {"loss": fw.losses.CrownIBP()},
+        {"loss": fw.losses.CrownIBP(fused=True)},
+        {"kappa": (1.0, 0.5)},
         {"regularizers": ()},
         {"penalties": {"weight_l1": 1e-3, "relu_stability": 1e-2}},
         {"input_range": None},

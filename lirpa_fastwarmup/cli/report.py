@@ -31,5 +31,7 @@ def _report(options: argparse.Namespace) -> int:
     page = render(records)
     with make_folder(out.parent):
         write_atomically(out, page.encode())
+    for text in (text for record in records for text in record.missing):
+        print(f"left out: {text}")
     print(f"written to {out}")
     return 0

@@ -48,9 +48,9 @@ def preserved_export_settings() -> Iterator[None]:
     """
     settings = _export_globals()
     saved = dict(vars(settings))
-    token = _opset.set(10)
+    token = _opset.set(_OPSET)
     try:
-        settings.export_onnx_opset_version = 10
+        settings.export_onnx_opset_version = _OPSET
         yield
     finally:
         _opset.reset(token)
@@ -66,6 +66,7 @@ def silenced_warnings() -> Iterator[None]:
         yield
 
 
+_OPSET = 10
 _opset: ContextVar[int | None] = ContextVar("_opset", default=None)  # Of conversions by this package.
 
 

@@ -279,11 +279,7 @@ class NetworkGraph:
 
 
 def read_graph(bounded: Any) -> NetworkGraph:
-    """The graph of ``bounded``, read once and stored with it.
-
-    Raises:
-        TypeError: ``bounded`` is not a BoundedModule.
-    """
+    """The graph of ``bounded``, read once and stored with it; raise TypeError if it is not a BoundedModule."""
     if not isinstance(bounded, engine.BoundedModule):
         raise TypeError(
             f"expected a BoundedModule, found {type(bounded).__name__}: wrap the network first, bounded = "
@@ -432,11 +428,7 @@ def outputs_of_batch(bounded: Any, x: tuple[Tensor, ...]) -> Tensor:
 
 
 def input_half_width(bounded: Any) -> Tensor:
-    """Δ_0: the mean half-width of the input of the first affine layer, after any normalisation.
-
-    Raises:
-        RuntimeError: No bounds have been computed since the last forward pass.
-    """
+    """Δ_0: the mean half-width of the input of the first affine layer, after any normalisation."""
     graph = read_graph(bounded)
     ends = [_bounds_at(node, graph) for node in graph.first_sources]
     return torch.cat([(upper - lower).flatten() for lower, upper in ends]).mean() / 2

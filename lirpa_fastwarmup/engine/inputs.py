@@ -65,7 +65,7 @@ class Layout:
             TypeError: there are several inputs, and ``inputs`` are not tensors of their kinds.
             ValueError: lengths or shapes differ from the example's; or an integer is too large.
         """
-        parts = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
+        parts = tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)
         check_input_shapes(parts, self.example)
         if self.is_single:
             return parts[0]

@@ -173,11 +173,7 @@ class _RecordedStep:
         return [parameters[name] for name in self._trained]
 
     def compare_with_eager(self, step: Step, batch: Batch) -> None:
-        """Check on another batch than the recorded one that the compiled step computes what the engine does.
-
-        Raises:
-            RuntimeError: it does not.
-        """
+        """Raise RuntimeError unless the compiled step computes what the engine does, on a batch not recorded."""
         x, y, eps, fraction = batch[0].flip(0), batch[1].flip(0), batch[2] * 0.75, batch[3] * 0.75
         other = (x, y, eps, fraction, *batch[4:])
         with _restored_buffers(self._bounded.wrapped):

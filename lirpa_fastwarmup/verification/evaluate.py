@@ -304,8 +304,8 @@ def _batch(batch: Any, layout: Layout) -> Batch:
     if not (len(parts) in (2, 3) and all(isinstance(one, Tensor) for one in (*inputs, parts[1])) and len(inputs)):
         found = [type(part).__name__ for part in parts] if parts else type(batch).__name__
         raise TypeError(
-            f"expected inputs and labels, (x, y), found {found}: labels are needed, because a certificate states that "
-            "a sample's own class wins everywhere in its box"
+            f"expected inputs and labels, tensors (x, y), found {found}: labels are needed, because a certificate "
+            "states that a sample's own class wins everywhere in its box; for arrays, pass torch.from_numpy(x)"
         )
     for x, example in zip(inputs, layout.example, strict=False):
         if example.is_floating_point() and not x.is_floating_point():

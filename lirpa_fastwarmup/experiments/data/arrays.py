@@ -83,6 +83,8 @@ def _arrays_of(part: Any) -> dict[str, np.ndarray]:
 
 def _dataset(name: str, train: Split, test: Split, input_range: InputRange | None) -> Dataset:
     mean, std = _mean_and_std(train)
+    if first := int(train.labels.min()):
+        raise ValueError(f"the labels of {name} begin at {first}, and classes are numbered from 0: subtract {first}")
     classes = 1 + max(int(train.labels.max()), int(test.labels.max()))
     return Dataset(name, classes, train, test, mean, std, input_range)
 

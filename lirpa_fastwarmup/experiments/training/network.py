@@ -45,7 +45,7 @@ def save_model(path: Path, model: nn.Module, architecture: Mapping[str, Any], se
     storage.write_tensors(path, content)
 
 
-def load_model(path: Path, *, trust: bool = False, content: Mapping[str, Any] | None = None) -> nn.Module:
+def load_model(path: Path | str, *, trust: bool = False, content: Mapping[str, Any] | None = None) -> nn.Module:
     """Load the trained network of a run, in evaluation mode, on the CPU.
 
     Args:
@@ -60,6 +60,7 @@ def load_model(path: Path, *, trust: bool = False, content: Mapping[str, Any] | 
         ValueError: the file is not a model, is damaged, has an unknown format, or does not fit the network that its
             factory makes now.
     """
+    path = Path(path)
     content = content or read_model(path)
     require_trust(path, str(content["architecture"]["model"]), trust=trust)
     unbuildable = TypeError, AttributeError, RuntimeError, MemoryError, OverflowError
