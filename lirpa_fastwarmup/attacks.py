@@ -91,19 +91,15 @@ class PGD:
             raise ValueError(f"decay is a factor from 0 to 1, and numbers of steps, found {self.decay}")
 
     def starts(self, x: Tensor) -> Tensor:
-        """Random starting points relative to the box, from 0 to 1, by the device's generator: (restarts, *x.shape)."""
+        """Random starts relative to the box, from 0 to 1, by the device's generator: ``(restarts, *x.shape)``."""
         return torch.rand((self.restarts, *x.shape), dtype=x.dtype, device=x.device)
 
     def points(
         self, model: Callable[[Tensor], Tensor], y: Tensor, lower: Tensor, upper: Tensor, starts: Tensor
     ) -> Tensor:
-        """The attack's point in each box.
+        """The attack's point in each box from ``lower`` to ``upper``, ``(batch, *input)``, for the logits of ``model``.
 
-        Args:
-            model: maps points to logits.
-            y: labels (batch,).
-            lower, upper: ends of the boxes, (batch, *input).
-            starts: from :meth:`starts`.
+        ``starts`` are from :meth:`starts`.
         """
         factor, milestones = self.decay or (1.0, ())
         sizes = [self.step_size * factor ** sum(at <= step for at in milestones) for step in range(self.steps)]

@@ -28,7 +28,7 @@ _OF_TORCHVISION = {
 
 
 def write_onnx(model: nn.Module, in_shape: Sequence[int], path: Path, *, original: nn.Module | None = None) -> None:
-    """Write ``model``, in evaluation mode and float32, with inputs (batch, *in_shape) and outputs ``logits``.
+    """Write ``model``, in evaluation mode and float32, with inputs ``(batch, *in_shape)`` and outputs ``logits``.
 
     Raises:
         ImportError: a package of the extra ``onnx`` is missing.
@@ -52,7 +52,7 @@ def write_onnx(model: nn.Module, in_shape: Sequence[int], path: Path, *, origina
 
 
 def read_onnx(path: Path, in_shape: Sequence[int]) -> nn.Module:
-    """The network in an ONNX file, converted by onnx2pytorch, as a module in evaluation mode for (batch, *in_shape).
+    """The network in an ONNX file, by onnx2pytorch, as a module in evaluation mode for ``(batch, *in_shape)``.
 
     A file for a single sample, with a first dimension of 1 or without one, becomes a network for batches if that
     computes the same, and otherwise one that refuses batches of more than one sample. Its input may also be the
