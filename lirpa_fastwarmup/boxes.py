@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -102,6 +103,11 @@ def broadcast_to_batch(value: float | Tensor, x: Tensor, what: str) -> float | T
             "number, one value per channel, or a tensor of the input's shape"
         )
     return value.to(x).view(shape)
+
+
+def is_per_sample(eps: Any, x: Tensor) -> bool:
+    """Whether ``eps`` has as many dimensions as the batch ``x``, the first one for the samples."""
+    return isinstance(eps, Tensor) and eps.ndim == x.ndim
 
 
 def labels_fit(y: Tensor, classes: int) -> Tensor:

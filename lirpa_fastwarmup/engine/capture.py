@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from lirpa_fastwarmup.boxes import Epsilon, InputRange, box_ends
 from lirpa_fastwarmup.engine import batchnorm
 from lirpa_fastwarmup.engine.compat import engine
+from lirpa_fastwarmup.engine.inputs import with_ends
 
 _DATA, _CHECK = "_recorded_data", "_recorded_check"  # Attributes that mark tensors.
 _READS = ("__bool__", "__int__", "__index__", "__float__", "item", "tolist")
@@ -84,8 +85,7 @@ class RecordableBox:
         """As :func:`lirpa_fastwarmup.input_box`, without its checks; for bounds alone."""
         lower, upper = box_ends(x, eps, input_range)
         self._box._recorded_batch = x
-        self._box.ptb = engine.PerturbationLpNorm(norm=math.inf, eps=0.0, x_L=lower, x_U=upper)
-        return self._box
+        return with_ends(self._box, lower, upper, eps=0.0)
 
 
 def record(

@@ -30,13 +30,12 @@ def bounded_tensor(x: Tensor, lower: Tensor, upper: Tensor, eps: Any = None) -> 
     """``x`` with the box from ``lower`` to ``upper`` around it."""
     # The engine's constructor does the same, but fails under the dispatch mode of `memory`.
     box: Any = Tensor._make_subclass(engine.BoundedTensor, x, x.requires_grad)
-    box.ptb = engine.PerturbationLpNorm(norm=math.inf, eps=eps, x_L=lower, x_U=upper)
-    return box
+    return with_ends(box, lower, upper, eps)
 
 
-def with_ends(box: Any, lower: Tensor, upper: Tensor) -> Any:
+def with_ends(box: Any, lower: Tensor, upper: Tensor, eps: Any = None) -> Any:
     """``box``, a BoundedTensor, with other ends; the old ones are gone."""
-    box.ptb = engine.PerturbationLpNorm(norm=math.inf, eps=None, x_L=lower, x_U=upper)
+    box.ptb = engine.PerturbationLpNorm(norm=math.inf, eps=eps, x_L=lower, x_U=upper)
     return box
 
 

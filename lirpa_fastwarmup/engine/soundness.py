@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lirpa_fastwarmup.boxes import Epsilon, InputRange, broadcast_to_batch
+from lirpa_fastwarmup.boxes import Epsilon, InputRange, broadcast_to_batch, is_per_sample
 from lirpa_fastwarmup.engine.bounds import MarginBounds, bounded_inputs, input_box
 from lirpa_fastwarmup.engine.graph import read_graph
 from lirpa_fastwarmup.engine.operators import OPERATORS, operator_of
@@ -73,7 +73,7 @@ def contradicted(lower: Tensor, attained: Tensor) -> Tensor:
 
 def per_sample(eps: Epsilon, x: Tensor) -> Callable[[Tensor], Epsilon]:
     """A function from indices into the batch ``x`` to their radii, as ``eps`` may hold one per sample (batch, 1, …)."""
-    if isinstance(eps, Tensor) and eps.ndim == x.ndim and len(eps) == len(x):
+    if isinstance(eps, Tensor) and is_per_sample(eps, x) and len(eps) == len(x):
         return lambda samples: eps[samples]
     return lambda samples: eps
 

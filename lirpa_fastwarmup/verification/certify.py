@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lirpa_fastwarmup.attacks import Attack, attack, random_starts
-from lirpa_fastwarmup.boxes import Epsilon, InputRange, box_ends
+from lirpa_fastwarmup.boxes import Epsilon, InputRange, box_ends, is_per_sample
 from lirpa_fastwarmup.engine import soundness
 from lirpa_fastwarmup.engine.bounds import METHODS, MarginBounds, input_box, proved
 from lirpa_fastwarmup.engine.module import BoundedModule
@@ -214,9 +214,9 @@ def _all(y: Tensor) -> Tensor:
 
 def _own_radii(eps: Epsilon, x: Tensor) -> list[float] | None:
     """The largest radius of each sample, where each has its own."""
-    if not (isinstance(eps, Tensor) and eps.ndim == x.ndim):
+    if not is_per_sample(eps, x):
         return None
-    radii: list[float] = eps.flatten(1).amax(1).expand(len(x)).tolist()
+    radii: list[float] = torch.as_tensor(eps).flatten(1).amax(1).expand(len(x)).tolist()
     return radii
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lirpa_fastwarmup.boxes import InputRange, check_batch, check_positive, check_shapes
+from lirpa_fastwarmup.boxes import InputRange, check_batch, check_positive, check_shapes, is_per_sample
 from lirpa_fastwarmup.distributed import SINGLE, all_gather, patient_group, world
 from lirpa_fastwarmup.engine.bounds import MarginBounds, class_count
 from lirpa_fastwarmup.engine.compat import ENGINE_VERSION
@@ -20,7 +20,7 @@ from lirpa_fastwarmup.engine.graph import fingerprint
 from lirpa_fastwarmup.engine.inputs import Inputs, Layout
 from lirpa_fastwarmup.engine.module import BoundedModule
 from lirpa_fastwarmup.engine.plain import view_of
-from lirpa_fastwarmup.engine.soundness import UnsoundBoundError
+from lirpa_fastwarmup.engine.soundness import UnsoundBoundError, per_sample
 from lirpa_fastwarmup.engine.tracing import unchanged
 from lirpa_fastwarmup.verification.certify import Certifier, Plan, ordered
 from lirpa_fastwarmup.verification.journal import Journal, digest
@@ -154,9 +154,9 @@ def verify(
         >>> robust = [sample.index for sample in found.certificates if sample.verified]
     """
     bounded = check_network(bounded)
-    packed_range = _checked_range(bounded, eps, input_range)
-    if eps is not None:
-        check_positive(bounded.layout.pack_eps(eps))
+    packed, packed_range = _packed(bounded, eps, input_range)
+    if packed is not None:
+        check_positive(packed)
     if pgd_steps < 0 or restarts < 0 or batch_size < 1:
         found_values = f"{pgd_steps}, {restarts} and {batch_size}"
         raise ValueError(f"pgd_steps and restarts must be at least 0 and batch_size at least 1; found {found_values}")
@@ -164,7 +164,7 @@ def verify(
     dtypes = (torch.float32, torch.float64) if float64 else (torch.float32,)
     certifier = Certifier([MarginBounds(bounded, dtype) for dtype in dtypes], plan, untested=bool(bounded.untested))
     options = {"indices": indices, "journal": journal, "progress": progress, "over_ranks": over_ranks}
-    found = _verification(bounded, samples, eps, certifier, **options)
+    found = _verification(bounded, samples, eps, packed, certifier, **options)
     _warn_of_unseen_classes([sample.label for sample in found.certificates], class_count(bounded))
     return _without_contradictions(found)
 
@@ -196,26 +196,24 @@ def evaluate(
         Exception: see :func:`verify`.
     """
     bounded = view_of(bounded)
-    packed_range = _checked_range(bounded, eps, input_range)
+    packed, packed_range = _packed(bounded, eps, input_range)
     plan = Plan(("IBP",), pgd_steps, restarts, packed_range, False, batch_size, seed)
     dtype = next((value.dtype for value in bounded.wrapped.parameters()), torch.get_default_dtype())
     with unchanged(bounded.wrapped):
         network = MarginBounds(bounded.eval(), dtype, live=True)
         certifier = Certifier([network], plan, untested=bool(bounded.untested), check=check)
-        return _without_contradictions(_verification(bounded, samples, eps, certifier, over_ranks=over_ranks))
+        return _without_contradictions(_verification(bounded, samples, eps, packed, certifier, over_ranks=over_ranks))
 
 
-def _checked_range(bounded: BoundedModule, eps: Any, input_range: Any) -> InputRange | None:
-    """The packed input range, after checks of it and of the radius."""
-    if eps is not None:
-        bounded.layout.pack_eps(eps, input_range)
-    return bounded.layout.pack_range(input_range)
+def _packed(bounded: BoundedModule, eps: Any, input_range: Any) -> tuple[Any, InputRange | None]:
+    """The radius and the input range of packed inputs, checked."""
+    packed = None if eps is None else bounded.layout.pack_eps(eps, input_range)
+    return packed, bounded.layout.pack_range(input_range)
 
 
 def _verification(
-    bounded: BoundedModule, samples: Samples, eps: Any, certifier: Certifier, **options: Any
+    bounded: BoundedModule, samples: Samples, eps: Any, packed: Any, certifier: Certifier, **options: Any
 ) -> Verification:
-    packed = None if eps is None else bounded.layout.pack_eps(eps)
     total = over_batches(bounded, samples, certifier.certify, Certificate, certifier.plan, {}, eps=packed, **options)
     own = [sample.eps for sample in total.certificates if sample.eps is not None]
     return Verification(own or _plain(eps), total.certificates, total.stages, total.sentences(), bounded.untested)
@@ -277,8 +275,8 @@ def batches_of(samples: Samples, size: int, layout: Layout, eps: Any) -> Iterato
         step = size if is_whole or size == 1 else len(x)
         for start in range(0, len(x), step):
             part = slice(start, start + step)
-            per_sample = isinstance(radius, Tensor) and radius.ndim == x.ndim and len(radius) == len(x)
-            yield x[part], y[part], radius[part] if per_sample else radius
+            indices = torch.arange(len(x), device=x.device)[part]
+            yield x[part], y[part], per_sample(radius, x)(indices)
         first += len(x)
     if isinstance(eps, Tensor) and eps.ndim == 1 + len(layout.packed_shape) and len(eps) not in (1, first):
         raise ValueError(f"eps has a radius for each of {len(eps)} samples; found {first} samples")
@@ -288,7 +286,7 @@ def _rows(eps: Any, x: Tensor, first: int) -> Any:
     """The radii of the samples ``x``, from number ``first`` on, where ``eps`` has one per sample."""
     if eps is None:
         raise ValueError("there is no radius: pass eps, or batches (x, y, eps)")
-    if not (isinstance(eps, Tensor) and eps.ndim == x.ndim):
+    if not is_per_sample(eps, x):
         return eps
     rows = eps if len(eps) == 1 else eps[first : first + len(x)]
     if len(rows) not in (1, len(x)):
