@@ -28,7 +28,7 @@ def make_step(bound: str, classes: int, options: argparse.Namespace) -> Callable
     bounded = fw.BoundedModule(model, x[:2])
     fw.ibp_init_(bounded)
     warmup = fw.ShortWarmup(
-        bounded, fw.LinearEpsilon(8 / 255, 1, 2, steps_per_epoch=1), loss=LOSSES[bound], regularizers=()
+        bounded, fw.LinearEpsilon(8 / 255, 1, 2, steps_per_epoch=1), loss=LOSSES[bound](), regularizers=()
     )
     warmup.step()
     optimizer = torch.optim.Adam(warmup.parameters(), 5e-4)

@@ -116,7 +116,7 @@ def certified_step(setup: Setup, *, compile: bool = False, bound: str = "ibp", r
     objective = fw.ShortWarmup(
         bounded,
         fw.LinearEpsilon(8 / 255, start=1, length=2, steps_per_epoch=1),
-        loss=LOSSES[bound],
+        loss=LOSSES[bound](),
         reg_weight=0.5 if regularizers else 0.0,
         compile=compile,
     )

@@ -90,9 +90,9 @@ class PGD:
         if self.decay is not None and not (0 < self.decay[0] <= 1 and all(at > 0 for at in self.decay[1])):
             raise ValueError(f"decay is a factor from 0 to 1, and numbers of steps, found {self.decay}")
 
-    def starts(self, x: Tensor) -> Tensor:
-        """Random starts relative to the box, from 0 to 1, by the device's generator: ``(restarts, *x.shape)``."""
-        return torch.rand((self.restarts, *x.shape), dtype=x.dtype, device=x.device)
+    def starts(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Random starts relative to the box, from 0 to 1: ``(restarts, *x.shape)``, on the device of ``x``."""
+        return torch.rand((self.restarts, *x.shape), dtype=x.dtype, device=x.device, generator=generator)
 
     def points(
         self, model: Callable[[Tensor], Tensor], y: Tensor, lower: Tensor, upper: Tensor, starts: Tensor
@@ -103,7 +103,7 @@ class PGD:
         """
         factor, milestones = self.decay or (1.0, ())
         sizes = [self.step_size * factor ** sum(at <= step for at in milestones) for step in range(self.steps)]
-        strides: list[Epsilon] = [size * (upper - lower) / 2 for size in sizes]
+        strides = [size * (upper - lower) / 2 for size in sizes]
         options: dict[str, Any] = {"score": _negative_loss, "until_misclassified": False, "best": self.return_best}
         found = [
             _descend(model, lower + start * (upper - lower), y, lower, upper, strides, **options) for start in starts
@@ -139,7 +139,7 @@ def attack(
         eps: radius of the box, in units of the input; may have one value per sample, shape (batch, 1, …).
         steps: gradient steps of each restart.
         restarts: random starting points; 0 to evaluate only the clean points.
-        step_size: length of a step as a fraction of ``eps``.
+        step_size: length of a step, as a fraction of the box's half-width at each coordinate.
         input_range: lowest and highest valid input; ``None`` for unclipped data.
         generator: source of the starting points, on the CPU; by default torch's own.
         starts: starting points from :func:`random_starts` instead, for a batch attacked in micro-batches.
@@ -173,7 +173,7 @@ def attack(
         box = lower[left], upper[left]
         noise = random_starts(x, 1, generator)[0] if starts is None else starts[restart]
         start = box[0] + noise.to(x)[left] * (box[1] - box[0])
-        stride = step_size * (eps.expand_as(x)[left] if isinstance(eps, Tensor) else eps)
+        stride = step_size * (box[1] - box[0]) / 2
         other = _descend(model, start, y[left], *box, [stride] * steps, score=_margins, until_misclassified=True)
         before = Attack(found.points[left], found.margins[left], found.succeeded[left])
         better = before.or_better(other, until_misclassified=True)
@@ -220,7 +220,7 @@ def _descend(
     y: Tensor,
     lower: Tensor,
     upper: Tensor,
-    strides: list[Epsilon],
+    strides: list[Tensor],
     *,
     score: Callable[[Tensor, Tensor], Tensor],
     until_misclassified: bool,

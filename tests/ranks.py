@@ -68,7 +68,7 @@ def objective(network: str, *, training: bool, regularised: bool, bound: str = "
     bounded = fw.BoundedModule(NETWORKS[network](), torch.rand(2, 1, 8, 8))
     fw.ibp_init_(bounded)
     schedule = fw.SmoothedEpsilon(0.05, 1, 10, 10)
-    warmup = fw.ShortWarmup(bounded, schedule, reg_weight=0.5 if regularised else 0.0, loss=LOSSES[bound])
+    warmup = fw.ShortWarmup(bounded, schedule, reg_weight=0.5 if regularised else 0.0, loss=LOSSES[bound]())
     warmup.steps_done = 60
     if not training:  # BatchNorm in evaluation mode alone: the radius is still the ramp's.
         for module in warmup.model.modules():

@@ -682,7 +682,7 @@ def test_networks_in_double_precision_are_trained_under_a_default_of_single_prec
     model = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), activation(), nn.Linear(8, 3)).double()
     x, y = torch.rand(6, 1, 4, 4).double(), torch.arange(6) % 3
     warmup = fw.ShortWarmup(
-        fw.BoundedModule(model, x), fw.LinearEpsilon(0.1, 1, 2, 2), loss=LOSSES[bound], regularizers=()
+        fw.BoundedModule(model, x), fw.LinearEpsilon(0.1, 1, 2, 2), loss=LOSSES[bound](), regularizers=()
     )
     warmup.step()
     out = warmup(x, y)
@@ -690,7 +690,10 @@ def test_networks_in_double_precision_are_trained_under_a_default_of_single_prec
     assert out.loss.dtype == model[1].weight.grad.dtype == torch.float64
     assert torch.get_default_dtype() == torch.float32
     single = fw.ShortWarmup(
-        fw.BoundedModule(copy.deepcopy(model).float(), x.float()), warmup.schedule, loss=LOSSES[bound], regularizers=()
+        fw.BoundedModule(copy.deepcopy(model).float(), x.float()),
+        warmup.schedule,
+        loss=LOSSES[bound](),
+        regularizers=(),
     )
     single.step()
     assert float(single(x.float(), y).loss.detach()) == pytest.approx(float(out.loss.detach()), rel=1e-5)

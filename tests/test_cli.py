@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -68,7 +69,47 @@ def test_show_prints_the_settings_after_the_overrides(capsys):
     status, out, _ = run(capsys, "train", "mnist5k", "--show", "--no-bn", "--lr-milestones", 3, 4, "--data-limit", 10)
     assert status == 0
     for name, value in (("batchnorm", False), ("init", "ibp"), ("lr_milestones", [3, 4]), ("data_limit", 10)):
-        assert f"{name:<17} {value}\n" in out
+        assert f"{name:<17} {value} " in out
+    assert re.search(r"^lr_milestones +\[3, 4\] +command line$", out, re.MULTILINE)
+    assert re.search(r"^lr_factor +0.2 +preset mnist5k$", out, re.MULTILINE)
+
+
+def test_show_names_the_source_of_published_settings(capsys):
+    arguments = ("train", "cifar10", "--eps", "2/255", "--epochs", 16, "--schedule", "ctbench", "--show")
+    status, out, _ = run(capsys, *arguments, "--method", "mtl-ibp", "--attack-restarts", 1)
+    assert status == 0
+    lines = dict(line.split(maxsplit=1) for line in out.splitlines())
+    for name, value in (("alpha", "0.01 "), ("attack_scale", "2.0 "), ("batch_size", "128 "), ("l1_weight", "3e-06 ")):
+        assert lines[name].startswith(value)
+        assert lines[name].endswith("CTBench, commit 0f18162, scripts/examples")
+    assert lines["swa_start"].split() == ["15", "scaled", "with", "epochs"]
+    assert lines["attack_restarts"].endswith("command line")
+    assert lines["loss"].endswith("method mtl-ibp")
+    assert lines["tol"].endswith("preset cifar10")
+    _, out, _ = run(capsys, *arguments, "--method", "cc-ibp")
+    lines = dict(line.split(maxsplit=1) for line in out.splitlines())
+    assert lines["batchnorm_policy"].split(maxsplit=1) == ["adversarial", "expressive-losses, commit 3df64fa, README"]
+    # A method alone leaves the paper's schedule.
+    _, out, _ = run(capsys, "train", "cifar10", "--method", "sabr", "--show")
+    lines = dict(line.split(maxsplit=1) for line in out.splitlines())
+    assert lines["epochs"].split(maxsplit=1) == ["160", "preset cifar10"]
+    assert lines["ratio"].startswith("0.9 ")
+
+
+def test_what_nobody_published_is_an_error(capsys):
+    arguments = ("train", "mnist5k", "--show", "--method")
+    for method, needed in (("sabr", "ratio"), ("mtl-ibp", "alpha"), ("cc-ibp", "alpha"), ("exp-ibp", "alpha")):
+        status, _, err = run(capsys, *arguments, method)
+        assert status == 1
+        assert f"needs {needed}" in err
+        assert f"nobody published one for mnist5k at ε = 0.1: give --{needed}" in err
+        assert run(capsys, *arguments, method, f"--{needed}", 0.3)[0] == 0
+    status, _, err = run(capsys, "train", "mnist", "--eps", 0.3, "--show", "--method", "exp-ibp")
+    assert "needs alpha" in err
+    assert "mnist at 0.1" in err
+    status, _, err = run(capsys, "train", "mnist5k", "--show", "--schedule", "ctbench")
+    assert status == 1
+    assert "CTBench has no schedule for mnist5k at ε = 0.1, only for mnist at 0.1" in err
 
 
 @pytest.mark.parametrize(
@@ -201,7 +242,7 @@ SCALED = [
 def test_epochs_scale_the_ramp_and_the_milestones(arguments, expected, capsys):
     status, out, _ = run(capsys, "train", "mnist5k", "--show", *arguments)
     assert status == 0
-    shown = dict(line.split(maxsplit=1) for line in out.splitlines())
+    shown = {line.split()[0]: re.split(" {2,}", line)[1] for line in out.splitlines()}
     epochs, ramp, milestones = expected
     assert (shown["epochs"], shown["ramp_length"], shown["lr_milestones"]) == (
         *(str(epochs), str(ramp), str(list(milestones))),

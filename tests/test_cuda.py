@@ -73,7 +73,7 @@ def test_a_graph_is_captured_once_and_leaves_the_state_as_it_was(monkeypatch):
 def test_compiled_steps_are_the_eager_ones_and_wait_for_nothing(step, bound, x, y):
     x, y = x.cuda(), y.cuda()
     eager, compiled = pair(
-        networks.SmallResNet(batchnorm=True).cuda(), x, backend="inductor", step=step, loss=LOSSES[bound]
+        networks.SmallResNet(batchnorm=True).cuda(), x, backend="inductor", step=step, loss=LOSSES[bound]()
     )
     with products_in_tf32(False):
         assert_same_step(eager, compiled, x, y)

@@ -234,7 +234,7 @@ def test_gradient_of_the_penalised_loss_equals_finite_differences(bound, x, y):
     model = networks.convolutional().double()
     x = x.double()
     weights = {"weight_l1": 1e-3, "volume": 0.3, "relu_stability": 1e-2}
-    warmup = at_step(objective(x, model, loss=LOSSES[bound], regularizers=(), penalties=weights), 8)
+    warmup = at_step(objective(x, model, loss=LOSSES[bound](), regularizers=(), penalties=weights), 8)
     assert_gradients_equal_finite_differences(lambda: warmup(x, y).loss, [model[0].weight])
 
 

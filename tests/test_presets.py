@@ -11,7 +11,7 @@ from lirpa_fastwarmup.experiments import data
 from lirpa_fastwarmup.experiments.data import LOADERS
 from lirpa_fastwarmup.experiments.presets import DESCRIPTIONS, PRESETS, preset
 from lirpa_fastwarmup.experiments.training import METHODS, Settings
-from lirpa_fastwarmup.experiments.training.settings import Bound, Dataset, Init, Method, Model, Schedule
+from lirpa_fastwarmup.experiments.training.settings import Dataset, Init, Loss, Method, Model, Schedule
 from lirpa_fastwarmup.models import MODELS
 from lirpa_fastwarmup.recipe.initialization import INITIALIZATIONS
 from lirpa_fastwarmup.recipe.losses import LOSSES
@@ -50,8 +50,19 @@ COMMON = {
     "regularizers": True,
     "reg_weight": 0.5,
     "tol": 0.5,
-    "bound": "ibp",
-    "kappa": None,
+    "train_eps_factor": 1.0,
+    "loss": "ibp",
+    "kappa": [0.0, 0.0],
+    "alpha": None,
+    "ratio": None,
+    "relu_shrinkage": 1.0,
+    "batchnorm_policy": "clean",
+    "attack_steps": 1,
+    "attack_step_size": 10.0,
+    "attack_restarts": 1,
+    "attack_scale": 1.0,
+    "attack_best": False,
+    "swa_start": None,
     "stability_weight": 0.0,
     "l1_weight": 0.0,
     "volume_weight": 0.0,
@@ -134,11 +145,12 @@ def test_custom_has_neither_data_nor_radius():
 METHODS_CHANGE = {
     "fast": {},
     "ibp": {"init": "default", "regularizers": False},
-    "gowal": {"init": "default", "regularizers": False, "kappa": 0.5, "schedule": "linear"},
-    "crown-ibp": {"init": "default", "regularizers": False, "bound": "crown-ibp-fused"},
+    "gowal": {"init": "default", "regularizers": False, "kappa": [1.0, 0.5], "schedule": "linear"},
+    "crown-ibp": {"init": "default", "regularizers": False, "loss": "crown-ibp-fused"},
     "xiao": {"init": "default", "regularizers": False, "stability_weight": 1e-5, "l1_weight": 1e-5},
     "colt": {"init": "default", "regularizers": False, "volume_weight": 1e-3},
 }
+LATER = ("sabr", "mtl-ibp", "cc-ibp", "exp-ibp")
 
 
 @pytest.mark.parametrize("method", METHODS_CHANGE)
@@ -151,13 +163,13 @@ def test_a_method_changes_the_objective_and_nothing_else(method):
 
 
 def test_methods_are_those_that_the_type_names():
-    assert tuple(METHODS) == get_args(Method) == tuple(METHODS_CHANGE)
+    assert tuple(METHODS) == get_args(Method) == (*METHODS_CHANGE, *LATER)
     with pytest.raises(ValueError, match="unknown method 'fastest'; known are fast, ibp"):
         preset("mnist").with_method("fastest")
 
 
 def test_choices_are_the_names_in_the_registries():
-    registries = {Dataset: LOADERS, Model: MODELS, Init: INITIALIZATIONS, Bound: LOSSES, Schedule: SCHEDULES}
+    registries = {Dataset: LOADERS, Model: MODELS, Init: INITIALIZATIONS, Loss: LOSSES, Schedule: SCHEDULES}
     for literal, registry in registries.items():
         assert get_args(literal) == tuple(registry)
 
@@ -177,8 +189,17 @@ def test_settings_in_files_of_today_are_read():
         assert Settings.from_dict({**COMMON, "preset": name, **changes}) == PRESETS[name]
 
 
+def test_settings_of_earlier_versions_are_read():
+    for kappa, expected in ((None, (0.0, 0.0)), (0.5, (1.0, 0.5))):
+        old = {**COMMON, "preset": "mnist5k", **DOCUMENTED["mnist5k"], "bound": "crown-ibp", "kappa": kappa}
+        for name in ("loss", "alpha", "ratio", "attack_steps", "swa_start"):
+            del old[name]
+        found = Settings.from_dict(old)
+        assert (found.loss, found.kappa, found.alpha) == ("crown-ibp", expected, None)
+
+
 def test_settings_survive_json():
-    settings = preset("cifar10").replace(lr_milestones=(3, 4), kappa=0.25, validation=5, select="validation")
+    settings = preset("cifar10").replace(lr_milestones=(3, 4), kappa=(0.25, 0.5), validation=5, select="validation")
     assert Settings.from_dict(settings.as_dict()) == settings
 
 
@@ -194,11 +215,19 @@ IMPOSSIBLE = [
     ({"volume_weight": -1.0}, "volume_weight must be finite and at least 0"),
     ({"lr": 0.0}, "lr must be finite and above 0"),
     ({"lr": float("inf")}, "lr must be finite"),
-    ({"kappa": 1.5}, "kappa must be from 0 to 1"),
+    ({"kappa": (1.0, 1.5)}, "kappa must be two weights from 0 to 1"),
+    ({"alpha": 1.5, "loss": "mtl-ibp"}, "alpha must be from 0 to 1"),
+    ({"ratio": 0.0, "loss": "sabr"}, "ratio must be above 0 and at most 1"),
+    ({"attack_steps": 0}, "attack_steps must be at least 1"),
+    ({"attack_scale": 0.5}, "attack_scale must be finite and at least 1"),
+    ({"average_decay": 0.9, "swa_start": 3}, "two averages of the weights, of which one can be kept"),
+    ({"loss": "mtl-ibp"}, "the loss mtl-ibp needs alpha.*nobody published one for mnist at ε = 0.4: give --alpha"),
+    ({"alpha": 0.5}, "the loss ibp has no alpha: choose one that has, with --loss"),
+    ({"loss": "sabr", "alpha": 0.5, "ratio": 0.5}, "the loss sabr has no alpha"),
     ({"average_decay": -0.1}, "average_decay must be from 0 to 1"),
     ({"seed": 10**23}, "seed must be from 0"),
     ({"method": "fastest"}, "unknown method 'fastest'; known are fast"),
-    ({"bound": "crown"}, "unknown bound 'crown'; known are ibp, crown-ibp, crown-ibp-fused"),
+    ({"loss": "crown"}, "unknown loss 'crown'; known are ibp, crown-ibp, crown-ibp-fused"),
     ({"init": "he"}, "unknown init 'he'; known are default, kaiming"),
     ({"schedule": "cosine"}, "unknown schedule 'cosine'; known are smoothed, linear"),
     ({"optimizer": "lion"}, "unknown optimizer 'lion'; known are adam, sgd"),

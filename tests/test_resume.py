@@ -36,6 +36,10 @@ SETTINGS = preset("mnist5k").replace(
     crop_padding=1,
     average_decay=0.5,
     precise_bn=True,
+    loss="mtl-ibp",
+    alpha=0.5,
+    batchnorm_policy="running",
+    attack_restarts=2,
     pgd_steps=2,
     pgd_restarts=1,
 )
@@ -115,6 +119,16 @@ def test_a_stopped_run_goes_on_to_the_same_end(progress, unbroken, tmp_path):
     summary = resume(tmp_path)
     assert_same_outcome(unbroken, tmp_path)
     assert summary["settings"] == SETTINGS.as_dict()
+
+
+def test_a_mean_of_weights_goes_on(tmp_path):
+    settings = SETTINGS.replace(average_decay=None, swa_start=2, precise_bn=False, loss="sabr", alpha=None, ratio=0.3)
+    train(settings, tmp_path / "unbroken")
+    for place in (4, 5):  # Before and after the second epoch's second step.
+        with pytest.raises(TrainingInterrupted):
+            train(settings, tmp_path / str(place), progress=SignalAt(place))
+        resume(tmp_path / str(place))
+        assert_same_outcome(tmp_path / "unbroken", tmp_path / str(place))
 
 
 def test_a_run_can_be_stopped_again_and_again(unbroken, tmp_path):

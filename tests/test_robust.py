@@ -276,7 +276,7 @@ def worst_points(model, x, y, eps):
 def on_box(bound, bounded, box, y, classes, fraction):
     """The loss over ``box``, after a clean pass."""
     step = losses.LossStep(bounded, box, y, box.new_zeros(len(y), classes), box, 0.0, None, fraction, losses.RAMP)
-    return losses.LOSSES[bound](step)
+    return losses.LOSSES[bound]()(step)
 
 
 def predicted_or_not(model, x, classes):
@@ -448,7 +448,7 @@ def test_one_class_against_another_is_the_chord_itself(width):
 def objective(bound, x, model=None, **arguments):
     model = networks.convolutional() if model is None else model
     schedule = fw.LinearEpsilon(0.1, start=2, length=2, steps_per_epoch=5)
-    return fw.ShortWarmup(fw.BoundedModule(model, x), schedule, loss=LOSSES[bound], **arguments)
+    return fw.ShortWarmup(fw.BoundedModule(model, x), schedule, loss=LOSSES[bound](), **arguments)
 
 
 def at_step(warmup, step):

@@ -50,15 +50,60 @@ def one_epoch(settings, tmp_path):
     return run, before
 
 
+NEEDED = {"sabr": {"ratio": 0.4}, "mtl-ibp": {"alpha": 0.3}, "cc-ibp": {"alpha": 0.3}, "exp-ibp": {"alpha": 0.3}}
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains(method, tmp_path):
-    summary = train(SMALL.with_method(method), tmp_path)
+    summary = train(SMALL.with_method(method, **NEEDED.get(method, {})), tmp_path)
     assert summary["method"] == method
     assert 0 <= summary["verified_error"] <= 1
     (row,) = history(tmp_path)
-    terms = {"fast": {"tightness", "relu_balance"}, "xiao": {"relu_stability", "weight_l1"}, "colt": {"volume"}}
+    attacked = "alpha" in NEEDED.get(method, {})
+    assert ("adversarial_loss" in row) is ("train_adversarial_error" in row) is attacked
+    terms = {"xiao": {"relu_stability", "weight_l1"}, "colt": {"volume"}}
+    warmup = {"tightness", "relu_balance"} if method in ("fast", *NEEDED) else set()
     for name in ("tightness", "relu_balance", "relu_stability", "weight_l1", "volume"):
-        assert (row.get(name, "nan") != "nan") is (name in terms.get(method, ()))
+        assert (row.get(name, "nan") != "nan") is (name in terms.get(method, warmup))
+
+
+def test_the_loss_has_the_settings_of_its_run():
+    changes = {"alpha": 0.2, "attack_steps": 4, "attack_step_size": 0.3, "attack_restarts": 2, "attack_scale": 1.5}
+    settings = SMALL.with_method("cc-ibp", **changes, attack_best=True, batchnorm_policy="adversarial")
+    attack = fw.attacks.PGD(4, 0.3, 2, scale=1.5, return_best=True)
+    objective = build_run(settings.replace(train_eps_factor=2.0, kappa=(0.3, 0.4)), CPU).objective
+    assert objective.loss == fw.losses.CCIBP(0.2, attack, "adversarial")
+    assert objective.schedule.max_eps == pytest.approx(2 * settings.eps)
+    assert objective.kappa == (0.3, 0.4)
+    settings = SMALL.with_method("sabr", ratio=0.3, relu_shrinkage=0.8)
+    assert build_run(settings, CPU).objective.loss == fw.losses.SABR(0.3, fw.attacks.PGD(), relu_shrinkage=0.8)
+
+
+def test_errors_are_those_at_the_radius_itself(tmp_path):
+    settings = SMALL.replace(eps=0.05, epochs=2)
+    summary = train(settings.replace(train_eps_factor=2.0), tmp_path)
+    row = history(tmp_path)[-1]
+    assert float(row["eps"]) == pytest.approx(0.1)
+    model = load_model(tmp_path / "model.pt")
+    found = fw.verification.evaluate(
+        fw.BoundedModule(model, torch.zeros(2, 1, 28, 28)),
+        data.Batches(data.load("mnist5k").test, 250),
+        0.05,
+        restarts=0,
+    )
+    assert found.verified_error.value == summary["verified_error"] == float(row["verified_error"])
+
+
+def test_random_starts_depend_on_the_seed_alone(tmp_path):
+    settings = SMALL.with_method("mtl-ibp", alpha=0.5)
+    torch.manual_seed(0)
+    first, _ = one_epoch(settings, tmp_path)
+    torch.manual_seed(1)
+    again, _ = one_epoch(settings, tmp_path)
+    other, _ = one_epoch(settings.replace(attack_restarts=2), tmp_path)
+    weights = [run.objective.model[0].weight for run in (first, again, other)]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
 
 
 @pytest.mark.parametrize("method", ["gowal", "crown-ibp"])
@@ -148,6 +193,31 @@ def test_the_average_of_weights_is_what_is_evaluated_and_kept(tmp_path):
     test = data.load("mnist5k").test
     wrong = (kept(test.images.float() / 255).argmax(1) != test.labels).double().mean()
     assert float(wrong) == pytest.approx(summary["standard_error"])
+
+
+def test_the_mean_of_weights_from_an_epoch_on_is_kept(tmp_path):
+    settings = SMALL.replace(epochs=3, swa_start=2, data_limit=96, batch_size=8)  # 12 steps an epoch.
+    run, states = build_run(settings, CPU), []
+
+    class Recorded(Progress):
+        def step_done(self, means):
+            states.append(copy.deepcopy(run.objective.model[0].weight))
+
+    position = Position(EpochMeans(CPU))
+    for epoch in (1, 2, 3):
+        position.epoch, position.batches_done = epoch, 0
+        train_epoch(run, position, Recorded(), StopRequest(tmp_path))
+        if epoch == 1:
+            assert torch.equal(run.average.module[0].weight, run.objective.model[0].weight)
+    # Of every tenth step's.
+    expected = (states[20] + states[30]) / 2
+    assert torch.allclose(run.average.module[0].weight, expected, rtol=1e-6)
+    train(settings, tmp_path / "run")
+    kept = load_model(tmp_path / "run" / "model.pt")
+    assert torch.equal(kept[0].weight, run.average.module[0].weight)
+    samples = run.train_batches.split.images.float() / 255
+    first = kept[0](samples).transpose(0, 1).flatten(1)
+    assert torch.allclose(kept[1].running_mean, first.mean(1), atol=1e-5)
 
 
 def test_precise_bn_takes_the_statistics_of_the_training_set(tmp_path):

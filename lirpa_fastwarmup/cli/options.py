@@ -10,14 +10,16 @@ import sys
 from types import NoneType
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
+from lirpa_fastwarmup.experiments import published
 from lirpa_fastwarmup.experiments.presets import DESCRIPTIONS, PRESETS, preset
-from lirpa_fastwarmup.experiments.training.settings import Settings
+from lirpa_fastwarmup.experiments.training.settings import METHODS, Settings
 
 if TYPE_CHECKING:
     import torch
 
 logger = logging.getLogger(__name__)
 
+_CTBENCH = "ctbench"
 _OPTIONS = [field for field in dataclasses.fields(Settings) if "group" in field.metadata]
 
 
@@ -87,6 +89,9 @@ def add_settings(command: argparse.ArgumentParser) -> None:
         flag = f"--{(about['flag'] or field.name).replace('_', '-')}"
         text = f"{about['help']}{_default(field.name)}"
         reader = _reader(kinds[field.name], about["metavar"])
+        if field.name == "schedule":
+            reader["choices"] += (_CTBENCH,)
+            text += f"; {_CTBENCH}: with epochs, learning rate and averages of CTBench"
         groups[about["group"]].add_argument(flag, dest=field.name, help=text, **reader)
     text = "the network's own initialisation"
     groups["method"].add_argument("--no-init", dest="init", action="store_const", const="default", help=text)
@@ -119,16 +124,42 @@ def _reader(kind: Any, metavar: str | None) -> dict[str, Any]:
 
 def settings_of(options: argparse.Namespace) -> Settings:
     """The preset's settings with those that the command line gives; raise ValueError if they are invalid."""
+    return settings_and_origins(options)[0]
+
+
+def settings_and_origins(options: argparse.Namespace) -> tuple[Settings, dict[str, str]]:
+    """The settings, and where the value of each comes from."""
     if options.preset is None:
         raise ValueError(f"name a preset, one of {', '.join(DESCRIPTIONS)}")
     changes = given_settings(options)
     base = preset(options.preset, **changes)
-    if options.method is not None:
-        base = base.with_method(options.method)
-    changes.pop("method", None)
+    origins = dict.fromkeys(vars(base), f"preset {base.preset}")
+    method = changes.pop("method", base.method)
+    problem = changes.get("dataset", base.dataset), changes.get("eps", base.eps)
+    if changes.get("schedule") == _CTBENCH:
+        found = published.ctbench_schedule(method, *problem)
+        base, changes["schedule"] = base.replace(**found.settings), found.settings["schedule"]
+        origins |= dict.fromkeys(found.settings, found.source)
     if changes.get("validation"):
         changes.setdefault("select", "validation")
-    return base.replace(**_scaled(base, changes), **changes)
+    scaled = _scaled(base, changes)
+    if options.method is None:
+        settings = base.replace(**scaled, **changes)
+    else:
+        settings = base.with_method(method, **scaled, **changes)
+        origins |= dict.fromkeys((*METHODS[method], "method"), f"method {method}")
+        of_loss = published.loss_settings(method, *problem)
+        origins |= dict.fromkeys(of_loss.settings, of_loss.source) if of_loss else {}
+    return settings, origins | dict.fromkeys(scaled, "scaled with epochs") | dict.fromkeys(changes, "command line")
+
+
+def table(settings: Settings, origins: dict[str, str]) -> str:
+    """The settings in lines, with what is known of where their values come from."""
+    values = settings.as_dict()
+    names, texts = max(map(len, values)), {name: str(value) for name, value in values.items()}
+    width = max(len(text) for text in texts.values())
+    lines = (f"{name:<{names}}  {text:<{width}}  {origins.get(name, '')}" for name, text in texts.items())
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def given_settings(options: argparse.Namespace) -> dict[str, Any]:
@@ -152,7 +183,11 @@ def _scaled(base: Settings, changes: dict[str, Any]) -> dict[str, Any]:
     def scaled(value: int) -> int:
         return max(1, (2 * value * epochs + base.epochs) // (2 * base.epochs))  # Rounded, halves up.
 
-    new = {"ramp_length": scaled(base.ramp_length), "lr_milestones": tuple(map(scaled, base.lr_milestones))}
+    new: dict[str, Any] = {
+        "ramp_length": scaled(base.ramp_length),
+        "lr_milestones": tuple(map(scaled, base.lr_milestones)),
+    }
+    new |= {} if base.swa_start is None else {"swa_start": scaled(base.swa_start)}
     new = {name: value for name, value in new.items() if name not in changes and value != getattr(base, name)}
     if new:
         texts = [f"{name} {getattr(base, name)} -> {value}" for name, value in new.items()]

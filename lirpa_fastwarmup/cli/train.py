@@ -1,7 +1,5 @@
 """``lirpa-fastwarmup train``: one run, from a preset and the options that change it, or resumed."""
 
-from __future__ import annotations
-
 import argparse
 import logging
 import math
@@ -45,9 +43,13 @@ def _train(options: argparse.Namespace) -> int:
         from lirpa_fastwarmup.experiments.training.checkpoint import CHECKPOINT
 
         options.resume, options.overwrite = (_folder(options) / CHECKPOINT).is_file(), True
-    settings = _resumed_settings(options) if options.resume else common.settings_of(options)
+    origins: dict[str, str] = {}
+    if options.resume:
+        settings = _resumed_settings(options)
+    else:
+        settings, origins = common.settings_and_origins(options)
     if options.show:
-        print(settings)
+        print(common.table(settings, origins))
         return 0
     out = _folder(options)
     # Imported here, so that --help and --show answer at once.
@@ -97,7 +99,7 @@ def _resumed_settings(options: argparse.Namespace) -> Settings:
     typed = common.given_settings(options)
     given = (vars(common.settings_of(options)) if options.preset else saved) | typed
     # What --epochs scales was not asked for, and earlier versions did not scale it.
-    free = {"data_dir", *({"ramp_length", "lr_milestones"} - typed.keys() if "epochs" in typed else ())}
+    free = {"data_dir", *({"ramp_length", "lr_milestones", "swa_start"} - typed.keys() if "epochs" in typed else ())}
     changed = [name for name in saved if name not in free and given[name] != saved[name]]
     if changed:
         raise ValueError(
@@ -130,7 +132,8 @@ class _Console:
         self._bar.update()
         if means:
             shown = ("eps", "loss", "clean_loss", "robust_loss", "clean_error", "verified_error")
-            self._bar.set_postfix({name: f"{means[name]:.4g}" for name in shown} | self._dead, refresh=False)
+            values = {name: f"{means[name]:.4g}" for name in shown if not math.isnan(means[name])}
+            self._bar.set_postfix(values | self._dead, refresh=False)
 
     def epoch_done(self, row: Mapping[str, float], seconds: float) -> None:
         self.close()

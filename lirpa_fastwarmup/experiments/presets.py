@@ -1,7 +1,5 @@
 """Runs by name: the paper's (Shi et al., NeurIPS 2021), two of our own, and `custom` for the user's own data."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from lirpa_fastwarmup.experiments.training.settings import Settings

@@ -16,10 +16,9 @@ Example:
     >>> warmup = fw.ShortWarmup(bounded, schedule, loss=loss)
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -260,4 +259,12 @@ def _check_policy(batchnorm: str) -> None:
         raise ValueError(f"unknown BatchNorm policy {batchnorm!r}; known are clean, running and adversarial")
 
 
-LOSSES: dict[str, Loss] = {"ibp": IBP(), "crown-ibp": CrownIBP(), "crown-ibp-fused": CrownIBP(fused=True)}
+LOSSES: dict[str, Callable[..., Loss]] = {
+    "ibp": IBP,
+    "crown-ibp": CrownIBP,
+    "crown-ibp-fused": partial(CrownIBP, fused=True),
+    "sabr": SABR,
+    "mtl-ibp": MTLIBP,
+    "cc-ibp": CCIBP,
+    "exp-ibp": EXPIBP,
+}

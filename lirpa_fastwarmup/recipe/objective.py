@@ -5,8 +5,6 @@ loss = L_robust + λ·(1 − ε/ε_max)·(L_tight + L_relu)    (Shi et al., Neur
 Before the ramp, at ε = 0, the clean cross-entropy replaces L_robust.
 """
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections import OrderedDict
@@ -203,6 +201,7 @@ class ShortWarmup(nn.Module):
             of tensor operations that do not depend on tensors' values. If compilation fails, steps run eagerly, after
             one :class:`CompilationWarning`.
         compile_batch_size: compile for batches of this many samples only, and run others eagerly.
+        generator: source of the attack's random starts, on the inputs' device; by default that device's own.
 
     Raises:
         TypeError: ``bounded`` is not a BoundedModule.
@@ -236,6 +235,7 @@ class ShortWarmup(nn.Module):
         min_eps: float = 1e-6,
         compile: bool = False,  # noqa: A002 (as PyTorch calls it)
         compile_batch_size: int | None = None,
+        generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
         bounded = view_of(bounded)
@@ -268,6 +268,7 @@ class ShortWarmup(nn.Module):
         self.regularizers = fading if reg_weight > 0 else {}
         self.penalties = dict(zip(constant, zip(constant.values(), penalties.values(), strict=True), strict=True))
         self.loss = loss
+        self.generator = generator
         if missing := undefined(bounded, [*self.regularizers, *self.penalties]):
             left = tuple(name for name in self.regularizers if name not in missing)
             what = "activation" if "tightness" in missing else "ReLU"
@@ -327,7 +328,7 @@ class ShortWarmup(nn.Module):
         eps = eps.clamp(min=smallest) if isinstance(eps, Tensor) else max(eps, smallest)
         step = partial(compute_step, terms, self.bounded, self._range)
         attack = getattr(terms.loss, "attack", None)
-        starts = () if attack is None or phase == START else (attack.starts(x),)
+        starts = () if attack is None or phase == START else (attack.starts(x, self.generator),)
         values = self._compiled.run(step, terms.key, x, y, eps, fraction, *starts) if self._compiled else None
         if values is None:
             values = step(input_box(x, eps, self._range), x, y, eps, fraction, *starts)

@@ -1,7 +1,5 @@
 """Datasets as tensors, and batches made from them; independent of bounds."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +14,7 @@ from lirpa_fastwarmup.experiments.data.dataset import (
     held_out,
     limited,
     place,
+    seed_of,
     spread,
     spread_indices,
 )
@@ -67,4 +66,4 @@ def load(name: str, data_dir: Path | None = None, input_range: InputRange | None
 
 
 __all__ = ["LOADERS", "Augmentation", "Batches", "CorruptFileError", "Dataset", "Split", "generator_of", "held_out"]
-__all__ += ["is_factory", "limited", "load", "place", "spread", "spread_indices"]
+__all__ += ["is_factory", "limited", "load", "place", "seed_of", "spread", "spread_indices"]

@@ -164,10 +164,14 @@ def spread_indices(length: int, count: int) -> Tensor:
     return torch.arange(count) * length // count
 
 
+def seed_of(seed: int, *stream: int) -> int:
+    """The seed of a stream of random numbers, independent of the other streams of ``seed``."""
+    return int(np.random.SeedSequence([seed, *stream]).generate_state(1, np.uint64)[0]) >> 1
+
+
 def generator_of(seed: int, stream: int) -> torch.Generator:
     """A generator on the CPU, independent of the other streams of the same seed."""
-    state = np.random.SeedSequence([seed, stream]).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(state) >> 1)
+    return torch.Generator().manual_seed(seed_of(seed, stream))
 
 
 def place(split: Split, device: torch.device) -> Split:

@@ -1,7 +1,5 @@
 """Builds a run from its settings: data, network, objective and optimiser."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -9,17 +7,18 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import SGD, Adam, Optimizer
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_multi_avg_fn
 
 from lirpa_fastwarmup import models
+from lirpa_fastwarmup.attacks import PGD
 from lirpa_fastwarmup.boxes import InputRange
 from lirpa_fastwarmup.distributed import World, rank_zero_first, world
 from lirpa_fastwarmup.engine.module import BoundedModule
 from lirpa_fastwarmup.experiments import data
 from lirpa_fastwarmup.experiments.training.network import build_network
-from lirpa_fastwarmup.experiments.training.settings import Settings
+from lirpa_fastwarmup.experiments.training.settings import NEEDED, Settings
 from lirpa_fastwarmup.recipe.initialization import initialize_
-from lirpa_fastwarmup.recipe.losses import LOSSES
+from lirpa_fastwarmup.recipe.losses import LOSSES, Loss
 from lirpa_fastwarmup.recipe.objective import ShortWarmup
 from lirpa_fastwarmup.recipe.schedule import SCHEDULES
 
@@ -76,10 +75,7 @@ def build_run(settings: Settings, device: torch.device) -> Run:
     if settings.sync_batchnorm:
         bounded.join_ranks()
     objective = _objective(settings, bounded, input_range, len(train_batches), processes)
-    average = None
-    if settings.average_decay is not None:
-        average_fn = get_ema_multi_avg_fn(settings.average_decay)
-        average = AveragedModel(bounded.wrapped, multi_avg_fn=average_fn, use_buffers=True)
+    average = _average(settings, bounded.wrapped)
     return Run(
         settings=settings,
         architecture=architecture,
@@ -145,21 +141,47 @@ def _bounded(settings: Settings, model: nn.Module, in_shape: tuple[int, ...]) ->
 def _objective(
     settings: Settings, bounded: BoundedModule, input_range: InputRange | None, steps_per_epoch: int, processes: World
 ) -> ShortWarmup:
-    schedule = SCHEDULES[settings.schedule](settings.eps, settings.ramp_start, settings.ramp_length, steps_per_epoch)
+    eps = settings.eps * settings.train_eps_factor
+    schedule = SCHEDULES[settings.schedule](eps, settings.ramp_start, settings.ramp_length, steps_per_epoch)
     penalties = {"relu_stability": settings.stability_weight, "weight_l1": settings.l1_weight}
     penalties["volume"] = settings.volume_weight
     return ShortWarmup(
         bounded,
         schedule,
         input_range=input_range,
-        loss=LOSSES[settings.bound],
-        kappa=(0.0, 0.0) if settings.kappa is None else (1.0, settings.kappa),
-        **{name: getattr(settings, name) for name in ("reg_weight", "tol", "compile")},
+        loss=_loss(settings),
+        **{name: getattr(settings, name) for name in ("kappa", "reg_weight", "tol", "compile")},
         regularizers=("tightness", "relu_balance") if settings.regularizers else (),
         penalties={name: weight for name, weight in penalties.items() if weight},
         # The last batch of an epoch runs eagerly: few steps would not repay another compilation.
         compile_batch_size=math.ceil(math.ceil(settings.batch_size / processes.size) / settings.accumulate),
+        generator=torch.Generator(next(bounded.wrapped.parameters()).device),
     )
+
+
+def _loss(settings: Settings) -> Loss:
+    kind = LOSSES[settings.loss]
+    if settings.loss not in NEEDED:
+        return kind()
+    attack = PGD(
+        settings.attack_steps,
+        settings.attack_step_size,
+        settings.attack_restarts,
+        scale=settings.attack_scale,
+        return_best=settings.attack_best,
+    )
+    own: dict[str, Any] = {"alpha": settings.alpha}
+    if settings.loss == "sabr":
+        own = {"ratio": settings.ratio, "relu_shrinkage": settings.relu_shrinkage}
+    return kind(**own, attack=attack, batchnorm=settings.batchnorm_policy)
+
+
+def _average(settings: Settings, model: nn.Module) -> AveragedModel | None:
+    if settings.swa_start is not None:
+        return AveragedModel(model, multi_avg_fn=get_swa_multi_avg_fn())
+    if settings.average_decay is None:
+        return None
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(settings.average_decay), use_buffers=True)
 
 
 def _optimizer(settings: Settings, objective: ShortWarmup) -> Optimizer:

@@ -1,7 +1,5 @@
 """The folder of a run: its lock, its files, and the checkpoint that the run resumes from."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path

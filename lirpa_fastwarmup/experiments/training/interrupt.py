@@ -1,7 +1,5 @@
 """SIGINT and SIGTERM as requests to stop between two steps."""
 
-from __future__ import annotations
-
 import signal
 import threading
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """The training loop: the steps of an epoch, from its start or from where a run stopped in it."""
 
-from __future__ import annotations
-
 import signal
 import time
 from contextlib import nullcontext
@@ -10,14 +8,19 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 
 from lirpa_fastwarmup.distributed import all_reduce
 from lirpa_fastwarmup.engine.precision import products_in_tf32
+from lirpa_fastwarmup.experiments import data
 from lirpa_fastwarmup.experiments.training.build import Run
 from lirpa_fastwarmup.experiments.training.interrupt import StopRequest
 from lirpa_fastwarmup.experiments.training.progress import EpochMeans, Progress
 from lirpa_fastwarmup.experiments.training.settings import Settings
 from lirpa_fastwarmup.recipe.objective import NonFiniteLossError, StepLoss
+
+_ATTACK = 3  # The stream of random numbers for the loss's attack.
+_SWA_INTERVAL = 10  # Steps, as in CTBench.
 
 
 @dataclass
@@ -83,8 +86,12 @@ def _take_step(run: Run, position: Position, x: Tensor, y: Tensor) -> StepLoss:
     count = max(1, min(run.settings.accumulate, len(y) // 2 if run.settings.batchnorm else len(y)))
     # Gradients are averaged over the processes, whose parts of the last batch may differ by a sample.
     samples = run.train_batches.samples_in(position.batches_done) / run.world.size
+    generator = run.objective.generator
     for number, (micro_x, micro_y) in enumerate(zip(x.tensor_split(count), y.tensor_split(count), strict=True), 1):
         last = number == count
+        if generator is not None:  # A run that resumes draws the same.
+            parts = (run.settings.seed, _ATTACK, run.objective.steps_done, number, run.world.rank)
+            generator.manual_seed(data.seed_of(*parts))
         with run.trained.no_sync() if isinstance(run.trained, DistributedDataParallel) and not last else nullcontext():
             with torch.autocast(run.device.type, torch.bfloat16, enabled=run.settings.precision == "bf16"):
                 step: StepLoss = run.trained(micro_x, micro_y)
@@ -96,8 +103,16 @@ def _take_step(run: Run, position: Position, x: Tensor, y: Tensor) -> StepLoss:
     run.optimizer.zero_grad(set_to_none=True)
     run.objective.step()
     if run.average is not None:
-        run.average.update_parameters(run.objective.model)
+        _update_average(run, run.average, position.epoch)
     return step
+
+
+def _update_average(run: Run, average: AveragedModel, epoch: int) -> None:
+    swa_start = run.settings.swa_start
+    if swa_start is None or epoch < swa_start or run.objective.steps_done % _SWA_INTERVAL == 1:
+        average.update_parameters(run.objective.model)
+    if swa_start is not None and epoch < swa_start:
+        average.n_averaged.zero_()  # Until then it is a copy.
 
 
 @torch.no_grad()

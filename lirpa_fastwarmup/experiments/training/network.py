@@ -1,7 +1,5 @@
 """The network of a run, and the file ``model.pt`` that holds it."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Progress of a run: its interface, and the metrics averaged over an epoch."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -12,6 +10,7 @@ from lirpa_fastwarmup.recipe.objective import StepLoss
 
 _FIELDS = ("loss", "clean_loss", "robust_loss", "clean_error", "verified_error")
 _TERMS = ("tightness", "relu_balance")
+ADVERSARIAL = ("adversarial_loss", "adversarial_error")
 
 
 class Progress:
@@ -28,7 +27,10 @@ class Progress:
 
 
 class EpochMeans:
-    """Means of a step's metrics over an epoch, weighted by batch size; NaN, which was not computed, does not count."""
+    """Means of a step's metrics over an epoch, weighted by batch size; NaN, which was not computed, does not count.
+
+    ``terms`` are the names of terms of the loss, and of metrics, that not every run has.
+    """
 
     def __init__(self, device: torch.device, terms: Sequence[str] = ()) -> None:
         self._terms = (*_TERMS, *(name for name in terms if name not in _TERMS))
@@ -38,7 +40,8 @@ class EpochMeans:
     def add(self, step: StepLoss, count: int) -> None:
         """Add a step over ``count`` samples."""
         nan = torch.full_like(step.loss, torch.nan)
-        metrics = [getattr(step, name) for name in _FIELDS] + [step.terms.get(name, nan) for name in self._terms]
+        metrics = [getattr(step, name) for name in _FIELDS]
+        metrics += [getattr(step, name) if name in ADVERSARIAL else step.terms.get(name, nan) for name in self._terms]
         values = torch.stack([metric.detach() for metric in metrics]).double()
         known = ~values.isnan()
         self._sums += torch.where(known, values * count, 0.0)

@@ -1,7 +1,5 @@
 """A training run from its settings to its files, at once or resumed."""
 
-from __future__ import annotations
-
 import json
 import logging
 import time
@@ -19,9 +17,10 @@ from lirpa_fastwarmup.experiments.training.checkpoint import CHECKPOINT, CURVES,
 from lirpa_fastwarmup.experiments.training.interrupt import StopRequest, handled_by
 from lirpa_fastwarmup.experiments.training.loop import Position, train_epoch
 from lirpa_fastwarmup.experiments.training.network import require_trust, save_model
-from lirpa_fastwarmup.experiments.training.progress import EpochMeans, Progress
+from lirpa_fastwarmup.experiments.training.progress import ADVERSARIAL, EpochMeans, Progress
 from lirpa_fastwarmup.experiments.training.settings import Settings
 from lirpa_fastwarmup.experiments.training.summary import draw_curves, history_row, summarise
+from lirpa_fastwarmup.recipe.losses import MTLIBP
 from lirpa_fastwarmup.recipe.objective import NonFiniteLossError
 from lirpa_fastwarmup.storage import file_sum, read_json, write_csv, write_json
 from lirpa_fastwarmup.verification.folder import WRITTEN as CERTIFICATES
@@ -71,7 +70,7 @@ def train(
         if ramp_end > settings.epochs:
             logger.warning(
                 "eps reaches %g only after %d epochs, and training ends after %d: the network is never trained at it",
-                *(settings.eps, ramp_end, settings.epochs),
+                *(run.objective.schedule.max_eps, ramp_end, settings.epochs),
             )
         return _run_to_end(run, Position(_no_means(run)), out, progress or Progress(), started, fresh=True)
 
@@ -152,7 +151,8 @@ def join_ranks(run: Run) -> None:
 
 
 def _no_means(run: Run) -> EpochMeans:
-    return EpochMeans(run.device, tuple(run.objective.penalties))
+    adversarial = ADVERSARIAL if isinstance(run.objective.loss, MTLIBP) else ()
+    return EpochMeans(run.device, (*run.objective.penalties, *adversarial))
 
 
 def _run_to_end(

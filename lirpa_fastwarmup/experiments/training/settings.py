@@ -11,13 +11,16 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-Method = Literal["fast", "ibp", "gowal", "crown-ibp", "xiao", "colt"]
+from lirpa_fastwarmup.experiments import published
+
+Method = Literal["fast", "ibp", "gowal", "crown-ibp", "xiao", "colt", "sabr", "mtl-ibp", "cc-ibp", "exp-ibp"]
 # The names in the registries of datasets, models, initialisations, losses and schedules, whose modules import PyTorch.
 Dataset = Literal["mnist5k", "mnist", "cifar10", "tiny-imagenet", "npz"]
 _PIXELS = frozenset(get_args(Dataset)) - {"npz"}  # Those that are certainly images.
 Model = Literal["cnn7", "wide-resnet8", "resnext"]
 Init = Literal["default", "kaiming", "xavier", "orthogonal", "ibp"]
-Bound = Literal["ibp", "crown-ibp", "crown-ibp-fused"]
+Loss = Literal["ibp", "crown-ibp", "crown-ibp-fused", "sabr", "mtl-ibp", "cc-ibp", "exp-ibp"]
+BatchNormPolicy = Literal["clean", "running", "adversarial"]
 Schedule = Literal["smoothed", "linear"]
 Select = Literal["last", "validation", "test"]
 Precision = Literal["float32", "tf32", "bf16"]
@@ -29,27 +32,38 @@ METHODS: dict[str, dict[str, Any]] = {
     "fast": {},  # The remedies of Shi et al. (NeurIPS 2021).
     "ibp": _PLAIN,
     # Gowal et al. (2018): κ·clean + (1 − κ)·robust with κ from 1 to 1/2, and ε growing linearly.
-    "gowal": {**_PLAIN, "kappa": 0.5, "schedule": "linear"},
+    "gowal": {**_PLAIN, "kappa": (1.0, 0.5), "schedule": "linear"},
     # Zhang et al. (ICLR 2020), with the loss fusion of Xu et al. (NeurIPS 2020).
-    "crown-ibp": {**_PLAIN, "bound": "crown-ibp-fused"},
+    "crown-ibp": {**_PLAIN, "loss": "crown-ibp-fused"},
     # Xiao et al. (ICLR 2019).
     "xiao": {**_PLAIN, "stability_weight": 1e-5, "l1_weight": 1e-5},
     # Balunović and Vechev (ICLR 2020); the weight is our choice.
     "colt": {**_PLAIN, "volume_weight": 1e-3},
+    # Müller et al. (ICLR 2023) and De Palma et al. (ICLR 2024), on the remedies of Shi et al., with published settings.
+    **{name: {"loss": name} for name in ("sabr", "mtl-ibp", "cc-ibp", "exp-ibp")},
 }
+# What each loss cannot do without, and what it is. A loss that is not here has no attack.
+NEEDED = {"sabr": ("ratio", "the small box's size relative to the box")}
+NEEDED |= dict.fromkeys(("mtl-ibp", "cc-ibp", "exp-ibp"), ("alpha", "the weight of IBP against the attack"))
+_OF_LOSSES: tuple[str, ...] = ("alpha", "ratio", "relu_shrinkage", "batchnorm_policy", "train_eps_factor")
+_OF_LOSSES += ("attack_steps", "attack_step_size", "attack_restarts", "attack_scale", "attack_best")
 
 # Settings, the condition on their values, and its check.
 _RANGES: list[tuple[str, str, Callable[[Any], bool]]] = [
     ("eps", "above 0 and finite", lambda value: 0 < value < math.inf),
-    ("batch_size accumulate epochs hidden ramp_start width", "at least 1", lambda value: value >= 1),
+    ("batch_size accumulate epochs hidden ramp_start width swa_start", "at least 1", lambda value: value >= 1),
+    ("attack_steps attack_restarts", "at least 1", lambda value: value >= 1),
+    ("attack_scale train_eps_factor", "finite and at least 1", lambda value: 1 <= value < math.inf),
     ("ramp_length validation crop_padding pgd_steps pgd_restarts", "at least 0", lambda value: value >= 0),
     (
         "reg_weight stability_weight l1_weight volume_weight grad_clip momentum weight_decay",
         "finite and at least 0",
         lambda value: 0 <= value < math.inf,
     ),
-    ("lr lr_factor tol", "finite and above 0", lambda value: 0 < value < math.inf),
-    ("kappa average_decay", "from 0 to 1", lambda value: 0 <= value <= 1),
+    ("lr lr_factor tol attack_step_size", "finite and above 0", lambda value: 0 < value < math.inf),
+    ("average_decay alpha", "from 0 to 1", lambda value: 0 <= value <= 1),
+    ("ratio relu_shrinkage", "above 0 and at most 1", lambda value: 0 < value <= 1),
+    ("kappa", "two weights from 0 to 1", lambda value: len(value) == 2 and all(0 <= one <= 1 for one in value)),
     ("seed", "from 0 to 2^63 − 1", lambda value: 0 <= value < 2**63),
 ]
 
@@ -107,7 +121,7 @@ class Settings:
     hidden: int = _setting("network", "features of the hidden linear layer", 512, "N")
     allow_untested: bool = _setting("network", "accept operators whose bounds have not been tested", False)
     sync_batchnorm: bool = _setting("network", "compute batch statistics over all processes, under torchrun", False)
-    precise_bn: bool = _setting("network", "recompute running statistics over the training set at the end", False)
+    precise_bn: bool = _setting("network", "recompute running statistics over the training set, every epoch", False)
 
     eps: float = _setting(
         "objective", "target radius in units of the inputs (pixels: 0 to 1), a number or a fraction such as 8/255"
@@ -115,8 +129,22 @@ class Settings:
     schedule: Schedule = _setting("objective", "how the radius grows", "smoothed")
     ramp_start: int = _setting("objective", "epoch, counted from 1, at which the radius starts to grow", metavar="N")
     ramp_length: int = _setting("objective", "epochs over which the radius grows", metavar="N")
-    bound: Bound = _setting("objective", "method that bounds the loss", "ibp")
-    kappa: float | None = _setting("objective", "weight of the clean loss at the end of the ramp", None)
+    train_eps_factor: float = _setting("objective", "radius in training, as a multiple of the target radius", 1.0, "F")
+    loss: Loss = _setting("objective", "robust loss", "ibp")
+    kappa: tuple[float, float] = _setting(
+        "objective", "weights of the clean loss at the start and at the end of the ramp", (0.0, 0.0), "κ"
+    )
+    alpha: float | None = _setting("objective", "weight of IBP in MTL-, CC- and EXP-IBP, from 0 to 1", None, "α")
+    ratio: float | None = _setting("objective", "size of SABR's small box relative to the box", None, "R")
+    relu_shrinkage: float = _setting("objective", "SABR: factor of unstable ReLUs' upper bounds", 1.0, "F")
+    batchnorm_policy: BatchNormPolicy = _setting(
+        "objective", "whose statistics normalise attack and bounds", "clean", flag="bn-policy"
+    )
+    attack_steps: int = _setting("objective", "steps of the loss's attack", 1, "N")
+    attack_step_size: float = _setting("objective", "their size, in half-widths of the box", 10.0, "F")
+    attack_restarts: int = _setting("objective", "random starts of the loss's attack", 1, "N")
+    attack_scale: float = _setting("objective", "attacked radius over that of the bounds", 1.0, "F")
+    attack_best: bool = _setting("objective", "take the attack's best point instead of its last", False)
     reg_weight: float = _setting("objective", "weight λ of the paper's regularisers", 0.5, "λ")
     tol: float = _setting("objective", "tolerance τ of the paper's regularisers", 0.5, "τ")
     stability_weight: float = _setting("objective", "weight of the ReLU stability (Xiao et al.)", 0.0, "W")
@@ -134,6 +162,7 @@ class Settings:
     weight_decay: float = _setting("optimisation", "weight decay of the optimiser", 0.0, "W")
     grad_clip: float = _setting("optimisation", "largest norm of the gradient; 0 for no limit", 10.0, "NORM")
     average_decay: float | None = _setting("optimisation", "keep an exponential average of the weights", None, "DECAY")
+    swa_start: int | None = _setting("optimisation", "keep the mean of the weights from epoch N on", None, "N")
     compile: bool = _setting("optimisation", "compile the training step, once for each phase", False)
     precision: Precision = _setting("optimisation", "precision of training; errors are in float32", "tf32")
     seed: int = _setting("optimisation", "seed of weights, sample order, augmentation and attack", 0, "N")
@@ -157,6 +186,9 @@ class Settings:
         self._check_radius()
         if self.select == "validation" and not self.validation:
             raise ValueError("choosing the best epoch on held-out samples needs some: give their number as validation")
+        if self.average_decay is not None and self.swa_start is not None:
+            raise ValueError("average_decay and swa_start are two averages of the weights, of which one can be kept")
+        self._check_loss()
         if self.select == "test" and self.evaluate_test == "end":
             raise ValueError("choosing the best epoch on the test set needs its errors after every epoch")
 
@@ -168,21 +200,42 @@ class Settings:
         ):
             raise ValueError(f"input_range must be the lowest and the highest valid input; found {self.input_range}")
 
+    def _check_loss(self) -> None:
+        needed, text = NEEDED.get(self.loss, (None, ""))
+        if needed is not None and getattr(self, needed) is None:
+            known = published.known_problems(self.loss)
+            raise ValueError(
+                f"the loss {self.loss} needs {needed}, {text}, and nobody published one for {self.dataset} at ε = "
+                f"{self.eps:g}: give --{needed}. Published settings exist for {known}; large radii went with values "
+                "near 0.5 to 0.9, small ones with 0.01 to 0.1"
+            )
+        unused = {"alpha", "ratio"} - {needed}
+        given = sorted(name for name in unused if getattr(self, name) is not None)
+        if given:
+            raise ValueError(f"the loss {self.loss} has no {' and no '.join(given)}: choose one that has, with --loss")
+
     def replace(self, **changes: Any) -> Settings:
         """Return a copy with some settings changed."""
         return dataclasses.replace(self, **changes)
 
-    def with_method(self, method: str) -> Settings:
-        """Return a copy whose objective is that of ``method``.
+    def with_method(self, method: str, **changes: Any) -> Settings:
+        """Return a copy whose objective is that of ``method``, with published settings of its loss where it needs any.
+
+        Args:
+            method: the name of a method.
+            changes: other settings to change, which take precedence.
 
         Raises:
-            ValueError: ``method`` is unknown.
+            ValueError: ``method`` is unknown, or nobody published settings that ``changes`` does not give.
         """
         if method not in METHODS:
             raise ValueError(f"unknown method {method!r}; known are {', '.join(METHODS)}")
-        objective = {name for changes in METHODS.values() for name in changes}
+        objective = {name for one in METHODS.values() for name in one} | set(_OF_LOSSES)
         defaults = {field.name: field.default for field in dataclasses.fields(self) if field.name in objective}
-        return self.replace(**{**defaults, **METHODS[method], "method": method})
+        problem = changes.get("dataset", self.dataset), changes.get("eps", self.eps)
+        found = published.loss_settings(method, *problem)
+        values = {**defaults, **METHODS[method], **(found.settings if found else {}), "method": method}
+        return self.replace(**{**values, **changes})
 
     def as_dict(self) -> dict[str, Any]:
         """The settings as plain values, for JSON and checkpoints."""
@@ -195,17 +248,15 @@ class Settings:
         """The inverse of :meth:`as_dict`; raises TypeError if a setting is unknown or missing."""
         values = dict(values)
         # Settings of earlier versions.
+        if "bound" in values:
+            values["loss"], kappa = values.pop("bound"), values.get("kappa")
+            values["kappa"] = (0.0, 0.0) if kappa is None else (1.0, kappa)
         ablated = [name for name in ("bn_mean", "bn_var", "bn_affine") if not values.pop(name, True)]
         if ablated:
             raise ValueError(f"{', '.join(ablated)} off: this version trains no network with a part of BatchNorm only")
         data_dir = None if values.get("data_dir") is None else Path(values["data_dir"])
         tuples = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
         return cls(**{**values, **tuples, "data_dir": data_dir})
-
-    def __str__(self) -> str:
-        values = self.as_dict()
-        width = max(map(len, values))
-        return "\n".join(f"{name:<{width}}  {value}" for name, value in values.items())
 
 
 _ATTRIBUTES = (f"    {one.name}: {one.metadata['help']}" for one in dataclasses.fields(Settings))

@@ -1,7 +1,5 @@
 """What a run reports: the rows of its history, its curves, and the summary of the network that it keeps."""
 
-from __future__ import annotations
-
 import logging
 import math
 import subprocess
@@ -18,7 +16,7 @@ from lirpa_fastwarmup.experiments import data
 from lirpa_fastwarmup.experiments.training.build import Run
 from lirpa_fastwarmup.experiments.training.checkpoint import MODEL
 from lirpa_fastwarmup.experiments.training.loop import Position, learning_rate
-from lirpa_fastwarmup.experiments.training.network import load_weights, read_model, save_model
+from lirpa_fastwarmup.experiments.training.network import load_weights, read_model
 from lirpa_fastwarmup.experiments.training.settings import Settings
 from lirpa_fastwarmup.inspection.layers import inspect
 from lirpa_fastwarmup.inspection.plots import save_training_curves
@@ -62,7 +60,7 @@ def history_row(run: Run, position: Position) -> dict[str, float]:
 
 def _errors(run: Run, position: Position) -> dict[str, float]:
     """Errors on the test set and on held-out samples; bounds are checked in the first epoch and before the summary."""
-    broadcast_buffers(run.evaluated.wrapped)
+    _recompute_statistics(run)
     check, eps = position.epoch == 1, run.settings.eps
     options: dict[str, Any] = {"restarts": 0, "input_range": run.input_range}
     row = {"standard_error": math.nan, "verified_error": math.nan}
@@ -86,19 +84,21 @@ def _load_selected_weights(run: Run, position: Position, out: Path) -> int:
         if run.world.is_rank_zero:
             load_weights(network, read_model(out / MODEL)["state_dict"], out / MODEL)
         network.load_state_dict(broadcast(network.state_dict()))
-    if run.settings.precise_bn:
-        samples = run.train_batches.split
-        update_bn(data.Batches(samples, _PRECISE_BATCH, drop_single=True, device=run.device), network)
-        if run.world.is_rank_zero:
-            save_model(out / MODEL, network, run.architecture, run.settings, epoch)
     return epoch
+
+
+def _recompute_statistics(run: Run) -> None:
+    """Give the evaluated network the statistics of the training set, or else all processes those of rank 0."""
+    if run.settings.precise_bn or run.settings.swa_start is not None:  # A mean of weights has no statistics of its own.
+        samples = run.train_batches.split
+        update_bn(data.Batches(samples, _PRECISE_BATCH, drop_single=True, device=run.device), run.evaluated.wrapped)
+    broadcast_buffers(run.evaluated.wrapped)
 
 
 def summarise(run: Run, position: Position, out: Path, started: float) -> dict[str, Any]:
     """Select the weights, compute their errors, and return the content of ``summary.json``."""
     settings, network = run.settings, run.evaluated.wrapped
     epoch = _load_selected_weights(run, position, out)
-    broadcast_buffers(network)
     options: dict[str, Any] = {"pgd_steps": settings.pgd_steps, "restarts": settings.pgd_restarts}
     options |= {"input_range": run.input_range, "seed": settings.seed, "over_ranks": True}
     errors = evaluate(run.evaluated, run.test_batches, settings.eps, **options)
