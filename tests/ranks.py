@@ -62,13 +62,25 @@ def results_of(size: int, function: Callable[..., Any], *arguments: Any) -> list
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(size)]
 
 
+class FromOnePlace(fw.attacks.PGD):
+    """An attack that starts at the same place of each sample's box."""
+
+    def starts(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        return torch.full((1, *x.shape), 0.25)
+
+
+_ATTACK = FromOnePlace(steps=2, step_size=0.5)
+ATTACKED: dict[str, Any] = {"sabr": {"ratio": 0.4, "attack": _ATTACK}, "mtl-ibp": {"alpha": 0.3, "attack": _ATTACK}}
+
+
 def objective(network: str, *, training: bool, regularised: bool, bound: str = "ibp") -> fw.ShortWarmup:
     """A fresh objective in the middle of its ramp, the same in every process."""
     torch.manual_seed(0)
     bounded = fw.BoundedModule(NETWORKS[network](), torch.rand(2, 1, 8, 8))
     fw.ibp_init_(bounded)
     schedule = fw.SmoothedEpsilon(0.05, 1, 10, 10)
-    warmup = fw.ShortWarmup(bounded, schedule, reg_weight=0.5 if regularised else 0.0, loss=LOSSES[bound]())
+    loss = LOSSES[bound](**ATTACKED.get(bound, {}))
+    warmup = fw.ShortWarmup(bounded, schedule, reg_weight=0.5 if regularised else 0.0, loss=loss)
     warmup.steps_done = 60
     if not training:  # BatchNorm in evaluation mode alone: the radius is still the ramp's.
         for module in warmup.model.modules():

@@ -59,6 +59,8 @@ def test_gradients_of_two_processes_are_those_of_one_with_batchnorm_in_evaluatio
         ("convolutional", "ibp", True),
         ("residual", "ibp", True),
         ("convolutional", "crown-ibp-fused", True),
+        ("convolutional", "sabr", True),
+        ("residual", "mtl-ibp", True),
         ("residual", "ibp", False),
     ],
 )
