@@ -240,8 +240,8 @@ ResNet | auto_LiRPA.concretize_func:constraints_solving
     CROWN, box: radius halved twice | (x_U - x_L) / 2.0 => (x_U - x_L) / 4.0
 CNN | auto_LiRPA.perturbations:PerturbationLpNorm.concretize_patches
     CROWN, box: radius by A, not by abs(A) | patch_abs=True => patch_abs=False
-CNN | lirpa_fastwarmup.engine.bounds:input_box
-    box: begins at the sample | x_L=lower => x_L=x
+CNN | lirpa_fastwarmup.engine.inputs:with_ends
+    box: begins at the sample | x_L=lower => x_L=(lower + upper) / 2
 CNN | lirpa_fastwarmup.boxes:box_ends
     box: half the radius | x - eps, x + eps => x - eps / 2, x + eps / 2
 CNN | lirpa_fastwarmup.engine.bounds:other_classes

@@ -95,11 +95,13 @@ def ctrain(kind: str, setup: measure.Setup, points: Tensor | None, steps: int) -
         with _handed_over(f"CTRAIN.{place}.pgd_attack", points):
             if kind == "SABR":
                 options: dict[str, Any] = {"pgd_steps": steps, "pgd_early_stopping": False, "device": "cpu"}
-                loss: Tensor = get_sabr_loss(bounded, model, x, y, EPS, RATIO, criterion, **limits, **options)[0]
-                return loss
-            options = {"n_steps": steps, "step_size": 0.5, "pgd_ptb": box, "device": "cpu"}
-            loss = get_mtl_ibp_loss(bounded, model, box, x, y, setup.classes, criterion, ALPHA, **options)[0]
-            return loss
+                found: tuple[Tensor, ...] = get_sabr_loss(
+                    bounded, model, x, y, EPS, RATIO, criterion, **limits, **options
+                )
+            else:
+                options = {"n_steps": steps, "step_size": 0.5, "pgd_ptb": box, "device": "cpu"}
+                found = get_mtl_ibp_loss(bounded, model, box, x, y, setup.classes, criterion, ALPHA, **options)
+            return found[0]
 
     return step, model
 
@@ -136,6 +138,7 @@ def ctbench(kind: str, setup: measure.Setup, points: Tensor | None, steps: int) 
             loss: Tensor = found[0]
             return loss
 
+    torch.autograd.set_detect_anomaly(False)  # Importing CTBench switches it on, for all code.
     return step, net
 
 

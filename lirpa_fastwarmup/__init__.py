@@ -3,8 +3,6 @@
 Names load on first use. After this import, ``import auto_LiRPA`` works on the installed PyTorch.
 """
 
-from __future__ import annotations
-
 import importlib
 from typing import Any
 

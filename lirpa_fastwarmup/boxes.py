@@ -1,11 +1,9 @@
 """The box around a batch, and checks of radii, input ranges, batches and labels: plain tensors, no engine."""
 
-from __future__ import annotations
-
 import math
 import numbers
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -27,13 +25,11 @@ def box_ends(x: Tensor, eps: Epsilon, input_range: InputRange | None) -> tuple[T
 def check_eps(eps: Epsilon, input_range: InputRange | None = None) -> None:
     """Refuse a radius that is not one, or that exceeds the width of ``input_range`` (``None`` for any width).
 
-    Raises:
-        TypeError: ``eps`` is neither a number nor a tensor of numbers.
-        ValueError: ``eps`` is negative, infinite, NaN or empty, or wider than the input range; or the range is invalid.
+    Raises TypeError if ``eps`` is neither a number nor a tensor of numbers, and ValueError if it is negative, infinite,
+    NaN, empty or wider than the input range, or if the range is invalid.
     """
-    is_tensor = isinstance(eps, Tensor)
-    if isinstance(eps, bool) or not isinstance(eps, numbers.Real | Tensor) or (is_tensor and eps.dtype == torch.bool):
-        found = f"a tensor of {eps.dtype}" if isinstance(eps, Tensor) else type(eps).__name__
+    found = f"a tensor of {eps.dtype}" if isinstance(eps, Tensor) else type(eps).__name__
+    if found in ("bool", "a tensor of torch.bool") or not isinstance(eps, numbers.Real | Tensor):
         raise TypeError(f"eps must be a number or a tensor, in units of the input; found {found}")
     values = eps.detach().flatten().tolist() if isinstance(eps, Tensor) else [float(eps)]
     if not values or not all(math.isfinite(value) and value >= 0 for value in values):
@@ -50,7 +46,7 @@ def check_eps(eps: Epsilon, input_range: InputRange | None = None) -> None:
 
 
 def check_radius(eps: Epsilon, input_range: InputRange | None) -> None:
-    """Refuse a radius that cannot be certified; as :func:`check_eps` and :func:`check_positive`."""
+    """As :func:`check_eps` and :func:`check_positive`: refuse a radius that cannot be certified."""
     check_eps(eps, input_range)
     check_positive(eps)
 
@@ -105,7 +101,7 @@ def broadcast_to_batch(value: float | Tensor, x: Tensor, what: str) -> float | T
     return value.to(x).view(shape)
 
 
-def is_per_sample(eps: Any, x: Tensor) -> bool:
+def is_per_sample(eps: Any, x: Tensor) -> TypeGuard[Tensor]:
     """Whether ``eps`` has as many dimensions as the batch ``x``, the first one for the samples."""
     return isinstance(eps, Tensor) and eps.ndim == x.ndim
 
@@ -136,24 +132,18 @@ def inputs_error(x: Tensor, input_range: InputRange | None) -> ValueError:
     found = f"found values from {float(x.min()):.6g} to {float(x.max()):.6g}"
     if input_range is None:
         return ValueError(f"inputs must be finite; {found}")
+    ends = (end if isinstance(end, float | int) or end.numel() < 9 else f"{end.min():g} or more" for end in input_range)
     return ValueError(
-        f"inputs must lie in input_range {_shown(input_range)}, to which the box is clipped; {found}. Keep the data in "
-        "its own units and make normalisation the network's first layer (lirpa_fastwarmup.models.Normalize), pass the "
-        "data's range as input_range, or None for data without one"
+        f"inputs must lie in input_range ({', '.join(map(str, ends))}), to which the box is clipped; {found}. Keep the "
+        "data in its own units and make normalisation the network's first layer (lirpa_fastwarmup.models.Normalize), "
+        "pass the data's range as input_range, or None for data without one"
     )
 
 
-def _shown(input_range: InputRange) -> str:
-    ends = (end if isinstance(end, float | int) or end.numel() < 9 else f"{end.min():g} or more" for end in input_range)
-    return f"({', '.join(map(str, ends))})"
-
-
 def check_batch(x: Tensor, y: Tensor, classes: int, input_range: InputRange | None) -> None:
-    """Refuse an invalid batch; this synchronises with the device.
+    """As :func:`check_shapes`, and ValueError if labels are not classes, or inputs lie outside their range.
 
-    Raises:
-        TypeError: labels are not int64.
-        ValueError: lengths differ, labels are not classes, or inputs lie outside their range.
+    This synchronises with the device.
     """
     check_shapes(x, y)
     if not bool(labels_fit(y, classes)):
@@ -176,12 +166,7 @@ def check_input_shapes(inputs: Sequence[Tensor], example: Sequence[Tensor]) -> N
 
 
 def check_shapes(x: Tensor, y: Tensor) -> None:
-    """Refuse an invalid batch, without reading its values.
-
-    Raises:
-        TypeError: labels are not int64.
-        ValueError: the batch is empty, or there is not one label for each input.
-    """
+    """Raise TypeError if labels are not int64, and ValueError if the batch is empty or labels are not one per input."""
     if y.dtype != torch.int64:
         raise TypeError(f"labels must be class numbers of dtype int64, found {y.dtype}: pass y.long()")
     if x.ndim == 0 or y.shape != x.shape[:1] or len(x) == 0:

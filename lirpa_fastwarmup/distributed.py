@@ -1,7 +1,5 @@
 """Collectives over the processes of PyTorch's default process group, which torchrun starts; without one, over one."""
 
-from __future__ import annotations
-
 import functools
 import os
 from collections.abc import Iterator
@@ -43,10 +41,7 @@ def world() -> World:
 
 
 def local_device(named: torch.device) -> torch.device:
-    """The device of this process: each process that torchrun starts on a machine uses a GPU of its own.
-
-    Raises ValueError if the machine has fewer GPUs than processes.
-    """
+    """The device of this process: those of torchrun on a machine use a GPU each; ValueError if it has too few."""
     place = os.environ.get("LOCAL_RANK")
     if named.type != "cuda" or named.index is not None or place is None:
         return named
@@ -62,8 +57,7 @@ def local_device(named: torch.device) -> torch.device:
 def process_group(device: torch.device) -> Iterator[World]:
     """Join the processes that torchrun started, during the block. Without torchrun, there is one process.
 
-    Args:
-        device: the device of this process; NCCL connects GPUs, gloo all other devices.
+    NCCL connects GPUs, gloo all other kinds of ``device``.
 
     Raises:
         NotImplementedError: this PyTorch has no NCCL.
@@ -80,7 +74,6 @@ def process_group(device: torch.device) -> Iterator[World]:
         )
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    rank = os.environ.get("RANK")
     try:
         _meet(backend)
         yield world()
@@ -89,8 +82,8 @@ def process_group(device: torch.device) -> Iterator[World]:
         if not (isinstance(error, dist.DistError) or "/gloo/" in str(error)):
             raise
         raise ConnectionError(
-            f"rank {rank} lost the connection to the others, or waited longer than {_TIMEOUT}: another process ended; "
-            f"look for its error ({str(error).splitlines()[0]})"
+            f"rank {os.environ.get('RANK')} lost the connection to the others, or waited longer than {_TIMEOUT}: "
+            f"another process ended; look for its error ({str(error).splitlines()[0]})"
         ) from error
     finally:
         if dist.is_initialized():
@@ -107,11 +100,10 @@ def _meet(backend: str) -> None:
 
 def all_reduce(values: Tensor) -> Tensor:
     """The sum over all processes, without a gradient; shape and dtype as ``values``."""
-    if world().size == 1:
-        return values
-    result = values.detach().clone()
-    dist.all_reduce(result)
-    return result
+    if world().size > 1:
+        values = values.detach().clone()
+        dist.all_reduce(values)
+    return values
 
 
 def differentiable_all_reduce(values: Tensor) -> Tensor:
@@ -131,46 +123,36 @@ class _AllReduce(torch.autograd.Function):
 
 def broadcast(value: _T) -> _T:
     """Rank 0's ``value``, any object that can be pickled, on every rank."""
-    if world().size == 1:
-        return value
-    holder = [value if world().is_rank_zero else None]
-    dist.broadcast_object_list(holder, src=0)
-    return holder[0]  # type: ignore[return-value]
+    holder: list[Any] = [value]
+    if world().size > 1:
+        dist.broadcast_object_list(holder, src=0)
+    return holder[0]
 
 
 def all_gather(value: _T, group: Any = None) -> list[_T]:
     """The values of all ranks, by rank, on every rank; ``group`` from :func:`patient_group` for ranks that are late."""
-    if world().size == 1:
-        return [value]
-    values: list[Any] = [None] * world().size
-    dist.all_gather_object(values, value, group=group)
+    values: list[Any] = [value] * world().size
+    if len(values) > 1:
+        dist.all_gather_object(values, value, group=group)
     return values
 
 
 @contextmanager
 def patient_group() -> Iterator[Any]:
-    """A group for :func:`all_gather` at the end of a block that takes some ranks much longer than others.
-
-    Every rank must enter the block. Objects are sent over gloo, for every device.
-    """
+    """A group for :func:`all_gather` at the end of a block that takes some ranks much longer; every rank must enter."""
     yield None if world().size == 1 else _patient_group(dist.group.WORLD)
 
 
 @functools.lru_cache(maxsize=1)
 def _patient_group(default: Any) -> Any:
-    """The one group of this kind within the group ``default``, which every rank asks for first at the same time.
-
-    Both are kept: PyTorch 2.4 may wait forever when it frees a group directly after a collective.
-    """
+    # Every rank asks for it first at the same time. Both groups are kept: PyTorch 2.4 may wait forever when it frees a
+    # group directly after a collective.
     return dist.new_group(backend="gloo", timeout=_PATIENCE)
 
 
 @contextmanager
 def rank_zero_first() -> Iterator[None]:
-    """Run the block on rank 0 first, and then on the other ranks, which find the files that it wrote.
-
-    If it fails on rank 0, the other ranks run it too, and fail by themselves.
-    """
+    """Run the block on rank 0 first, even if it fails there, and then on the others, which find the files it wrote."""
     with patient_group() as group:
         if not world().is_rank_zero:
             all_gather(None, group)

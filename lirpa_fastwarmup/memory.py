@@ -1,11 +1,9 @@
 """Computation in micro-batches that fit into memory."""
 
-from __future__ import annotations
-
 import logging
 import re
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -39,9 +37,8 @@ class MicroBatches:
     def each(self, compute: Callable[[Tensor], Tensor], samples: Tensor, what: str) -> Tensor:
         """``compute`` of each micro-batch of ``samples``, indices (n,), concatenated; errors name it ``what``."""
         results: list[Tensor] = []
-        done = 0
-        while done < len(samples):
-            micro_batch = samples[done : done + self.size]
+        while len(samples):
+            micro_batch = samples[: self.size]
             try:
                 if len(micro_batch) > 1 and not self._measured and micro_batch.device.type == "cpu":
                     self._fit(compute, micro_batch[:1], what)
@@ -52,7 +49,7 @@ class MicroBatches:
                     raise
                 self._shrink(len(micro_batch), what, error)
             else:
-                done += len(micro_batch)
+                samples = samples[len(micro_batch) :]
         return torch.cat(results)
 
     def _fit(self, compute: Callable[[Tensor], Tensor], sample: Tensor, what: str) -> None:
@@ -86,9 +83,7 @@ class _PeakBytes(TorchDispatchMode):
         self.peak = self._alive = 0
         self._seen: weakref.WeakSet[Any] = weakref.WeakSet()
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         storages = {leaf.untyped_storage() for leaf in tree_leaves(result) if isinstance(leaf, Tensor)}
         for storage in storages.difference(self._seen):

@@ -1,7 +1,5 @@
 """Atomic writes, checksums, and locks on folders."""
 
-from __future__ import annotations
-
 import csv
 import hashlib
 import io

@@ -315,6 +315,7 @@ def test_custom_is_listed_shown_and_scaled(capsys):
         "2",
         "--show",
     )
-    shown = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    lines = capsys.readouterr().out.splitlines()
+    shown = {line.split()[0]: re.split(" {2,}", line)[1] for line in lines}  # Name, value and origin.
     assert (shown["ramp_length"], shown["lr_milestones"], shown["flip"]) == ("10", "[16, 18]", "False")
     assert json.loads(shown["input_range"]) == [0.0, 2.0]

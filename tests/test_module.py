@@ -517,3 +517,12 @@ def test_copies_share_no_options(x):
     assert bounded.given_options == {"optimize_bound_args": {"iteration": 3}}
     with pytest.raises(AttributeError):
         bounded.untested = ()
+
+
+@pytest.mark.parametrize("use", [fw.BoundedModule, fw.insert_batchnorm], ids=lambda use: use.__name__)
+def test_a_compiled_module_is_refused_with_what_to_pass_instead(use):
+    compiled = torch.compile(networks.convolutional(batchnorm=False), backend="eager")
+    x = torch.rand(2, 1, 8, 8)
+    with pytest.raises(NotImplementedError, match=r"the network is wrapped by torch\.compile.*compiled\._orig_mod"):
+        use(compiled, x)
+    use(compiled._orig_mod, x)

@@ -1,7 +1,5 @@
 """The command ``lirpa-fastwarmup``. Only the module of the command that is asked for is imported."""
 
-from __future__ import annotations
-
 import argparse
 import importlib
 import logging

@@ -1,7 +1,5 @@
 """``lirpa-fastwarmup compare``: a table over finished runs."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """``lirpa-fastwarmup export``: a trained network and its samples for other verifiers."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 

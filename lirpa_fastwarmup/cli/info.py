@@ -1,7 +1,5 @@
 """``lirpa-fastwarmup info``: what is installed, and whether its bounds hold."""
 
-from __future__ import annotations
-
 import argparse
 import platform
 

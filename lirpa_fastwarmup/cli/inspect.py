@@ -1,7 +1,5 @@
 """``lirpa-fastwarmup inspect``: bounds, ReLU states and weights of a network, layer by layer."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 
@@ -59,8 +57,7 @@ def _of_run(options: argparse.Namespace) -> tuple[fw.BoundedModule, Tensor, floa
     folder = Path(options.what)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is neither a folder nor a preset; presets are {', '.join(DESCRIPTIONS)}")
-    fixed = [name for name in common.given_settings(options) if name not in _ALSO_OF_RUNS]
-    if fixed:
+    if fixed := [name for name in common.given_settings(options) if name not in _ALSO_OF_RUNS]:
         text = f"{', '.join(fixed)}: the network in {folder} is already trained, with its own settings"
         raise ValueError(f"{text}. Omit these options, or name a preset to inspect a fresh network")
     data_given = options.dataset, options.data_dir, options.input_range

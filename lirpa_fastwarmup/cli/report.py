@@ -1,7 +1,5 @@
 """``lirpa-fastwarmup report``: one self-contained page over one run or several."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 

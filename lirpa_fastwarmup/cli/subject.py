@@ -1,7 +1,5 @@
 """The network that a command is about, from a run or an external one, and its test samples."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +16,7 @@ from lirpa_fastwarmup.experiments import data
 from lirpa_fastwarmup.experiments.training import load_model, load_weights
 from lirpa_fastwarmup.experiments.training.checkpoint import MODEL
 from lirpa_fastwarmup.experiments.training.network import load_dataset, read_model
-from lirpa_fastwarmup.storage import read_tensors
+from lirpa_fastwarmup.storage import read_tensors, refused
 from lirpa_fastwarmup.verification import read_onnx
 
 _SAVE = "save only the state dict, torch.save(model.state_dict(), FILE)"
@@ -90,10 +88,7 @@ def subject_of_run(
     *,
     trust: bool = False,
 ) -> Subject:
-    """The network of a run, and its test samples, or ``limit`` evenly spaced ones.
-
-    ``dataset`` replaces the run's, ``data_dir`` is its new place, and ``input_range`` replaces the dataset's.
-    """
+    """As :func:`subject_of`, for a run; ``dataset``, its place ``data_dir`` and ``input_range`` replace the run's."""
     path = folder / MODEL
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no trained network ({MODEL}): name a run that finished an epoch")
@@ -136,10 +131,7 @@ def _external(options: argparse.Namespace, limit: int | None) -> Subject:
 
 
 def _pair(values: Sequence[float] | None) -> tuple[float, float] | None:
-    if values is None:
-        return None
-    low, high = map(float, values)
-    return low, high
+    return None if values is None else (float(values[0]), float(values[1]))
 
 
 def _state_dict(path: Path) -> dict[str, Any]:
@@ -160,15 +152,13 @@ def _subject(
     if limit is not None and not 1 <= limit <= total:
         raise ValueError(f"the test set of {dataset.name} has {total} samples; cannot take {limit}")
     example = torch.zeros(2, *shape)
-    try:
+    text = f"the network {name} cannot be run on samples of {dataset.name}, of shape {shape}"
+    with refused(text, RuntimeError):
         try:
             outputs = network.eval()(example)
         except RuntimeError:  # It may accept single samples only.
             example = example[:1]
             outputs = network(example)
-    except RuntimeError as error:
-        text = f"the network {name} cannot be run on samples of {dataset.name}, of shape {shape}"
-        raise ValueError(f"{text}: {error}") from error
     if outputs.shape != (len(example), classes):
         raise ValueError(
             f"{dataset.name} has labels of {classes} classes, and the network {name} gives {tuple(outputs.shape)} for "

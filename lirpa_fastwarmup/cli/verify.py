@@ -1,7 +1,5 @@
 """``lirpa-fastwarmup verify``: certificates for the test samples of a trained network."""
 
-from __future__ import annotations
-
 import argparse
 import time
 from collections.abc import Callable, Sequence
@@ -79,9 +77,9 @@ def _run(
     network, example = subject.network.to(device), subject.example.to(device)
     bounded = fw.BoundedModule(network, example, allow_untested=subject.allow_untested).eval()
     samples, journal = Batches(subject.samples, options.batch_size), Journal.of_rank(out / JOURNAL)
-    given = {"methods": options.methods, "pgd_steps": options.pgd_steps, "restarts": options.pgd_restarts}
-    given["input_range"] = subject.input_range
-    given |= {"batch_size": options.batch_size, "seed": options.seed, "indices": subject.indices, "journal": journal}
+    plan = {name: getattr(options, name) for name in ("methods", "pgd_steps", "seed")}
+    given = {**plan, "restarts": options.pgd_restarts, "batch_size": options.batch_size, "journal": journal}
+    given |= {"indices": subject.indices, "input_range": subject.input_range}
     x, ends = subject.samples.inputs, subject.input_range
     # The widest box worth certifying: the input range, or what the samples of unclipped data span.
     low, high = (x.min(), x.max()) if ends is None else map(torch.as_tensor, ends)
@@ -118,8 +116,7 @@ def _run(
     used = journal.used_by_all()  # Before rank 0 writes: if that fails, no other rank waits.
     if ranks.is_rank_zero:
         about = {"network": subject.name, "dataset": subject.dataset, "samples": len(subject.samples)}
-        about |= {"classes": subject.classes, "methods": options.methods, "pgd_steps": options.pgd_steps}
-        about |= {"pgd_restarts": options.pgd_restarts, "seed": options.seed}
+        about |= {"classes": subject.classes, **plan, "pgd_restarts": options.pgd_restarts}
         about["input_range"] = None if ends is None else [torch.as_tensor(end).tolist() for end in ends]
         about["seconds"] = time.perf_counter() - started
         write_results(out, bounded, verifications, certified, tolerance, about)

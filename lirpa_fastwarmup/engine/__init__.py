@@ -1,7 +1,5 @@
 """The only room that knows the internals of auto_LiRPA."""
 
-from __future__ import annotations
-
 import copy
 import importlib
 import sys

@@ -4,12 +4,10 @@ The engine shares parameters with the model, but copies buffers, so that BatchNo
 node classes here use the model's own modules instead.
 """
 
-from __future__ import annotations
-
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -19,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lirpa_fastwarmup.distributed import differentiable_all_reduce
 from lirpa_fastwarmup.engine.compat import engine
+from lirpa_fastwarmup.engine.precision import temporarily
 
 _engine: Any = engine.bound_general
 BoundParams: Any = _engine.BoundParams
@@ -81,11 +80,9 @@ def normalize_over_ranks(
 
 
 def scale_interval(lower: Tensor, upper: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-    """The interval of scale·z + shift for z in [lower, upper], per channel; differentiable once.
+    """The interval of scale·z + shift, (channels,) each, for z in [lower, upper], ``(batch, channels, *space)`` each.
 
-    Args:
-        lower, upper: ``(batch, channels, *space)``.
-        scale, shift: ``(channels,)``.
+    It is differentiable once.
     """
     return _ScaledInterval.apply(lower, upper, _per_channel(scale, lower), _per_channel(shift, lower))
 
@@ -119,20 +116,13 @@ class _ScaledInterval(torch.autograd.Function):
 
 
 class SharedBatchNorm(BoundBatchNormalization):
-    """BatchNorm that updates the running statistics of the nn.Module it was traced from.
+    """BatchNorm that updates the running statistics of the nn.Module it was traced from."""
 
-    Attributes:
-        owner: that module, in a tuple, so that it is not registered as a child of the node.
-        updates_running_stats: whether a pass in training mode moves the running statistics.
-        over_ranks: whether batch statistics are computed over the batches of all processes.
-        statistics: in training mode, what a forward pass normalises by: the statistics of its own "batch", those of the
-            "last" such pass, or the "running" ones.
-    """
-
+    # In training mode, a forward pass normalises by its own "batch", by the "last" one, or by the "running" statistics.
     statistics = "batch"
-    owner: tuple[_BatchNorm]
-    updates_running_stats: bool
-    over_ranks: bool
+    owner: tuple[_BatchNorm]  # The module, in a tuple, so that it is not registered as a child of the node.
+    updates_running_stats: bool  # Whether a pass in training mode moves the running statistics.
+    over_ranks: bool  # Whether batch statistics are computed over the batches of all processes.
     eps: float
     momentum: float
     current_mean: Tensor
@@ -177,22 +167,14 @@ class SharedBatchNorm(BoundBatchNormalization):
 class ViewedBatchNorm(SharedBatchNorm):
     """A SharedBatchNorm that is always in its module's mode."""
 
-    @property
-    def training(self) -> bool:
-        return self.owner[0].training
-
-    @training.setter
-    def training(self, mode: bool) -> None:
-        """Only the module's mode counts."""
+    # Setting it has no effect.
+    training: Any = property(lambda self: self.owner[0].training, lambda self, mode: None)
 
 
 class ConstantParameter(_engine.BoundConstant):
     """Weight or bias of a BatchNorm with affine=False, with the attribute that 0.3's CROWN reads."""
 
-    @property
-    def param(self) -> Tensor:
-        value: Tensor = self.value
-        return value
+    param = property(attrgetter("value"))
 
 
 def _batchnorms(bounded: Any, kind: Any = SharedBatchNorm) -> list[Any]:
@@ -235,30 +217,14 @@ def follow_modules(bounded: Any, training: bool) -> None:
         node.eps = node.owner[0].eps
 
 
-@contextmanager
-def frozen_running_stats(bounded: Any) -> Iterator[None]:
+def frozen_running_stats(bounded: Any) -> AbstractContextManager[None]:
     """Keep passes in training mode from moving the running statistics."""
-    nodes = _batchnorms(bounded)
-    for node in nodes:
-        node.updates_running_stats = False
-    try:
-        yield
-    finally:
-        for node in nodes:
-            node.updates_running_stats = True
+    return temporarily(_batchnorms(bounded), "updates_running_stats", False)
 
 
-@contextmanager
-def normalized_by(bounded: Any, statistics: str) -> Iterator[None]:
+def normalized_by(bounded: Any, statistics: str) -> AbstractContextManager[None]:
     """In training mode, let forward passes normalise by the statistics of the "last" batch, or the "running" ones."""
-    nodes = _batchnorms(bounded)
-    for node in nodes:
-        node.statistics = statistics
-    try:
-        yield
-    finally:
-        for node in nodes:
-            node.statistics = "batch"
+    return temporarily(_batchnorms(bounded), "statistics", statistics)
 
 
 @dataclass(frozen=True)
@@ -297,12 +263,8 @@ def state_links(bounded: Any, model: nn.Module) -> list[StateLink]:
 def share_batchnorm_state(bounded: Any, model: nn.Module) -> list[str]:
     """Share BatchNorm's running statistics between ``bounded`` and ``model``.
 
-    For a plain ``auto_LiRPA.BoundedModule``; :class:`lirpa_fastwarmup.BoundedModule` needs no call. The model's
-    statistics are kept. Moving either to another device or dtype replaces tensors: call this again afterwards.
-
-    Args:
-        bounded: a BoundedModule of either release.
-        model: the module that it was built from.
+    For an ``auto_LiRPA.BoundedModule`` of either release, built from ``model``; this package's own needs no call. The
+    model's statistics are kept. Moving either to another device or dtype replaces tensors: call this again afterwards.
 
     Returns:
         The names of the model's buffers that are now shared.

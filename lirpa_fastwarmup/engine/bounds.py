@@ -1,7 +1,5 @@
 """The box around a batch, bounds on a classifier's margins over it by every method, and loss fusion."""
 
-from __future__ import annotations
-
 import functools
 import inspect
 import io
@@ -18,6 +16,7 @@ from lirpa_fastwarmup.engine.compat import engine
 from lirpa_fastwarmup.engine.graph import read_graph
 from lirpa_fastwarmup.engine.inputs import Inputs, Layout, bounded_tensor
 from lirpa_fastwarmup.engine.module import BoundedModule
+from lirpa_fastwarmup.engine.precision import temporarily
 
 logger = logging.getLogger(__name__)
 
@@ -34,8 +33,8 @@ def input_box(x: Inputs, eps: Any, input_range: Any = (0.0, 1.0)) -> Any:
         x: clean inputs ``(batch, *input)``, within ``input_range``; or a tuple of the inputs of a network.
         eps: radius in units of the input: a number, one per channel, a tensor of the input's shape, or one value per
             sample, shape (batch, 1, …). For several inputs also a tuple, one for each; 0 for an unperturbed input.
-        input_range: lowest and highest valid input, numbers or tensors; ``None`` for unclipped data. For several inputs
-            also a tuple of these.
+        input_range: lowest and highest valid input, numbers or tensors; ``None`` for unclipped data. As ``eps``, also
+            a tuple.
 
     Returns:
         The box; for several inputs a tuple of boxes, with integer inputs as they are.
@@ -150,14 +149,10 @@ class ShrunkRelu(_Relu):
 def shrunk_relus(bounded: Any, factor: float) -> Iterator[None]:
     """In IBP, multiply the upper bounds of unstable ReLUs by ``factor``, for training only (Müller et al., 2023)."""
     nodes = [node for _, node in read_graph(bounded).relus] if factor != 1 else []
-    classes = [node.__class__ for node in nodes]
-    try:
-        for node in nodes:
-            node.__class__, node.factor = ShrunkRelu, factor
+    for node in nodes:
+        node.factor = factor
+    with temporarily(nodes, "__class__", ShrunkRelu):
         yield
-    finally:
-        for node, kind in zip(nodes, classes, strict=True):
-            node.__class__ = kind
 
 
 def proved(margins: Tensor) -> Tensor:

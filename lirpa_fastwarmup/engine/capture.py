@@ -3,8 +3,6 @@
 The engine walks its graph in Python at every pass, but its tensor operations are the same for every batch of one shape.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -31,8 +29,8 @@ _SIZED = ("reshape", "view", "expand", "repeat", "tile", "permute")  # The engin
 class _Reads(TorchFunctionMode):
     """Answers what tensors under recording cannot: reads of their values, and boxes around them.
 
-    Integers that do not depend on data, such as shapes, are the same for every batch that is replayed, and are read as
-    they are. Of data, only checks such as ``if isnan(x).any()`` are answered, with no; 0.7 makes them at every node.
+    Integers that do not depend on data, such as shapes, are the same for every batch, and are read as they are. Of
+    data, only checks such as ``if isnan(x).any()`` are answered, with no; 0.7 makes them at every node.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -50,7 +48,7 @@ class _Reads(TorchFunctionMode):
         result = func(*args, **kwargs)
         given = tree_leaves((args, kwargs))
         if any(map(_is_data, given)):
-            _mark([leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)], _DATA)
+            _mark_as_data(tree_leaves(result))
         if name in _CHECKS or (name in ("any", "all") and hasattr(given[0], _CHECK)):
             setattr(result, _CHECK, True)
         return result
@@ -65,9 +63,10 @@ def _as_size(value: Any) -> Any:
     return value.tolist() if isinstance(value, Tensor) and not _is_data(value) else value
 
 
-def _mark(tensors: Iterable[Any], mark: str) -> None:
-    for tensor in tensors:
-        setattr(tensor, mark, True)
+def _mark_as_data(values: Iterable[Any]) -> None:
+    for value in values:
+        if isinstance(value, Tensor):
+            setattr(value, _DATA, True)
 
 
 def _is_data(value: Any) -> bool:
@@ -91,18 +90,17 @@ class RecordableBox:
 def record(
     function: Callable[..., Any], bounded: Any, state: Mapping[str, Tensor], inputs: tuple[Tensor, ...]
 ) -> GraphModule:
-    """Record ``function(*inputs)``, which computes with ``bounded``, with its model's ``state`` as further inputs.
+    """Record ``function(*inputs)``, which computes with ``bounded``, as a module of ``(*state.values(), *inputs)``.
 
-    Returns a module from ``(*state.values(), *inputs)`` to the function's result. Buffers in ``state`` are changed in
-    place, also while recording, and nodes keep recorded tensors (see :func:`forget_last_pass`). Raises RuntimeError if
-    ``function`` reads a tensor's value.
+    Buffers in ``state``, of the bounded model, are changed in place, also while recording, and nodes keep recorded
+    tensors (see :func:`forget_last_pass`). Raises RuntimeError if ``function`` reads a tensor's value.
     """
     names = [f"model.{name}" for name in state]
 
     def flat(*tensors: Tensor) -> Any:
         module = nn.Module()  # It owns the model that `function` calls.
         module.model, module.forward, module.training = bounded.wrapped, function, bounded.training
-        _mark(tensors, _DATA)
+        _mark_as_data(tensors)
         with _Reads():
             return functional_call(module, dict(zip(names, tensors[: len(names)], strict=True)), tensors[len(names) :])
 

@@ -4,8 +4,6 @@ auto_LiRPA 0.3, the newest release on PyPI, uses four names that PyTorch and num
 only where it is missing, so later releases stay unpatched, and no file of the engine is edited.
 """
 
-from __future__ import annotations
-
 import functools
 import importlib
 import inspect
@@ -43,18 +41,14 @@ def _export_globals() -> Any:
 def preserved_export_settings() -> Iterator[None]:
     """Convert by opset 10, and restore torch's process-wide export settings, which a conversion changes, on exit.
 
-    PyTorch uses those tables of operators up to the opset that the process has loaded, and loads those above 10 on
-    demand: with a newer opset, the same network would be converted differently after an export.
+    PyTorch loads the operators above opset 10 on demand: by a newer one, an export would change later conversions.
     """
     settings = _export_globals()
-    saved = dict(vars(settings))
-    token = _opset.set(_OPSET)
-    try:
+    with ExitStack() as stack:
+        stack.callback(vars(settings).update, dict(vars(settings)))
+        stack.callback(_opset.reset, _opset.set(_OPSET))
         settings.export_onnx_opset_version = _OPSET
         yield
-    finally:
-        _opset.reset(token)
-        vars(settings).update(saved)
 
 
 @contextmanager

@@ -4,8 +4,6 @@ The engine converts a network through ONNX, which drops attributes that it canno
 its operator classes have gaps of their own.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -25,12 +23,11 @@ _NOT_COMPUTED = ("__get__", "__set__", "size", "dim", "detach", "clone", "requir
 
 
 def check_same_function(bounded: Any, model: nn.Module, example: Sequence[Tensor]) -> bool:
-    """Compare the outputs of ``bounded`` with those of ``model`` on random inputs, at two batch sizes.
+    """Compare ``bounded`` with ``model``, in evaluation mode and exact arithmetic, on random inputs of two batch sizes.
 
-    Also checks that the model does not change its inputs, and that the output for a sample does not depend on the other
-    samples of its batch. Both networks must be in evaluation mode, and arithmetic exact. Returns whether ``model``
-    supports batches of another size than the example's, or raises NotImplementedError with the first operation of
-    ``model`` whose result the bounded network does not have.
+    Also checks that the model does not change its inputs, and that the output for a sample does not depend on the rest
+    of its batch. Returns whether ``model`` supports batches of another size than the example's, or raises
+    NotImplementedError with the first operation of ``model`` whose result the bounded network does not have.
     """
     size = len(example[0])
     for samples in (size, size + _MORE):
@@ -47,8 +44,7 @@ def check_same_function(bounded: Any, model: nn.Module, example: Sequence[Tensor
 
 def same_outputs(found: Tensor, model: nn.Module, inputs: Sequence[Tensor]) -> bool:
     """Whether ``found`` are the outputs of ``model``, up to rounding."""
-    expected = _outputs(model, inputs)
-    return found.shape == expected.shape and _close(found, expected, model, inputs)
+    return _close(found, _outputs(model, inputs), model, inputs)
 
 
 def _trial(model: nn.Module, example: Sequence[Tensor], size: int) -> tuple[list[Tensor], Tensor]:
@@ -111,7 +107,7 @@ def _require_independence(model: nn.Module, inputs: list[Tensor], expected: Tens
 def _others_changed(x: Tensor, kept: int) -> Tensor:
     mixed = x.roll(1, 0)
     if x.is_floating_point():
-        mixed = mixed / 2  # A permutation alone would leave means of the batch unchanged.
+        mixed /= 2  # A permutation alone would leave means of the batch unchanged.
     mixed[kept] = x[kept]
     return mixed
 
@@ -124,7 +120,7 @@ def _compare(bounded: Any, model: nn.Module, inputs: list[Tensor], expected: Ten
             f"auto_LiRPA {ENGINE_VERSION} fails on a batch of {len(inputs[0])}, which the network itself supports "
             f"({type(error).__name__}: {error}). {_first_difference(bounded, model, inputs)}"
         ) from error
-    if found.shape == expected.shape and _close(found, expected, model, inputs):
+    if _close(found, expected, model, inputs):
         return
     apart = f"by up to {(found - expected).abs().max():.2g}" if found.shape == expected.shape else "in shape"
     raise NotImplementedError(
@@ -134,9 +130,9 @@ def _compare(bounded: Any, model: nn.Module, inputs: list[Tensor], expected: Ten
 
 
 def _close(found: Tensor, expected: Tensor, model: nn.Module, inputs: Sequence[Tensor]) -> bool:
-    """Whether outputs agree up to rounding, which is relative to each sample's largest output."""
+    """Whether outputs agree in shape, and up to rounding, which is relative to each sample's largest output."""
     defined = expected.isfinite()
-    if not torch.equal(defined, found.isfinite()):
+    if not torch.equal(defined, found.isfinite()):  # Also if shapes differ.
         return False
     difference = _largest(found - expected, defined)
     scale = 1 + _largest(expected, defined)

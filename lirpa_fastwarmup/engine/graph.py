@@ -4,8 +4,6 @@ Nodes are found by type and by their position in the graph; their names differ b
 between two conversions.
 """
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import marshal
@@ -18,25 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lirpa_fastwarmup.engine.batchnorm import frozen_running_stats
+from lirpa_fastwarmup.engine import nodes
 from lirpa_fastwarmup.engine.compat import engine, node_classes
-from lirpa_fastwarmup.engine.nodes import (
-    BoundClamp,
-    BoundConstantArithmetic,
-    BoundConvNd,
-    BoundMeanPool,
-    ConstantPad,
-    ElementwiseIntervals,
-    evaluate,
-)
+from lirpa_fastwarmup.engine.nodes import BoundConstantArithmetic, evaluate, is_input
 from lirpa_fastwarmup.storage import add_to_hash
 
 _inputs: Callable[[Any], Iterable[Any]] = operator.attrgetter("inputs")
 _CONTAINERS = (nn.Sequential.forward, nn.Module.forward)  # nn.ModuleList and nn.ModuleDict define none of their own.
-_INPUT = node_classes("Input")
 _PARAMETER = node_classes("Params")
-_STATE = node_classes("Params", "Buffers")
-_CONVOLUTION = (*node_classes("Conv", "ConvTranspose"), BoundConvNd)
+_CONVOLUTION = (*node_classes("Conv", "ConvTranspose"), nodes.BoundConvNd)
 _TRANSPOSED = node_classes("ConvTranspose")
 _TRANSPOSE = node_classes("Transpose")
 _AFFINE: Any = (*_CONVOLUTION, *node_classes("Linear"))
@@ -45,7 +33,7 @@ _OTHER_PIECEWISE = node_classes("LeakyRelu")
 _BATCHNORM = node_classes("BatchNormalization")
 _SUM = node_classes("Add", "Sub")
 _PRODUCT = node_classes("Mul")
-_ACTIVATION = (*node_classes("Activation"), BoundClamp, ElementwiseIntervals)
+_ACTIVATION = (*node_classes("Activation"), nodes.BoundClamp, nodes.ElementwiseIntervals)
 _NO_ACTIVATION = (*_AFFINE, *_PRODUCT, *node_classes("MatMul"))  # 0.7 derives them from its activations.
 _DIVISION = node_classes("Div")
 _RESHAPING = node_classes(
@@ -55,7 +43,7 @@ _RESHAPING = node_classes(
 _LINEAR = (
     *node_classes("BatchNormalization", "Add", "Sub", "Neg", "CumSum", "Expand", "Tile", "Concat", "Slice", "Split"),
     *node_classes("Gather", "Pad", "AveragePool", "GlobalAveragePool", "ReduceMean", "ReduceSum"),
-    *(*_RESHAPING, BoundMeanPool, ConstantPad, BoundConstantArithmetic),
+    *(*_RESHAPING, nodes.BoundMeanPool, nodes.ConstantPad, BoundConstantArithmetic),
 )
 
 
@@ -65,25 +53,25 @@ class StructureError(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class AffineLayer:
-    """A convolution or linear layer with a trained weight.
+    """A convolution or linear layer with a trained weight."""
 
-    Attributes:
-        name: qualified name of the module that holds the weight ("" for the network itself).
-        parameter: qualified name of the weight (with a parametrisation, of its first input).
-        fan_in: the number of inputs that one output sums: k·k·C_in/groups for a convolution, divided by the product of
-            the strides for a transposed one; the input features for a linear layer.
-        plain: the weight is the parameter itself, not computed from it.
-        weight: the node of the parameter.
-        source: the node that the layer reads.
-    """
-
-    name: str
-    parameter: str
-    fan_in: float
-    plain: bool
-    weight: Any
+    name: str  # Qualified name of the module that holds the weight ("" for the network itself).
+    parameter: str  # Qualified name of the weight (with a parametrisation, of its first input).
+    fan_in: float  # The number of inputs that one output sums.
+    plain: bool  # The weight is the parameter itself, not computed from it.
     node: Any
-    source: Any
+    source: Any  # The node that the layer reads.
+    _weight: Any  # The node of the parameter.
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The parameter that holds the weight."""
+        return self._weight.param
+
+    @property
+    def spatial_rank(self) -> int:
+        """The number of spatial dimensions of its output ``(batch, channels, *space)``."""
+        return len(self.node.output_shape) - 2
 
 
 class NetworkGraph:
@@ -107,7 +95,7 @@ class NetworkGraph:
         for node in self.nodes:
             for source in node.inputs:
                 self._users[id(source)].append(node)
-        self.inputs = [node for node in self.nodes if isinstance(node, _INPUT) and not isinstance(node, _STATE)]
+        self.inputs = list(filter(is_input, self.nodes))
         self._data = _reached(self.inputs, lambda node: self._users[id(node)])
         self.affine = [layer for layer in map(self._affine_layer, self.nodes) if layer is not None]
         self._affine_at = {id(layer.node): layer for layer in self.affine}
@@ -126,7 +114,8 @@ class NetworkGraph:
         if len(sources) != 1:
             return None  # A product of two activations, or of two constants.
         factor = next(source for source in node.inputs[:2] if source is not sources[0])
-        weight = _parameter_behind(factor)
+        # The first parameter, if the factor is computed from several.
+        weight = next((node for node in _reached([factor], _inputs).values() if isinstance(node, _PARAMETER)), None)
         if weight is None:
             return None
         module = weight.ori_name.rpartition(".")[0]
@@ -134,7 +123,7 @@ class NetworkGraph:
         fan_in = _fan_in(node, weight, sources[0])
         while isinstance(factor, _TRANSPOSE):
             factor = factor.inputs[0]
-        return AffineLayer(module, weight.ori_name, fan_in, factor is weight, weight, node, sources[0])
+        return AffineLayer(module, weight.ori_name, fan_in, factor is weight, node, sources[0], weight)
 
     def _is_relu(self, node: Any) -> bool:
         return isinstance(node, _RELU) and not isinstance(node, _OTHER_PIECEWISE) and id(node) in self._data
@@ -179,8 +168,7 @@ class NetworkGraph:
             passes = node is layer.node or is_shift or isinstance(node, (*_SUM, *_RESHAPING))
             return self._users[id(node)] if passes else ()
 
-        found = _reached([layer.node], follow)
-        return any(isinstance(node, _BATCHNORM) and id(node) in found for node in self.nodes)
+        return any(isinstance(node, _BATCHNORM) for node in _reached([layer.node], follow).values())
 
     def reads_relu_of_sum(self, layer: AffineLayer) -> bool:
         """Whether ``layer`` reads the ReLU of a residual sum directly, treating BatchNorm as the identity."""
@@ -263,19 +251,14 @@ class NetworkGraph:
         above = [layer for source in node.inputs for layer in self._above(source, lambda _: True)]
         return f"after module {above[-1].name!r}" if above else "at the input"
 
-    def below(self, node: Any) -> list[Any]:
-        """``node`` and all nodes that depend on it, in order of execution."""
-        found = _reached([node], lambda current: self._users[id(current)])
-        return [other for other in self.nodes if id(other) in found]
+    def below(self, node: Any) -> Iterable[Any]:
+        """``node`` and all nodes that depend on it."""
+        return _reached([node], lambda current: self._users[id(current)]).values()
 
     def called_more_than_once(self) -> list[str]:
         """Names of the modules whose weight is used in several places of the network."""
         names = [layer.parameter for layer in self.affine]
         return sorted({layer.name for layer in self.affine if names.count(layer.parameter) > 1})
-
-    def spatial_rank(self, layer: AffineLayer) -> int:
-        """The number of spatial dimensions of ``layer``'s output ``(batch, channels, *space)``."""
-        return len(layer.node.output_shape) - 2
 
 
 def read_graph(bounded: Any) -> NetworkGraph:
@@ -292,40 +275,24 @@ def read_graph(bounded: Any) -> NetworkGraph:
     return graph
 
 
-def weight_of(layer: AffineLayer) -> nn.Parameter:
-    """The parameter that holds the weight of ``layer``."""
-    parameter: nn.Parameter = layer.weight.param
-    return parameter
-
-
 def affine_weights(bounded: Any) -> list[nn.Parameter]:
     """The weights of all affine layers of ``bounded``, each once, in order of execution."""
-    return list({layer.parameter: weight_of(layer) for layer in read_graph(bounded).affine}.values())
+    return list({layer.parameter: layer.weight for layer in read_graph(bounded).affine}.values())
 
 
-def _reached(start: Iterable[Any], neighbours: Callable[[Any], Iterable[Any]]) -> set[int]:
-    waiting = list(start)
-    seen = {id(node) for node in waiting}
-    while waiting:
-        for node in neighbours(waiting.pop()):
-            if id(node) not in seen:
-                seen.add(id(node))
-                waiting.append(node)
+def _reached(start: Iterable[Any], neighbours: Callable[[Any], Iterable[Any]]) -> dict[int, Any]:
+    """The nodes reached from ``start``, by their ids, nearest first."""
+    seen = {id(node): node for node in start}
+    waiting = list(seen.values())
+    for node in waiting:  # It grows.
+        new = {id(other): other for other in neighbours(node) if id(other) not in seen}
+        seen |= new
+        waiting += new.values()
     return seen
 
 
-def _parameter_behind(node: Any) -> Any:
-    """The parameter node that ``node`` is computed from, the first one if there are several."""
-    waiting = [node]
-    while waiting:
-        current = waiting.pop(0)
-        if isinstance(current, _PARAMETER):
-            return current
-        waiting.extend(current.inputs)
-    return None
-
-
 def _fan_in(node: Any, weight: Any, source: Any) -> float:
+    """Input features, or k·k·C_in/groups of a convolution, over the product of the strides of a transposed one."""
     shape = weight.param.shape
     if not isinstance(node, _CONVOLUTION):
         return float(source.output_shape[-1 if source is node.inputs[0] else -2])
@@ -344,7 +311,7 @@ def fingerprint(bounded: Any) -> str:
         sources = [source.name for source in (*node.inputs, *getattr(node, "constant", ()))]
         add_to_hash(hashed, (_code(type(node)), node.name, sources, getattr(node, "attr", None)))
         add_to_hash(hashed, (getattr(node, "operation", None), getattr(node, "constant_first", None)))
-        if not node.inputs and (isinstance(node, _STATE) or not isinstance(node, _INPUT)):
+        if not node.inputs and not is_input(node):
             add_to_hash(hashed, evaluate(node))
     return hashed.hexdigest()
 
@@ -391,13 +358,9 @@ def relu_bounds(bounded: Any) -> list[LayerBounds]:
         RuntimeError: No bounds have been computed since the last forward pass.
         StructureError: The network has no ReLU.
     """
-    graph = read_graph(bounded)
-    if not graph.relus:
-        raise StructureError(
-            "the network has no ReLU, and only tightness is defined for other activations: use it alone "
-            "(regularizers=('tightness',))"
-        )
-    return [LayerBounds(name, *_bounds_at(relu.inputs[0], graph)) for name, relu in graph.relus]
+    pre_activations = [(name, relu.inputs[0]) for name, relu in read_graph(bounded).relus]
+    missing = "ReLU, and only tightness is defined for other activations: use it alone (regularizers=('tightness',))"
+    return _layer_bounds(bounded, pre_activations, missing)
 
 
 def activation_bounds(bounded: Any) -> list[LayerBounds]:
@@ -405,13 +368,14 @@ def activation_bounds(bounded: Any) -> list[LayerBounds]:
 
     For ReLU networks those of :func:`relu_bounds`, with its errors.
     """
-    graph = read_graph(bounded)
-    if not graph.activations:
-        raise StructureError(
-            "the network has no activation, and the regularisers are defined on pre-activations: omit them "
-            "(regularizers=())"
-        )
-    return [LayerBounds(name, *_bounds_at(read, graph)) for name, read in graph.activations]
+    missing = "activation, and the regularisers are defined on pre-activations: omit them (regularizers=())"
+    return _layer_bounds(bounded, read_graph(bounded).activations, missing)
+
+
+def _layer_bounds(bounded: Any, pre_activations: list[tuple[str, Any]], missing: str) -> list[LayerBounds]:
+    if not pre_activations:
+        raise StructureError(f"the network has no {missing}")
+    return [LayerBounds(name, *_bounds_at(node, read_graph(bounded))) for name, node in pre_activations]
 
 
 def relus_read(bounded: Any) -> list[list[int]]:
@@ -419,12 +383,6 @@ def relus_read(bounded: Any) -> list[list[int]]:
     relus = {id(node): node for _, node in read_graph(bounded).relus}
     above = [_reached(node.inputs, lambda other: () if id(other) in relus else other.inputs) for node in relus.values()]
     return [[index for index, key in enumerate(relus) if key in found] for found in above]
-
-
-def outputs_of_batch(bounded: Any, x: tuple[Tensor, ...]) -> Tensor:
-    """The outputs of a clean pass that moves no running statistics; in training mode, with batch statistics."""
-    with frozen_running_stats(bounded):
-        return bounded(*x)
 
 
 def input_half_width(bounded: Any) -> Tensor:

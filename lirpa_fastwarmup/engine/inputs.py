@@ -3,8 +3,6 @@
 A single input stays as it is. Several inputs are packed: flattened, one after the other, into (batch, elements).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -12,14 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lirpa_fastwarmup.boxes import (
-    Epsilon,
-    InputRange,
-    broadcast_to_batch,
-    check_eps,
-    check_input_shapes,
-    check_pair,
-)
+from lirpa_fastwarmup.boxes import Epsilon, InputRange, broadcast_to_batch, check_eps, check_input_shapes, check_pair
 from lirpa_fastwarmup.engine.compat import engine
 
 Inputs = Tensor | Sequence[Tensor]
@@ -29,8 +20,7 @@ _LARGEST = 2**24  # Integers up to here are exact in float32.
 def bounded_tensor(x: Tensor, lower: Tensor, upper: Tensor, eps: Any = None) -> Any:
     """``x`` with the box from ``lower`` to ``upper`` around it."""
     # The engine's constructor does the same, but fails under the dispatch mode of `memory`.
-    box: Any = Tensor._make_subclass(engine.BoundedTensor, x, x.requires_grad)
-    return with_ends(box, lower, upper, eps)
+    return with_ends(Tensor._make_subclass(engine.BoundedTensor, x, x.requires_grad), lower, upper, eps)
 
 
 def with_ends(box: Any, lower: Tensor, upper: Tensor, eps: Any = None) -> Any:
@@ -58,12 +48,7 @@ class Layout:
         return self.shapes[0] if self.is_single else torch.Size([sum(self._sizes)])
 
     def pack(self, inputs: Inputs) -> Tensor:
-        """One tensor, from one input or a sequence of several.
-
-        Raises:
-            TypeError: there are several inputs, and ``inputs`` are not tensors of their kinds.
-            ValueError: lengths or shapes differ from the example's; or an integer is too large.
-        """
+        """One tensor, from one input or several; TypeError or ValueError if they do not fit, or an integer is large."""
         parts = tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)
         check_input_shapes(parts, self.example)
         if self.is_single:
@@ -75,8 +60,8 @@ class Layout:
             raise ValueError(f"inputs must have one batch size; found {[len(part) for part in parts]} samples")
         for part in parts:
             is_index = not part.is_floating_point() and part.device.type == "cpu" and part.numel() > 0
-            if is_index and int(part.abs().max()) > _LARGEST:
-                raise ValueError(f"integer inputs must be at most {_LARGEST}; found {int(part.abs().max())}")
+            if is_index and (largest := int(part.abs().max())) > _LARGEST:
+                raise ValueError(f"integer inputs must be at most {_LARGEST}; found {largest}")
         dtypes = [part.dtype for part in parts if part.is_floating_point()]
         dtype = dtypes[0] if dtypes else torch.get_default_dtype()
         return torch.cat([part.reshape(len(part), -1).to(dtype) for part in parts], 1)
@@ -88,9 +73,8 @@ class Layout:
         perturbation = getattr(packed, "ptb", None)
         parts: list[Any] = self._split(packed.as_subclass(Tensor))
         if perturbation is not None:
-            ends = zip(self._split(perturbation.x_L), self._split(perturbation.x_U), strict=True)
-            boxes = [bounded_tensor(x, *pair) for x, pair in zip(parts, ends, strict=True)]
-            parts = [box if floating else x for x, box, floating in zip(parts, boxes, self._floating, strict=True)]
+            each = zip(parts, self._split(perturbation.x_L), self._split(perturbation.x_U), strict=True)
+            parts = [bounded_tensor(*part) if part[0].is_floating_point() else part[0] for part in each]
         return tuple(parts)
 
     def _split(self, packed: Tensor) -> list[Tensor]:
@@ -102,9 +86,9 @@ class Layout:
 
     def radii(self, eps: Any) -> list[Epsilon]:
         """The radius of each input, from a sequence of radii, or from one for all floating-point inputs."""
-        if not isinstance(eps, tuple | list):
-            return [eps if floating else 0.0 for floating in self._floating]
-        return self._one_each(eps)
+        if isinstance(eps, tuple | list):
+            return self._one_each(eps)
+        return [eps if floating else 0.0 for floating in self._floating]
 
     def ranges(self, input_range: Any) -> list[InputRange | None]:
         """The range of each input, from a sequence of ranges, or from one for all floating-point inputs."""
@@ -119,19 +103,13 @@ class Layout:
         return list(values)
 
     def pack_eps(self, eps: Any, input_range: Any = None) -> Epsilon:
-        """The radius of packed inputs, from a number for all floating-point inputs, or one per input.
-
-        Raises:
-            TypeError, ValueError: as :func:`check_eps`; an integer input is to be perturbed; or a shape does not fit.
-        """
+        """The radius of packed inputs, from one for all floating-point inputs or one each, as :func:`check_eps`."""
         radii, ranges = self.radii(eps), self.ranges(input_range)
         for radius, one, floating in zip(radii, ranges, self._floating, strict=True):
             check_eps(radius, one)
             if not floating and bool(torch.as_tensor(radius).ne(0).any()):
                 raise ValueError(f"an integer input cannot be perturbed: give it the radius 0, found {radius}")
-        if self.is_single:
-            return radii[0]
-        return self._packed(radii, "eps")
+        return radii[0] if self.is_single else self._packed(radii, "eps")
 
     def pack_range(self, input_range: Any) -> InputRange | None:
         """The range of packed inputs, from one for all floating-point inputs, or one per input."""
@@ -140,11 +118,10 @@ class Layout:
             check_pair(one)
         if self.is_single or all(one is None for one in ranges):
             return ranges[0]
-        ends = zip(*[(-math.inf, math.inf) if one is None else one for one in ranges], strict=True)
-        low, high = (self._packed(list(end), "input_range") for end in ends)
-        return low, high
+        lows, highs = zip(*[(-math.inf, math.inf) if one is None else one for one in ranges], strict=True)
+        return self._packed(lows, "input_range"), self._packed(highs, "input_range")
 
-    def _packed(self, values: list[Any], what: str) -> Tensor:
+    def _packed(self, values: Sequence[Any], what: str) -> Tensor:
         """Values per element, (elements,), or (batch, elements) where a value has a batch dimension."""
         device = next((value.device for value in values if isinstance(value, Tensor)), None)
         whole = [torch.as_tensor(value, dtype=torch.float64, device=device) for value in values]
@@ -152,9 +129,8 @@ class Layout:
         flat = []
         for value, shape in zip(whole, self.shapes, strict=True):
             template = torch.empty(rows, *shape, dtype=torch.float64, device=value.device)
-            flat.append(
-                torch.as_tensor(broadcast_to_batch(value, template, what)).expand_as(template).reshape(rows, -1)
-            )
+            fitted = torch.as_tensor(broadcast_to_batch(value, template, what))
+            flat.append(fitted.expand_as(template).reshape(rows, -1))
         packed = torch.cat(flat, 1)
         return packed if rows > 1 else packed[0]
 

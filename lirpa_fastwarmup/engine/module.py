@@ -1,7 +1,5 @@
 """The engine's BoundedModule, as a view of the nn.Module that it wraps: one state, one mode, the same function."""
 
-from __future__ import annotations
-
 import functools
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -17,8 +15,8 @@ from lirpa_fastwarmup.engine.compat import ENGINE_VERSION, engine
 from lirpa_fastwarmup.engine.equality import check_same_function
 from lirpa_fastwarmup.engine.inputs import Layout, Unpacked
 from lirpa_fastwarmup.engine.nodes import CUSTOM_OPERATORS, adopt
-from lirpa_fastwarmup.engine.operators import Acceptance, review, untested_error
-from lirpa_fastwarmup.engine.precision import default_dtype, exact_arithmetic
+from lirpa_fastwarmup.engine.operators import Acceptance, review
+from lirpa_fastwarmup.engine.precision import default_dtype, exact_arithmetic, temporarily
 
 _bound: Any = engine.bound_general
 
@@ -57,18 +55,11 @@ def _check_structure(model: nn.Module, example: tuple[Tensor, ...]) -> None:
         )
 
 
-def _built_again(
-    kind: type[BoundedModule], model: nn.Module, example: Any, options: Any, arguments: Any
-) -> BoundedModule:
-    return kind(model, example, options, **arguments)
-
-
 class BoundedModule(engine.BoundedModule):
     """``auto_LiRPA.BoundedModule``, with one state for the wrapped model and its bounded view.
 
-    Building it prints nothing and leaves the model unchanged. ``state_dict``, ``parameters`` and ``training`` are the
-    wrapped model's own; moving one to a device or dtype moves both. Modules that are added to the model or replaced
-    later have no effect.
+    Building it leaves the model unchanged. ``state_dict``, ``parameters`` and ``training`` are the wrapped model's own;
+    moving one to a device or dtype moves both. Modules that are added to the model or replaced later have no effect.
 
     In training mode, forward passes update BatchNorm's running statistics, as in any nn.Module; :meth:`compute_bounds`
     uses the statistics of its own clean batch without updating them. Dropout is off in both, in either mode: bounds for
@@ -94,8 +85,8 @@ class BoundedModule(engine.BoundedModule):
             perturbed; or the bounded network computes another function than the model. The message names the place.
 
     Warns:
-        TracedPathWarning: the network reads values of tensors in Python, or computes another function in training mode
-            than in evaluation mode. Bounds hold for the traced path, in evaluation mode.
+        TracedPathWarning: the network reads values of tensors in Python, or computes another function in training mode.
+            Bounds hold for the traced path, in evaluation mode.
 
     Example:
         >>> net = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
@@ -142,7 +133,11 @@ class BoundedModule(engine.BoundedModule):
             if self._reviewed.needs_matrices and self.conv_mode == "patches":
                 self._build_engine(model, global_input, device, conv_mode="matrix")
         if self.untested and not allow_untested:
-            raise untested_error(self._reviewed)
+            raise NotImplementedError(
+                f"the bounds of auto_LiRPA {ENGINE_VERSION} have not been tested for {'; '.join(self.untested)}."
+                f"{self._reviewed.advice} Write the network with tested operators (docs/operators.md), or pass "
+                "allow_untested=True: certificates then report the untested bounds"
+            )
         object.__setattr__(self, "wrapped", model)
         self._links = batchnorm.state_links(self, model)
         self._built = True
@@ -163,7 +158,7 @@ class BoundedModule(engine.BoundedModule):
         # Nodes hold the graphs of the last pass, so copies and pickles are rebuilt from their copy of the model.
         like = _like(self.wrapped)
         example = tuple(x.to(like) if x.is_floating_point() else x.to(like.device) for x in self.example)
-        return _built_again, (type(self), self.wrapped, example, self._options, self._arguments)
+        return functools.partial(type(self), **self._arguments), (self.wrapped, example, self._options)
 
     @property
     def given_options(self) -> dict[str, Any]:
@@ -180,7 +175,7 @@ class BoundedModule(engine.BoundedModule):
         """Operators and attributes, with their places, whose bounds have not been tested."""
         return self._reviewed.untested
 
-    def rebuilt(self, dtype: torch.dtype, **changes: Any) -> BoundedModule:
+    def rebuilt(self, dtype: torch.dtype, **changes: Any) -> Self:
         """A BoundedModule of a copy of the model in ``dtype``, in evaluation mode, that supports every bounding method.
 
         The copy's parameters require no gradient; ``changes`` apply to the engine's ``bound_opts``.
@@ -266,21 +261,17 @@ class BoundedModule(engine.BoundedModule):
         batchnorm.follow_modules(self, self.wrapped.training)
 
     def forward(self, *x: Any, **kwargs: Any) -> Any:
-        """The network's output; arguments as in the engine.
-
-        Raises:
-            ValueError: inputs have another shape than the example's, batch aside.
-        """
+        """The network's output; arguments as in the engine. Raises ValueError as :meth:`compute_bounds`."""
         if not self._built:
             return super().forward(*x, **kwargs)
         self._follow_wrapped()
-        x = self._unpacked(x)
-        check_input_shapes(x, self.example)
-        return super().forward(*x, **kwargs)
+        return super().forward(*self._unpacked(x), **kwargs)
 
     def _unpacked(self, x: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Several inputs from one tensor that packs them; anything else as it is."""
-        return self.layout.unpack(x[0]) if len(x) == 1 < len(self.example) else x
+        """The network's inputs, also from one tensor that packs them, with checked shapes."""
+        x = self.layout.unpack(x[0]) if len(x) == 1 < len(self.example) else x
+        check_input_shapes(x, self.example)
+        return x
 
     def compute_bounds(self, x: Any = None, *args: Any, reuse_statistics: bool = False, **kwargs: Any) -> Any:
         """Bounds on the output, by any of the engine's methods; other arguments as in the engine.
@@ -291,7 +282,6 @@ class BoundedModule(engine.BoundedModule):
         Args:
             x: a BoundedTensor, or a tuple of inputs of which at least one is a BoundedTensor; ``None`` continues from
                 the last pass, with its inputs, statistics and intermediate bounds.
-            args, kwargs: as in the engine.
             reuse_statistics: skip the clean pass, because the last pass was a forward pass of this very batch with
                 these weights. Bounds of any other batch are wrong then.
 
@@ -310,7 +300,6 @@ class BoundedModule(engine.BoundedModule):
             return super().compute_bounds(x, *args, **kwargs)
         if x is not None:
             x = self._unpacked((x,) if isinstance(x, Tensor) else tuple(x))
-            check_input_shapes(x, self.example)
         method = kwargs.get("method", args[2] if len(args) > 2 else None) or "backward"
         if self._reviewed.interval_only and method.lower() not in ("ibp", "interval"):
             raise NotImplementedError(
@@ -318,17 +307,18 @@ class BoundedModule(engine.BoundedModule):
                 f"method='IBP', or write the network with other operators.{self._reviewed.advice}"
             )
         self._follow_wrapped()
-        self._bounding = True
-        dtype = _like(self.wrapped).dtype  # Both releases create some tensors without a dtype.
-        try:
-            with batchnorm.frozen_running_stats(self), tracing.named_failures(self, method), default_dtype(dtype):
-                if x is not None and not reuse_statistics and self._depends_on_last_pass():
-                    super().forward(*x)
-                return super().compute_bounds(x, *args, **kwargs)
-        finally:
-            self._bounding = False
+        # Both releases create some tensors without a dtype.
+        with (
+            temporarily([self], "_bounding", True),
+            batchnorm.frozen_running_stats(self),
+            tracing.named_failures(self, method),
+            default_dtype(_like(self.wrapped).dtype),
+        ):
+            if x is not None and not reuse_statistics and any(map(_keeps_batch, self._modules.values())):
+                super().forward(*x)
+            return super().compute_bounds(x, *args, **kwargs)
 
-    def _depends_on_last_pass(self) -> bool:
-        """Whether nodes keep statistics or shapes of the last batch."""
-        nodes = [(node, getattr(node, "bn_mode", None)) for node in self._modules.values()]
-        return any(isinstance(node, _bound.BoundShape) or (mode == "forward" and node.training) for node, mode in nodes)
+
+def _keeps_batch(node: Any) -> bool:
+    """Whether ``node`` keeps statistics or shapes of the last batch."""
+    return isinstance(node, _bound.BoundShape) or (getattr(node, "bn_mode", None) == "forward" and node.training)

@@ -2,15 +2,11 @@
 
 Release 0.3 supports two-dimensional convolutions only, and transposed ones only without padding; 0.7 adds
 one-dimensional ones. Both pool in two dimensions only, with wrong or missing bounds if windows overlap, are padded or
-do not cover the input. The classes here support one to three dimensions. Their CROWN bounds need coefficients as
-matrices; :func:`lirpa_fastwarmup.engine.operators.review` decides when.
+do not cover the input. The classes here support one to three dimensions, with CROWN's coefficients as matrices.
 
-Both releases treat an operand as constant only if its node is a leaf. If the constant is computed (a reshaped buffer,
-one over a buffer), 0.3's bounds are wrong; if it is broadcast, CROWN of both releases is wrong or fails in places.
-:class:`BoundConstantArithmetic` bounds such operators as the affine maps that they are.
+Both releases treat an operand as constant only if its node is a leaf. If the constant is computed (a reshaped buffer),
+0.3's bounds are wrong; if it is broadcast, CROWN of both is wrong or fails (see :class:`BoundConstantArithmetic`).
 """
-
-from __future__ import annotations
 
 import functools
 import inspect
@@ -30,11 +26,6 @@ Bound: Any = _engine.Bound
 
 _INPUT = node_classes("Input")
 _STATE = node_classes("Params", "Buffers")
-_RANKS = (1, 2, 3)
-_CONVOLUTION: dict[int, Callable[..., Tensor]] = {rank: getattr(F, f"conv{rank}d") for rank in _RANKS}
-_TRANSPOSED: dict[int, Callable[..., Tensor]] = {rank: getattr(F, f"conv_transpose{rank}d") for rank in _RANKS}
-_MEAN_POOL: dict[int, Callable[..., Tensor]] = {rank: getattr(F, f"avg_pool{rank}d") for rank in _RANKS}
-_MAX_POOL: dict[int, Callable[..., Tensor]] = {rank: getattr(F, f"max_pool{rank}d") for rank in _RANKS}
 _ARITHMETIC: dict[Any, str] = {cls: name for name in ("Add", "Sub", "Mul", "Div") for cls in node_classes(name)}
 
 
@@ -49,19 +40,17 @@ def evaluate(node: Any) -> Tensor:
     return torch.as_tensor(node.forward(*(evaluate(source) for source in node.inputs)))
 
 
-def reached_from_inputs(nodes: list[Any], *, through_shapes: bool) -> set[int]:
-    """Ids of the nodes that depend on the network's inputs or on perturbed weights.
+def is_input(node: Any) -> bool:
+    """Whether ``node`` is an input of the network."""
+    return isinstance(node, _INPUT) and not isinstance(node, _STATE)
 
-    Args:
-        nodes: all nodes of a BoundedModule.
-        through_shapes: include nodes that depend only on an input's shape.
+
+def reached_from_inputs(nodes: list[Any], *, through_shapes: bool) -> set[int]:
+    """Ids of the nodes, among all ``nodes`` of a BoundedModule, that depend on its inputs or on perturbed weights.
+
+    With ``through_shapes``, also of those that depend only on an input's shape.
     """
-    reached = {
-        id(node)
-        for node in nodes
-        if (isinstance(node, _INPUT) and not isinstance(node, _STATE))
-        or getattr(node, "perturbation", None) is not None
-    }
+    reached = {id(node) for node in nodes if is_input(node) or getattr(node, "perturbation", None) is not None}
     inner = [node for node in nodes if through_shapes or not isinstance(node, _engine.BoundShape)]
     while found := {id(n) for n in inner if any(id(source) in reached for source in n.inputs)} - reached:
         reached |= found
@@ -79,11 +68,7 @@ def _leave_one_input(node: Any, argument: Any) -> None:
 
 
 def require_matrix(coefficients: Any, node: Any) -> Tensor:
-    """Return CROWN's coefficients, which must be a tensor.
-
-    Raises:
-        NotImplementedError: They are stored as patches.
-    """
+    """Return CROWN's coefficients, or raise NotImplementedError if they are stored as patches."""
     if isinstance(coefficients, Tensor):
         return coefficients
     raise NotImplementedError(
@@ -93,11 +78,9 @@ def require_matrix(coefficients: Any, node: Any) -> Tensor:
 
 
 def _both_sides(one_side: Callable[[Any, bool], Any], last_lA: Any, last_uA: Any, constants: int = 0) -> Any:
-    """The result of ``bound_backward``, from a function of one side's coefficients and whether it is the lower side.
+    """The result of ``bound_backward`` of a node whose further inputs are ``constants``, which get no coefficients.
 
-    Args:
-        one_side: returns the coefficients of the node's first input, and the bias.
-        constants: the number of further inputs, which get no coefficients.
+    ``one_side`` maps one side's coefficients, and whether it is the lower side, to those of the first input and a bias.
     """
     lA, lower_bias = (None, 0) if last_lA is None else one_side(last_lA, True)
     uA, upper_bias = (None, 0) if last_uA is None else one_side(last_uA, False)
@@ -112,12 +95,15 @@ class _Windowed(Bound):
         self.rank = len(attr["kernel_shape"])
         pads = attr.get("pads", [0] * (2 * self.rank))
         if pads[: self.rank] != pads[self.rank :]:
-            raise NotImplementedError(
-                f"a {type(self).__name__.removeprefix('Bound')} padded differently at its two ends: {pads}"
-            )
+            name = type(self).__name__.removeprefix("Bound")
+            raise NotImplementedError(f"a {name} padded differently at its two ends: {pads}")
         self.padding: list[int] = pads[: self.rank]
         self.stride: list[int] = attr.get("strides", [1] * self.rank)
         self.dilation: list[int] = attr.get("dilations", [1] * self.rank)
+
+    def function(self, name: str) -> Callable[..., Tensor]:
+        """PyTorch's ``name`` for this number of dimensions, such as F.conv2d."""
+        return getattr(F, f"{name}{self.rank}d")
 
 
 class BoundConvNd(_Windowed):
@@ -130,27 +116,27 @@ class BoundConvNd(_Windowed):
         self.groups: int = attr["group"]
         self.output_padding: list[int] = attr.get("output_padding", [0] * self.rank)
 
-    def _convolve(self, x: Tensor, weight: Tensor, bias: Any, transposed: bool, output_padding: list[int]) -> Tensor:
-        if transposed:
-            operation = _TRANSPOSED[self.rank]
-            return operation(x, weight, bias, self.stride, self.padding, output_padding, self.groups, self.dilation)
-        return _CONVOLUTION[self.rank](x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+    def _convolve(self, x: Tensor, weight: Tensor, bias: Any, output_padding: list[int] | None) -> Tensor:
+        """The convolution, transposed if there is an ``output_padding``."""
+        given = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation, "groups": self.groups}
+        if output_padding is None:
+            return self.function("conv")(x, weight, bias, **given)
+        return self.function("conv_transpose")(x, weight, bias, output_padding=output_padding, **given)
 
     def _apply_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return self._convolve(x, weight, bias, self.transposed, self.output_padding)
+        return self._convolve(x, weight, bias, self.output_padding if self.transposed else None)
 
     def _apply_adjoint(self, coefficients: Tensor, weight: Tensor) -> Tensor:
         sizes = [int(size) for size in self.input_shape[2:]]
         if self.transposed:
             # If the output padding is as wide as the stride, the result extends beyond the input.
-            result = self._convolve(coefficients, weight, None, False, [])
-            inside: Any = (..., *(slice(size) for size in sizes))
-            return result[inside]
+            inside: Any = (..., *map(slice, sizes))
+            return self._convolve(coefficients, weight, None, None)[inside]
         spans = [self.dilation[d] * (int(weight.shape[2 + d]) - 1) + 1 - 2 * self.padding[d] for d in range(self.rank)]
         last = [(int(coefficients.shape[2 + d]) - 1) * self.stride[d] for d in range(self.rank)]
         # The elements at the far end of the input that no window of the strided convolution reads.
         unread = [size - start - span for size, start, span in zip(sizes, last, spans, strict=True)]
-        return self._convolve(coefficients, weight, None, True, unread)
+        return self._convolve(coefficients, weight, None, unread)
 
     def forward(self, *x: Tensor) -> Tensor:
         return self._apply_weight(x[0], x[1], x[2] if len(x) == 3 else None)
@@ -234,9 +220,8 @@ class BoundMeanPool(AdjointBounds, _Windowed):
     """Average pooling."""
 
     def forward(self, x: Tensor) -> Tensor:
-        ceil_mode, count_padding = (bool(self.attr.get(name, 0)) for name in ("ceil_mode", "count_include_pad"))
-        pool = _MEAN_POOL[self.rank]
-        return pool(x, self.attr["kernel_shape"], self.stride, self.padding, ceil_mode, count_padding)
+        flags = (bool(self.attr.get(name, 0)) for name in ("ceil_mode", "count_include_pad"))
+        return self.function("avg_pool")(x, self.attr["kernel_shape"], self.stride, self.padding, *flags)
 
 
 class GlobalMean(AdjointBounds, _engine.BoundGlobalAveragePool):
@@ -338,7 +323,7 @@ class BoundMaximumPool(MonotoneIntervals, _Windowed):
 
     def forward(self, x: Tensor) -> Tensor:
         size, ceil_mode = self.attr["kernel_shape"], bool(self.attr.get("ceil_mode", 0))
-        return _MAX_POOL[self.rank](x, size, self.stride, self.padding, self.dilation, ceil_mode=ceil_mode)
+        return self.function("max_pool")(x, size, self.stride, self.padding, self.dilation, ceil_mode)
 
     def bound_backward(self, last_lA: Any, last_uA: Any, x: Any, **kwargs: Any) -> Any:
         positions, inside = self._windows(x.lower.shape[2:], x.lower.device)
@@ -486,13 +471,10 @@ def _computed(engine_class: Any) -> Any:
 
 
 class BoundConstantArithmetic(Bound):
-    """x + c, x − c, c − x, x·c or x/c, where c does not depend on the network's inputs: the affine map s·x + t.
-
-    The node of c is in a tuple, so that it is not registered as a child.
-    """
+    """x + c, x − c, c − x, x·c or x/c, where c does not depend on the network's inputs: the affine map s·x + t."""
 
     operation: str
-    constant: tuple[Any]
+    constant: tuple[Any]  # The node of c, which would be registered as a child outside a tuple.
     constant_first: bool
 
     @property
@@ -597,9 +579,8 @@ if "C" not in inspect.signature(_engine.BoundMatMul.interval_propagate).paramete
 def adopt(bounded: Any, model: nn.Module) -> None:
     """Replace the nodes of ``bounded``, built from ``model``, by the classes of this package where necessary.
 
-    Raises:
-        NotImplementedError: An operand depends on the inputs by their shape alone (``expand_as``), for which the bounds
-            of both releases are wrong; or ``bound_opts`` omit a part of BatchNorm.
+    Refuses operands that depend on the inputs by their shape alone (``expand_as``), for which the bounds of both
+    releases are wrong, and ``bound_opts`` that omit a part of BatchNorm.
     """
     nodes, traced_batch = list(bounded._modules.values()), len(bounded.example[0])
     for node in nodes:
@@ -618,8 +599,7 @@ def _adopt_constants(nodes: list[Any]) -> None:
     of_values = reached_from_inputs(nodes, through_shapes=False)
     for node in nodes:
         if node.inputs and id(node) not in of_data:
-            kind: Any = type(node)
-            node.__class__ = _computed(kind)
+            node.__class__ = _computed(node.__class__)
         operation = _ARITHMETIC.get(type(node))
         values = [id(source) in of_values for source in node.inputs]
         if operation is None or len(values) != 2 or sum(values) != 1 or (operation == "Div" and not values[0]):

@@ -4,8 +4,6 @@ tests/test_conformance.py tests each entry on both releases of the engine, at sa
 independent interval arithmetic. docs/operators.md is generated from the same tests.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,28 +12,20 @@ from torch import nn
 
 from lirpa_fastwarmup.engine import nodes
 from lirpa_fastwarmup.engine.batchnorm import SharedBatchNorm, ViewedBatchNorm
-from lirpa_fastwarmup.engine.compat import ENGINE_VERSION, node_classes
+from lirpa_fastwarmup.engine.compat import node_classes
 from lirpa_fastwarmup.engine.graph import NetworkGraph
 from lirpa_fastwarmup.engine.places import Places, by_place
-
-_INPUT = node_classes("Input")
 
 
 @dataclass(frozen=True)
 class Operator:
-    """The tested bounds of an operator.
+    """The tested bounds of an operator."""
 
-    Attributes:
-        classes: its node classes, the engine's or ours, without subclasses.
-        crown: whether it supports CROWN, and not only IBP.
-        patches: whether CROWN's coefficients may be patches when they reach it.
-        objection: returns which attribute of a node is not supported and what to write instead, or ``None``. Its
-            arguments are the node and, for each of its inputs, whether it depends on the network's inputs.
-    """
-
-    classes: tuple[Any, ...]
-    crown: bool = True
-    patches: bool = False
+    classes: tuple[Any, ...]  # Its node classes, the engine's or ours, without subclasses.
+    crown: bool = True  # Whether it supports CROWN, and not only IBP.
+    patches: bool = False  # Whether CROWN's coefficients may be patches when they reach it.
+    # Says which attribute of a node is not supported and what to write instead, given the node and, for each of its
+    # inputs, whether it depends on the network's inputs.
     objection: Callable[[Any, list[bool]], str | None] = lambda node, depends: None
 
 
@@ -121,16 +111,12 @@ class Acceptance:
 
 
 def review(bounded: Any, model: nn.Module) -> Acceptance:
-    """Compare the operators of ``bounded`` with :data:`OPERATORS`.
-
-    Args:
-        bounded: a BoundedModule, built from ``model``, whose nodes have been replaced by ours.
-    """
+    """Compare the operators of ``bounded``, built from ``model`` and with our nodes, with :data:`OPERATORS`."""
     values = nodes.reached_from_inputs(list(bounded._modules.values()), through_shapes=False)
     graph, batch = NetworkGraph(bounded), len(bounded.example[0])
     flagged: list[tuple[Any, str | None]] = []
     for node in graph.nodes:
-        if id(node) not in values or isinstance(node, _INPUT):
+        if id(node) not in values or nodes.is_input(node):
             continue
         objection = _objection(node, [id(source) in values for source in node.inputs], batch)
         if objection is not None or not OPERATORS[operator_of(node)].crown:
@@ -158,11 +144,9 @@ def _objection(node: Any, depends: list[bool], batch: int) -> str | None:
 
 def _needs_matrices(graph: NetworkGraph) -> bool:
     """Whether coefficients that start as patches would reach an operator that does not support them."""
-    starts = {
-        id(node) for node in graph.nodes if getattr(node, "mode", None) == "patches" and len(node.output_shape) == 4
-    }
     without_patches = (node for node in graph.nodes if not _supports_patches(node))
-    return any(id(other) in starts for node in without_patches for other in graph.below(node))
+    below = (other for node in without_patches for other in graph.below(node))
+    return any(getattr(node, "mode", None) == "patches" and len(node.output_shape) == 4 for node in below)
 
 
 def _supports_patches(node: Any) -> bool:
@@ -181,12 +165,3 @@ def _supports_patches(node: Any) -> bool:
             return False
         spatial += [node.attr["kernel_shape"], node.stride, node.padding]
     return all(len(set(sizes)) == 1 for sizes in spatial)
-
-
-def untested_error(found: Acceptance) -> NotImplementedError:
-    """The refusal of a network with untested operators."""
-    return NotImplementedError(
-        f"the bounds of auto_LiRPA {ENGINE_VERSION} have not been tested for {'; '.join(found.untested)}.{found.advice}"
-        " Write the network with tested operators (docs/operators.md), or pass allow_untested=True: certificates then "
-        "report the untested bounds"
-    )

@@ -1,12 +1,11 @@
 """Names the user's layer that a node of the engine belongs to, and what to write instead of it."""
 
-from __future__ import annotations
-
 import io
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -78,17 +77,12 @@ class Places:
         self._scopes = {f"/{node.name.split('/')[-1]}": node.name.split("/")[-2] for node in nodes}
 
     def _scoped(self, trace: Callable[[], Any]) -> list[Any]:
-        modules = list(self._modules.values())
-        handles = [module.register_forward_pre_hook(_entering(str(index))) for index, module in enumerate(modules)]
-        handles += [module.register_forward_hook(_leave) for module in modules]
-        try:
-            with quiet_engine():
-                return list(trace())
-        except Exception:  # The failure of the first trace is being reported.
-            return []
-        finally:
-            for handle in handles:
-                handle.remove()
+        with suppress(Exception), ExitStack() as hooks, quiet_engine():  # The failure of the first trace is reported.
+            for index, module in enumerate(self._modules.values()):
+                hooks.enter_context(module.register_forward_pre_hook(partial(_enter, str(index))))
+                hooks.enter_context(module.register_forward_hook(_leave))
+            return list(trace())
+        return []
 
     def of_node(self, name: str) -> Layer | None:
         """The layer of the engine's node ``name``, which it extends by "/split/..." where it splits an operator."""
@@ -109,12 +103,9 @@ class Places:
         return Layer(name, tuple(type(module).__name__ for module in outwards), tuple(calls))
 
 
-def _entering(scope: str) -> Callable[..., None]:
-    def enter(*_: Any) -> None:
-        if state := torch._C._get_tracing_state():
-            state.push_scope(scope)
-
-    return enter
+def _enter(scope: str, *_: Any) -> None:
+    if state := torch._C._get_tracing_state():
+        state.push_scope(scope)
 
 
 def _leave(*_: Any) -> None:
@@ -134,9 +125,7 @@ def by_place(found: Iterable[tuple[str, str]]) -> list[str]:
 def quiet_engine() -> Iterator[None]:
     """Silence the engine's log, warnings and output, and restore the exporter's settings."""
     log, silence = logging.getLogger("auto_LiRPA.utils"), logging.Filter("nothing")
-    log.addFilter(silence)
-    try:
-        with preserved_export_settings(), silenced_warnings(), redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        log.removeFilter(silence)
+    with preserved_export_settings(), silenced_warnings(), redirect_stdout(io.StringIO()), ExitStack() as stack:
+        log.addFilter(silence)
+        stack.callback(log.removeFilter, silence)
+        yield

@@ -1,10 +1,7 @@
-"""The engine's own BoundedModule, taken where one of this package is needed.
+"""The engine's own BoundedModule, taken where one of this package is needed, by a view of the nn.Module of both.
 
-It does not keep the nn.Module that it was built from, and copies its buffers. So :mod:`.compat` records both at
-building, and :func:`view_of` builds this package's BoundedModule of the same nn.Module, with all of its checks.
+The engine does not keep that nn.Module, and copies its buffers: :mod:`.compat` records both at building.
 """
-
-from __future__ import annotations
 
 from typing import Any
 
@@ -14,6 +11,7 @@ from torch import Tensor, nn
 from lirpa_fastwarmup.engine.batchnorm import share_batchnorm_state
 from lirpa_fastwarmup.engine.compat import RECORD, Record, engine
 from lirpa_fastwarmup.engine.equality import same_outputs
+from lirpa_fastwarmup.engine.graph import read_graph
 from lirpa_fastwarmup.engine.module import BoundedModule
 from lirpa_fastwarmup.engine.nodes import SharedParameter
 from lirpa_fastwarmup.engine.tracing import unchanged
@@ -25,19 +23,15 @@ _BUILD = "Build lirpa_fastwarmup.BoundedModule(model, example_inputs) instead"
 def view_of(bounded: Any) -> BoundedModule:
     """``bounded`` itself if it is this package's, otherwise a BoundedModule of the nn.Module that it was built from.
 
-    The view is built once, and follows the mode of ``bounded``. Both share parameters and BatchNorm's running
-    statistics from then on: those of ``bounded`` if it was trained, and the nn.Module's if that was. Raises TypeError,
-    ValueError or NotImplementedError where such a view would not be sound.
+    It is built once and follows the mode of ``bounded``. Both share parameters and BatchNorm's running statistics from
+    then on: those of the one that was trained. Raises TypeError, ValueError or NotImplementedError if it is not sound.
     """
     if isinstance(bounded, BoundedModule):
         return bounded
     if not isinstance(bounded, engine.BoundedModule):
-        inner = getattr(bounded, "module", None)
-        hint = "pass its .module" if isinstance(inner, engine.BoundedModule) else "wrap the network first, bounded = "
-        hint += (
-            "" if isinstance(inner, engine.BoundedModule) else "lirpa_fastwarmup.BoundedModule(model, example_inputs)"
-        )
-        raise TypeError(f"expected a BoundedModule, found {type(bounded).__name__}: {hint}")
+        if isinstance(getattr(bounded, "module", None), engine.BoundedModule):
+            raise TypeError(f"expected a BoundedModule, found {type(bounded).__name__}: pass its .module")
+        read_graph(bounded)  # Raises the error.
     view: BoundedModule | None = vars(bounded).get(_VIEW)
     if view is None:
         view = _joined(bounded)

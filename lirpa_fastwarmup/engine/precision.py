@@ -1,12 +1,10 @@
-"""Settings of the process's arithmetic, changed under one lock, so threads that bound networks take turns."""
-
-from __future__ import annotations
+"""Settings for the length of a block; the process's own under one lock, so threads that bound networks take turns."""
 
 import functools
 import importlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -46,16 +44,22 @@ else:
 
 
 @contextmanager
+def temporarily(holders: Iterable[Any], name: str, value: Any) -> Iterator[None]:
+    """Set the attribute ``name`` of all ``holders`` to ``value``, and restore it on exit."""
+    with ExitStack() as stack:
+        for holder in holders:
+            stack.callback(setattr, holder, name, getattr(holder, name))
+            setattr(holder, name, value)
+        yield
+
+
+@contextmanager
 def _float32_products(settings: Sequence[_Products], tf32: bool) -> Iterator[None]:
-    with _LOCK:
-        before = [setting.read() for setting in settings]
-        try:
-            for setting in settings:
-                setting.write(setting.tf32 if tf32 else setting.exact)
-            yield
-        finally:
-            for setting, value in zip(settings, before, strict=True):
-                setting.write(value)
+    with _LOCK, ExitStack() as stack:
+        for setting in settings:
+            stack.callback(setting.write, setting.read())
+            setting.write(setting.tf32 if tf32 else setting.exact)
+        yield
 
 
 def _eager() -> AbstractContextManager[None]:
@@ -68,13 +72,9 @@ def _without_dynamo() -> Iterator[None]:
     """Before PyTorch 2.6, keep compiled functions from installing their compiler, which they do at every call."""
     eval_frame: Any = importlib.import_module("torch._dynamo.eval_frame")
     install = eval_frame.set_eval_frame
-    before = install(None)
-    eval_frame.set_eval_frame = lambda _: install(None)
-    try:
+    with ExitStack() as stack, temporarily([eval_frame], "set_eval_frame", lambda _: install(None)):
+        stack.callback(install, install(None))
         yield
-    finally:
-        eval_frame.set_eval_frame = install
-        install(before)
 
 
 @contextmanager
@@ -93,10 +93,8 @@ def products_in_tf32(allowed: bool) -> AbstractContextManager[None]:
 @contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
     """Create tensors without a given dtype in ``dtype``, if that is a floating-point dtype."""
-    with _LOCK:
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(dtype if dtype.is_floating_point else before)
-        try:
-            yield
-        finally:
-            torch.set_default_dtype(before)
+    with _LOCK, ExitStack() as stack:
+        stack.callback(torch.set_default_dtype, torch.get_default_dtype())
+        if dtype.is_floating_point:
+            torch.set_default_dtype(dtype)
+        yield

@@ -1,7 +1,5 @@
 """Checks that bounds contain what the network attains: margins, the values of every node, linear relaxations."""
 
-from __future__ import annotations
-
 import inspect
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -71,9 +69,9 @@ def contradicted(lower: Tensor, attained: Tensor) -> Tensor:
     return (attained < lower - tolerance(lower, attained)).any(1)
 
 
-def per_sample(eps: Epsilon, x: Tensor) -> Callable[[Tensor], Epsilon]:
+def per_sample(eps: Epsilon, x: Tensor) -> Callable[[Tensor | slice], Epsilon]:
     """A function from indices into the batch ``x`` to their radii, as ``eps`` may hold one per sample (batch, 1, …)."""
-    if isinstance(eps, Tensor) and is_per_sample(eps, x) and len(eps) == len(x):
+    if is_per_sample(eps, x) and len(eps) == len(x):
         return lambda samples: eps[samples]
     return lambda samples: eps
 
@@ -89,11 +87,10 @@ def find_contradictions(
     points: Tensor | None = None,
     most: int = PROBED,
 ) -> list[Finding]:
-    """Bound the margins of some samples of a batch over several boxes, and compare with values attained in them.
+    """Bound the margins of at most ``most`` samples over several boxes, and compare with values attained in them.
 
     The boxes are the given ones, smaller ones, and boxes of radius 0, where the bounds must equal the margins: these
-    show a wrong sign in one weight of thousands, which the slack of a real box hides. ``points`` holds a point of each
-    box to check in addition to the searched ones; ``most`` limits the samples.
+    show a wrong sign in one weight of thousands, which the slack of a real box hides. ``points`` adds one to each box.
     """
     most = min(most, _PROBED_BY.get(method, PROBED))
     some = torch.arange(0, len(y), -(-len(y) // most), device=y.device)  # Evenly spaced.
@@ -193,9 +190,9 @@ class _Search:
         centre = ((self.lower + self.upper) / 2).requires_grad_(True)
         with torch.enable_grad():
             margins = class_margins(self.bounded.forward(centre), self.y)
-        nodes = [node for node in self.nodes if id(node.node) in relaxed]
-        values = [node.node.forward_value for node in nodes]  # Visits replace them.
-        for node, value in zip(nodes, values, strict=True):
+        # Visits replace the values.
+        values = [(node, node.node.forward_value) for node in self.nodes if id(node.node) in relaxed]
+        for node, value in values:
             yield from self._towards(centre, value, node.elements(self.generator))
         yield from self._towards(centre, margins, (margins - self.margins).argmin(1))
 

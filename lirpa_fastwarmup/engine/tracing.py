@@ -1,14 +1,12 @@
 """Converts networks without side effects on the model or the process, and names the place of failures."""
 
-from __future__ import annotations
-
 import copy
 import re
 import sys
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import FrameType
 from typing import Any
 
@@ -51,14 +49,11 @@ class Recorder(TorchFunctionMode):
 
     def run(self, model: nn.Module, inputs: Sequence[Tensor]) -> Any:
         self._names = {module: name for name, module in model.named_modules()}
-        handles = [module.register_forward_pre_hook(self._enter) for module in self._names]
-        handles += [module.register_forward_hook(self._leave) for module in self._names]
-        try:
-            with self:
-                return model(*inputs)
-        finally:
-            for handle in handles:
-                handle.remove()
+        with self, ExitStack() as hooks:
+            for module in self._names:
+                hooks.enter_context(module.register_forward_pre_hook(self._enter))
+                hooks.enter_context(module.register_forward_hook(self._leave))
+            return model(*inputs)
 
     def _enter(self, module: nn.Module, _: Any) -> None:
         self.calls[self._names[module]] += 1
@@ -122,10 +117,14 @@ def _altered_by_export(name: str, args: Any, kwargs: Any) -> list[str]:
 def untraceable(model: nn.Module, inputs: Sequence[Tensor]) -> tuple[Observation, list[str]]:
     """Observe ``model`` in evaluation mode; also return why a trace would not hold for every input and mode.
 
-    Refuses BatchNorm without running statistics and calls that the exporter alters. Changes the mode of ``model`` and
-    its statistics: call it under :func:`unchanged`.
+    Refuses BatchNorm without running statistics and calls that the exporter alters. Call it under :func:`unchanged`.
     """
     for name, module in model.named_modules():
+        if hasattr(module, "_orig_mod"):
+            raise NotImplementedError(
+                f"{name or 'the network'} is wrapped by torch.compile, through which the engine does not see: pass the "
+                "module that you compiled (compiled._orig_mod). ShortWarmup(compile=True) compiles the training step"
+            )
         if isinstance(module, _BatchNorm) and module.running_mean is None:
             raise NotImplementedError(
                 f"{name!r} normalises every batch by itself, also in evaluation (track_running_stats=False): the "
@@ -162,18 +161,16 @@ def _differs_in_training(model: nn.Module, inputs: Sequence[Tensor]) -> bool:
 @contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
     """Restore ``model`` on exit: buffers, mode of every module, requires_grad; and the random state."""
-    modes = [(module, module.training) for module in model.modules()]
-    requires_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    before: list[tuple[Any, str, bool]] = [(module, "training", module.training) for module in model.modules()]
+    before += [(parameter, "requires_grad", parameter.requires_grad) for parameter in model.parameters()]
     buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     try:
         with torch.random.fork_rng(devices=devices):
             yield
     finally:
-        for module, training in modes:
-            module.training = training
-        for parameter, required in requires_grad:
-            parameter.requires_grad_(required)
+        for holder, name, value in before:
+            setattr(holder, name, value)
         with torch.no_grad():
             for name, buffer in model.named_buffers():
                 saved = buffers.get(name)  # A buffer that the first call registers has no earlier state.
@@ -207,12 +204,9 @@ def _conversion_error(error: Exception, model: nn.Module, inputs: Sequence[Tenso
     found = found or [places.of_call(re.findall(r"\w+", str(error)))]  # The exporter failed, and names a function.
     named = "; ".join(by_place((operator, f"in {layer}" if layer else "") for operator, layer in found))
     advice = "".join(dict.fromkeys(text for operator, layer in found if layer for text in layer.advice(operator)))
-    if are_unknown:
-        text = f"has no bounds for the operator(s) {named}"
-    else:
-        # Assertions and lookup errors of the engine explain nothing; the traceback shows them.
-        reason = f" ({error})" if isinstance(error, NotImplementedError) else ""
-        text = f"cannot convert {named}{reason}"
+    # Assertions and lookup errors of the engine explain nothing; the traceback shows them.
+    reason = f" ({error})" if isinstance(error, NotImplementedError) else ""
+    text = f"has no bounds for the operator(s) {named}" if are_unknown else f"cannot convert {named}{reason}"
     return NotImplementedError(
         f"auto_LiRPA {ENGINE_VERSION} {text}.{advice} Write the network with tested operators (docs/operators.md)"
         f"{', or pass custom_ops and allow_untested=True' if are_unknown else ''}"
@@ -220,10 +214,7 @@ def _conversion_error(error: Exception, model: nn.Module, inputs: Sequence[Tenso
 
 
 def _failed_operators(error: BaseException) -> tuple[list[tuple[str, str]], bool]:
-    """The operators, with the names of their nodes, at which a conversion failed, from the engine's variables.
-
-    Also returns whether the engine does not know them.
-    """
+    """The operators and nodes at which a conversion failed, and whether they are unknown, from its variables."""
     found: list[tuple[str, str]] = []
     for frame, _ in traceback.walk_tb(error.__traceback__):
         unknown, nodes, number = (frame.f_locals.get(name) for name in ("unsupported_ops", "nodesOP", "n"))
@@ -260,21 +251,17 @@ def named_failures(bounded: Any, method: str) -> Iterator[None]:
         if is_out_of_memory(error) or origin not in _OURS:
             raise
         place = _place(bounded, [frame for frame, package in zip(frames, packages, strict=True) if package in _OURS])
+        reason = f" ({type(error).__name__}: {error})" if str(error) else ""
         raise NotImplementedError(
-            f"auto_LiRPA {ENGINE_VERSION} failed in {method} {place}{_reason(error)}: use another method, or write the "
-            "network with other operators"
+            f"auto_LiRPA {ENGINE_VERSION} failed in {method} {place}{reason}: use another method, or write the network "
+            "with other operators"
         ) from error
-
-
-def _reason(error: Exception) -> str:
-    return f" ({type(error).__name__}: {error})" if str(error) else ""
 
 
 def _place(bounded: Any, frames: list[FrameType]) -> str:
     nodes = {id(node) for node in bounded._modules.values()}
-    for frame in reversed(frames):
-        for name in ("self", "l", "node"):
-            found = frame.f_locals.get(name)
-            if isinstance(found, Bound) and id(found) in nodes:
-                return f"at {operator_of(found)} {read_graph(bounded).place_of(found)}"
+    variables = (frame.f_locals.get(name) for frame in reversed(frames) for name in ("self", "l", "node"))
+    for found in variables:
+        if isinstance(found, Bound) and id(found) in nodes:
+            return f"at {operator_of(found)} {read_graph(bounded).place_of(found)}"
     return "on this network"

@@ -4,8 +4,6 @@ Networks that this recipe trained well cause no finding: bounds of the CNN-7 on 
 per layer, 40 to 64 % of a layer is always inactive, and the ratios ρ and s lie between 0.49 and 2.0.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
 
@@ -24,8 +22,7 @@ _SPREAD, _SPREAD_TO_GAP = 1e-4, 1e-3
 
 def findings(found: Inspection) -> tuple[Finding, ...]:
     """The problems of a network, the most serious first; only "not finite" if some numbers are not."""
-    broken = _not_finite(found)
-    if broken:
+    if broken := _not_finite(found):
         return (broken,)
     checks = (_exploded, _inactive, _active, _constant, _imbalanced, _unstable, _without_batchnorm)
     return tuple(finding for finding in (check(found) for check in checks) if finding)
@@ -33,8 +30,7 @@ def findings(found: Inspection) -> tuple[Finding, ...]:
 
 def _not_finite(found: Inspection) -> Finding | None:
     kind = "not finite"
-    weights = _names(layer for layer in found.affine if not math.isfinite(layer.weight_std or 0.0))
-    if weights:
+    if weights := _names(layer for layer in found.affine if not math.isfinite(layer.weight_std or 0.0)):
         text = f"weights of {_listed(weights)} are NaN or infinite: return to an earlier checkpoint, and lower the "
         return Finding(kind, weights, text + "learning rate or clip gradients")
     layers = [layer for layer in found.relus if not math.isfinite(layer.half_width)]

@@ -1,7 +1,5 @@
 """The inspection of a bounded network over one batch: widths of bounds, states of ReLUs, weights."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from typing import Any
@@ -12,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lirpa_fastwarmup.boxes import Epsilon, InputRange, check_input_shapes, check_positive, inputs_error, inputs_fit
 from lirpa_fastwarmup.engine import graph
+from lirpa_fastwarmup.engine.batchnorm import frozen_running_stats
 from lirpa_fastwarmup.engine.bounds import ibp_margins, input_box, proved
 from lirpa_fastwarmup.engine.module import BoundedModule
 from lirpa_fastwarmup.engine.plain import view_of
@@ -33,9 +32,9 @@ def inspect(bounded: Any, x: Tensor | tuple[Tensor, ...], eps: Any, *, input_ran
         bounded: the network, a BoundedModule of this package or the engine's own.
         x: inputs ``(batch, *input)``, or a tuple of them for a network of several inputs. A BoundedTensor brings its
             own box.
-        eps: radius of the box, in units of the input; for several inputs also a tuple, one for each.
-        input_range: lowest and highest valid input, to which the box is clipped; ``None`` for unclipped data; for
-            several inputs also a tuple of these.
+        eps: radius of the box, in units of the input.
+        input_range: lowest and highest valid input, to which the box is clipped; ``None`` for unclipped data. For
+            several inputs, ``eps`` and ``input_range`` may be tuples of these.
 
     Returns:
         The statistics of each layer and the findings, which name problems and their remedies.
@@ -60,10 +59,10 @@ def inspect(bounded: Any, x: Tensor | tuple[Tensor, ...], eps: Any, *, input_ran
     check_positive(largest)
     tensors = (x,) if isinstance(x, Tensor) else tuple(x)
     _check_inputs(bounded, tensors)
-    each = zip(tensors, layout.radii(eps), layout.ranges(input_range), strict=True)
-    boxes = tuple(_box(*one) for one in each)
+    boxes = tuple(map(_box, tensors, layout.radii(eps), layout.ranges(input_range)))
     with exact_arithmetic(boxes[0].device), torch.autocast(boxes[0].device.type, enabled=False):
-        outputs = graph.outputs_of_batch(bounded, tuple(torch.as_tensor(one) for one in tensors))
+        with frozen_running_stats(bounded):
+            outputs = bounded(*map(torch.as_tensor, tensors))
         output = _bound(bounded, boxes, outputs)
     network = graph.read_graph(bounded)
     at_input = float(graph.input_half_width(bounded)) if network.first_sources else math.nan
@@ -81,13 +80,12 @@ def inspect(bounded: Any, x: Tensor | tuple[Tensor, ...], eps: Any, *, input_ran
 
 def _check_inputs(bounded: BoundedModule, tensors: tuple[Tensor, ...]) -> None:
     check_input_shapes(tensors, bounded.example)
-    samples = min(len(one) for one in tensors)
+    samples = min(map(len, tensors))
     if samples == 0:
         raise ValueError("the batch is empty: pass a batch of real inputs")
     if samples == 1 and any(isinstance(m, _BatchNorm) and m.training for m in bounded.wrapped.modules()):
-        raise ValueError(
-            "one sample has no statistics for BatchNorm in training mode: pass more, or call bounded.eval()"
-        )
+        text = "one sample has no statistics for BatchNorm in training mode: pass more, or call bounded.eval()"
+        raise ValueError(text)
 
 
 def _box(x: Tensor, eps: Epsilon, input_range: InputRange | None) -> Any:
@@ -122,10 +120,8 @@ def _relu_statistics(bounded: BoundedModule, at_input: float) -> tuple[ReluStati
         gain, growth = _ratio(half_width, before), _ratio(half_width, at_input)
         unstable = max(0.0, 1.0 - active - inactive)
         ratios = _ratio(sums[0], -sums[2]), _ratio(sums[1], sums[3])
-        size = layer.name, math.prod(layer.lower.shape[1:])
-        found.append(
-            ReluStatistics(*size, half_width, gain, growth, active, inactive, unstable, dead, *ratios, distance)
-        )
+        values = half_width, gain, growth, active, inactive, unstable, dead, *ratios, distance
+        found.append(ReluStatistics(layer.name, math.prod(layer.lower.shape[1:]), *values))
     return tuple(found)
 
 
@@ -147,13 +143,13 @@ def _sums(layer: graph.LayerBounds) -> Tensor:
 
 
 def _ratio(above: float, below: float) -> float:
-    if below == 0:
-        return math.nan if above == 0 or math.isnan(above) else math.inf
-    return above / below
+    if below != 0:
+        return above / below
+    return math.inf if abs(above) > 0 else math.nan
 
 
 def _affine_statistics(network: graph.NetworkGraph, layer: graph.AffineLayer) -> AffineStatistics:
-    weight = graph.weight_of(layer).double()
+    weight = layer.weight.double()
     # ReLU outputs are half as wide as pre-activations, because half of the ReLUs are inactive.
     passed = 0.5 if network.read_by(layer) else 1.0
     return AffineStatistics(

@@ -58,29 +58,23 @@ def new_figure(**arguments: Any) -> Figure:
 
 
 def draw_bound_growth(axes: Axes, networks: Mapping[str, Inspection], *, formula: bool = False) -> None:
-    """Draw Δ_i/Δ_0 over the ReLU layers of several networks (as figure 1 of Shi et al., NeurIPS 2021).
+    """Draw Δ_i/Δ_0 over the ReLU layers of networks, by name (as figure 1 of Shi et al., NeurIPS 2021).
 
-    Args:
-        axes: the Axes to draw into.
-        networks: inspections by the names of their networks.
-        formula: also draw the product of the layers' expected gains, as thin lines with crosses. The formula assumes a
-            sequential network without BatchNorm.
-
-    Raises:
-        ValueError: none of the networks has a ReLU.
+    ``formula``: also draw the product of the layers' expected gains, as thin lines with crosses. The formula assumes a
+    sequential network without BatchNorm. Raises ValueError if none of the networks has a ReLU.
     """
     deepest = max((len(one.relus) for one in networks.values()), default=0)
     if not deepest:
         raise ValueError("the networks have no ReLU layers to draw")
     for (name, found), series in zip(networks.items(), itertools.cycle(_SERIES), strict=False):
         growth = [1.0, *(layer.growth for layer in found.relus)]
-        axes.plot(range(len(growth)), growth, **series, markersize=5, label=name)
+        axes.plot(growth, **series, markersize=5, label=name)
         if formula:
             gains = {layer.name: layer.expected_gain or math.nan for layer in found.affine}
             factors = (gains.get(layer.name, math.nan) for layer in found.relus)
-            expected = list(itertools.accumulate(factors, operator.mul, initial=1.0))
             style = {"color": series["color"], "linewidth": 0.9, "marker": "x", "markersize": 9}
-            axes.plot(range(len(expected)), expected, **style, label=f"{name}, formula")
+            expected = list(itertools.accumulate(factors, operator.mul, initial=1.0))
+            axes.plot(expected, **style, label=f"{name}, formula")
     labels: dict[str, Any] = {"xlabel": "ReLU layer (0: input)", "ylabel": "mean half-width of bounds, Δᵢ/Δ₀"}
     _finish(axes, yscale="log", xticks=range(deepest + 1), **labels)
 
@@ -122,9 +116,9 @@ def draw_relu_states(axes: Axes, history: History, layer: str | None = None) -> 
     Raises ValueError if the history has no such layer.
     """
     names = _relu_layers(history)
-    if layer is not None and layer not in names:
-        raise ValueError(f"the history has no ReLU layer {layer!r}; it has {', '.join(names)}")
     chosen = names if layer is None else [layer]
+    if chosen[0] not in names:
+        raise ValueError(f"the history has no ReLU layer {layer!r}; it has {', '.join(names)}")
     for state, label, series, _ in _STATES:
         fractions = [_column(history, f"{state}/{name}") for name in chosen]
         means = [100 * math.fsum(values) / len(chosen) for values in zip(*fractions, strict=True)]
@@ -161,9 +155,8 @@ def _draw_columns(
 ) -> None:
     for name, label, color, line in columns:
         values = [scale * value for value in _column(history, name)]
-        if len(history) == 1:
-            line = "o"  # A curve of one point would be invisible without a marker.
-        axes.plot(_column(history, "epoch"), values, line, color=color, label=label, **style)
+        shown = line if len(history) > 1 else "o"  # A curve of one point would be invisible without a marker.
+        axes.plot(_column(history, "epoch"), values, shown, color=color, label=label, **style)
 
 
 def draw_errors_of_runs(axes: Axes, histories: Mapping[str, History], column: str = "verified_error") -> None:
@@ -213,10 +206,8 @@ def draw_margins(axes: Axes, margins: Sequence[float], *, bins: int = 40) -> Non
     width = max(known[-1] - low, 1e-12) / bins
     first = math.floor(low / width)
     edges = [width * place for place in range(first, first + bins + 2)]  # One of them is 0.
-    for chosen, label, color, hatch in (
-        ([max(margin, low) for margin in known if margin <= 0], "not certified", _ORANGE, "////"),
-        ([margin for margin in known if margin > 0], "certified", _BLUE, ""),
-    ):
+    for certified, label, color, hatch in ((False, "not certified", _ORANGE, "////"), (True, "certified", _BLUE, "")):
+        chosen = [max(margin, low) for margin in known if (margin > 0) is certified]
         if chosen:
             label += f" ({len(chosen):,})"
             axes.hist(chosen, bins=edges, color=color, hatch=hatch, edgecolor="white", label=label)

@@ -1,7 +1,5 @@
 """The result of an inspection: statistics of each layer, as text, Markdown, HTML and CSV."""
 
-from __future__ import annotations
-
 import dataclasses
 import html
 import math
@@ -146,9 +144,8 @@ class Inspection:
     @property
     def growth_per_layer(self) -> float:
         """The geometric mean of the gains, the m-th root of Δ_m/Δ_0; NaN without ReLUs."""
-        if not self.relus or not self.relus[-1].growth > 0:
-            return math.nan
-        return self.relus[-1].growth ** (1 / len(self.relus))
+        last = self.relus[-1].growth if self.relus else math.nan
+        return last ** (1 / len(self.relus)) if last > 0 else math.nan
 
     @property
     def dead(self) -> float:
@@ -170,11 +167,10 @@ class Inspection:
         return "\n\n".join([*self._sections(str, as_markdown), *findings])
 
     def _repr_html_(self) -> str:
-        def paragraph(text: str) -> str:
-            return f"<p>{html.escape(text)}</p>"
+        def paragraph(text: object) -> str:
+            return f"<p>{html.escape(str(text))}</p>"
 
-        findings = [paragraph(str(one)) for one in self.findings] or [paragraph(self.all_clear())]
-        return "".join([*self._sections(paragraph, as_html), *findings])
+        return "".join([*self._sections(paragraph, as_html), *map(paragraph, self.findings or [self.all_clear()])])
 
     def __str__(self) -> str:
         findings = [textwrap.fill(f"! {one}", _LINE, subsequent_indent="  ") for one in self.findings]
@@ -268,10 +264,9 @@ def as_html(table: Table) -> str:
 
 def history_columns(layers: Sequence[ReluStatistics]) -> dict[str, float]:
     """Columns ``statistic/layer`` of a history; the second layer of the same name is ``name#2``."""
-    names: list[str] = []
+    named: dict[str, ReluStatistics] = {}
     for layer in layers:
-        earlier = sum(name.partition("#")[0] == layer.name for name in names)
-        names.append(f"{layer.name}#{earlier + 1}" if earlier else layer.name)
+        earlier = sum(other.name == layer.name for other in named.values())
+        named[f"{layer.name}#{earlier + 1}" if earlier else layer.name] = layer
     columns = [field.name for field in dataclasses.fields(ReluStatistics)[2:]]  # Without name and size.
-    named = list(zip(names, layers, strict=True))
-    return {f"{column}/{name}": getattr(layer, column) for column in columns for name, layer in named}
+    return {f"{column}/{name}": getattr(layer, column) for column in columns for name, layer in named.items()}

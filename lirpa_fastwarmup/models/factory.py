@@ -1,7 +1,5 @@
 """Networks by name: the paper's, and your own by the factory that makes them."""
 
-from __future__ import annotations
-
 import hashlib
 import importlib
 import inspect

@@ -1,7 +1,5 @@
 """The paper's networks: CNN-7, Wide-ResNet-8 and ResNeXt."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch
@@ -57,8 +55,7 @@ def cnn7(
         mean, std: per channel, of a leading :class:`~lirpa_fastwarmup.models.Normalize`; both or neither.
 
     Raises:
-        ValueError: ``in_shape`` does not have three sizes, a size is not positive, or only one of ``mean`` and ``std``
-            is given.
+        ValueError: sizes are not three or not positive, or only one of ``mean`` and ``std`` is given.
     """
     layers = _normalisation(in_shape, (classes, width, hidden), mean, std)
     channels, last = in_shape[0], 2 if in_shape[1] >= 64 else 1
@@ -151,13 +148,12 @@ def _normalisation(
         needed = "convolutions need images: give (channels, height, width), without the batch"
         raise ValueError(f"found in_shape={tuple(in_shape)}, but the network's {needed}")
     if min(*in_shape, *(size for size in sizes if size is not None)) < 1:
-        classes, width, hidden = sizes
-        found = f"in_shape={tuple(in_shape)}, classes={classes}, width={width}, hidden={hidden}"
+        found = "in_shape={}, classes={}, width={}, hidden={}".format(tuple(in_shape), *sizes)
         raise ValueError(f"sizes must be positive; found {found}")
-    if (mean is None) != (std is None):
-        raise ValueError("give mean and std together, or neither")
-    if mean is None or std is None:
+    if mean is None and std is None:
         return []
+    if mean is None or std is None:
+        raise ValueError("give mean and std together, or neither")
     if len(mean) != in_shape[0]:
         found = f"mean={mean}, std={std}"
         raise ValueError(f"images of {in_shape[0]} channel(s) need as many means and stds; found {found}")
@@ -168,8 +164,8 @@ def _convolution(
     channels: int, out: int, kernel: int, stride: int = 1, *, batchnorm: bool, groups: int = 1
 ) -> nn.Sequential:
     """A convolution that keeps the size except for its stride, and BatchNorm if wanted."""
-    layers: list[nn.Module] = [nn.Conv2d(channels, out, kernel, stride, padding=kernel // 2, groups=groups)]
-    return nn.Sequential(*layers, *([nn.BatchNorm2d(out)] if batchnorm else []))
+    convolution = nn.Conv2d(channels, out, kernel, stride, padding=kernel // 2, groups=groups)
+    return nn.Sequential(convolution, nn.BatchNorm2d(out)) if batchnorm else nn.Sequential(convolution)
 
 
 def _head(

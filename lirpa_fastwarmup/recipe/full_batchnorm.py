@@ -3,8 +3,6 @@
 It keeps ReLUs from going dead in the warmup (Shi et al., NeurIPS 2021, section 3.2).
 """
 
-from __future__ import annotations
-
 import logging
 from collections import Counter
 from typing import Any
@@ -14,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lirpa_fastwarmup.engine.compat import engine
-from lirpa_fastwarmup.engine.graph import AffineLayer, NetworkGraph, StructureError, read_graph
+from lirpa_fastwarmup.engine.graph import AffineLayer, StructureError, read_graph
 from lirpa_fastwarmup.engine.module import BoundedModule
 from lirpa_fastwarmup.engine.tracing import Recorder, copy_of, unchanged, untraceable
 
@@ -34,7 +32,7 @@ def insert_batchnorm(model: nn.Module, *example_inputs: Tensor) -> list[str]:
     """Insert BatchNorm after every affine layer that lacks it, in place.
 
     The BatchNorm becomes the child ``batchnorm`` of the layer's module and normalises its output in a forward hook: the
-    model keeps its class, its ``forward`` and its state-dict keys, and gets new keys for the new modules. Biases stay.
+    model keeps its class, ``forward`` and state-dict keys, and gets new keys for the new modules. Biases stay.
     Classification layers (whose output reaches the network's output without a non-linearity) get none, nor do layers
     with BatchNorm directly after them or after the sum that they feed; a second call inserts nothing. To deploy the
     trained network without this package, :func:`fold_batchnorm` folds the BatchNorm into the weights.
@@ -48,9 +46,8 @@ def insert_batchnorm(model: nn.Module, *example_inputs: Tensor) -> list[str]:
 
     Raises:
         TypeError: ``model`` is a BoundedModule.
-        StructureError: the path through the network depends on the data, a module is called in several places (one
-            BatchNorm cannot hold the statistics of both), or a layer's output has no channel dimension to normalise.
-            The model is then unchanged.
+        StructureError: the path through the network depends on the data, a module is called in several places, or a
+            layer's output has no channel dimension to normalise. The model is then unchanged.
         NotImplementedError: the engine has no bounds for an operator of the network.
 
     Example:
@@ -80,28 +77,30 @@ def insert_batchnorm(model: nn.Module, *example_inputs: Tensor) -> list[str]:
             f"{', '.join(sorted(repeated))}: called in several places of the network, and one BatchNorm cannot hold "
             "the statistics of both. Give each place its own module, or add BatchNorm yourself"
         )
-    modules: list[tuple[str, nn.Module, Any]] = [
-        (layer.name, model.get_submodule(layer.name), _batchnorm_for(model, graph, layer)) for layer in layers
-    ]
-    hooks = []
-    for _, module, batchnorm in modules:
+    inserted: dict[Any, Any] = {model.get_submodule(one.name): _batchnorm_for(model, one) for one in layers}
+    for module, batchnorm in inserted.items():
         module.add_module(_CHILD, batchnorm)
-        hooks.append(module.register_forward_hook(_normalise_output))
+        module.register_forward_hook(_normalise_output)
     missed = _without_effect(model, example_inputs, names)
     if missed:
-        for (_, module, _), hook in zip(modules, hooks, strict=True):
-            hook.remove()
-            delattr(module, _CHILD)
+        for module in inserted:
+            _remove_batchnorm(module)
         raise StructureError(
             f"{', '.join(missed)}: the module does not return the plain output of its weight, or other code uses the "
             "weight, so BatchNorm cannot be put directly after it. Add BatchNorm yourself"
         )
     reads = _reads_of_parameters(model, example_inputs)
-    for name, module, batchnorm in modules:
+    for layer, (module, batchnorm) in zip(layers, inserted.items(), strict=True):
         own = [module._parameters.get("weight"), module._parameters.get("bias")]
         batchnorm.folding_is_exact = all(reads[id(parameter)] <= 1 for parameter in own)
-        logger.info("inserted %s after %s", type(batchnorm).__name__, name)
+        logger.info("inserted %s after %s", type(batchnorm).__name__, layer.name)
     return [layer.name for layer in layers]
+
+
+def _remove_batchnorm(module: Any) -> None:
+    delattr(module, _CHILD)
+    for key in [key for key, hook in module._forward_hooks.items() if hook is _normalise_output]:
+        del module._forward_hooks[key]
 
 
 def _without_effect(model: nn.Module, example_inputs: tuple[Tensor, ...], names: set[str]) -> list[str]:
@@ -127,7 +126,7 @@ def _reads_of_parameters(model: nn.Module, example_inputs: tuple[Tensor, ...]) -
     return reads
 
 
-def _batchnorm_for(model: nn.Module, graph: NetworkGraph, layer: AffineLayer) -> nn.Module:
+def _batchnorm_for(model: nn.Module, layer: AffineLayer) -> nn.Module:
     module = model.get_submodule(layer.name)
     if not isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
         raise StructureError(
@@ -135,10 +134,9 @@ def _batchnorm_for(model: nn.Module, graph: NetworkGraph, layer: AffineLayer) ->
             "convolution module whose output could be normalised: use a module for it, or add BatchNorm yourself"
         )
     if hasattr(module, _CHILD):
-        raise StructureError(
-            f"{layer.name!r} already has an attribute {_CHILD!r}, which insert_batchnorm would replace"
-        )
-    rank = graph.spatial_rank(layer)
+        text = f"{layer.name!r} already has an attribute {_CHILD!r}, which insert_batchnorm would replace"
+        raise StructureError(text)
+    rank = layer.spatial_rank
     if isinstance(module, nn.Linear) and rank > 0:
         raise StructureError(
             f"the linear layer {layer.name!r} works on an output of {rank + 2} dimensions, whose features are not the "
@@ -150,15 +148,11 @@ def _batchnorm_for(model: nn.Module, graph: NetworkGraph, layer: AffineLayer) ->
 
 
 def fold_batchnorm(model: nn.Module) -> nn.Module:
-    """A copy of ``model``, with the BatchNorm that :func:`insert_batchnorm` inserted folded into weights and biases.
+    """A copy of ``model``, in any mode, with the BatchNorm that :func:`insert_batchnorm` inserted folded into weights.
 
     The copy is of the author's class, needs nothing of this package, and has the state-dict keys from before
     ``insert_batchnorm``, plus a bias in each folded layer that had none. It computes what ``model`` computes in
-    evaluation mode, up to rounding. BatchNorm of the author's own code stays; a network without inserted BatchNorm is
-    copied as it is.
-
-    Args:
-        model: the trained network, in any mode. It is not changed.
+    evaluation mode, up to rounding. BatchNorm of the author's own code stays, also if none was inserted.
 
     Returns:
         The copy, in evaluation mode: the running statistics are part of its weights, so that further training
@@ -175,7 +169,10 @@ def fold_batchnorm(model: nn.Module) -> nn.Module:
         >>> MyNet().load_state_dict(folded.state_dict())
         <All keys matched successfully>
     """
-    if not isinstance(model, nn.Module) or any(map(_is_bounded, model.modules())):
+    # Also a module that holds a BoundedModule as ShortWarmup does.
+    parts = list(model.modules()) if isinstance(model, nn.Module) else []
+    held = (value for part in parts for value in (part, *vars(part).values()))
+    if not parts or any(isinstance(value, engine.BoundedModule) for value in held):
         raise TypeError(
             f"expected the network itself, found {type(model).__name__}: pass the nn.Module that insert_batchnorm was "
             "called with (bounded.wrapped, if bounded is a lirpa_fastwarmup.BoundedModule)"
@@ -189,11 +186,6 @@ def fold_batchnorm(model: nn.Module) -> nn.Module:
     for name in layers:
         _fold_(folded.get_submodule(name))
     return folded
-
-
-def _is_bounded(module: nn.Module) -> bool:
-    """Whether ``module`` is a BoundedModule, or holds one as ShortWarmup does."""
-    return any(isinstance(value, engine.BoundedModule) for value in (module, *vars(module).values()))
 
 
 def _obstacle_to_folding(layer: nn.Module, model: nn.Module) -> str:
@@ -214,9 +206,8 @@ def _obstacle_to_folding(layer: nn.Module, model: nn.Module) -> str:
             "remove_spectral_norm or prune.remove"
         )
     own = {id(parameter) for parameter in layer.parameters(recurse=False)}
-    parts = [(name, part) for name, part in model.named_modules() if part is not layer]
-    sharing = [repr(name) for name, part in parts if own & {id(value) for value in part._parameters.values()}]
-    if sharing:
+    holders = [(name, part) for name, part in model.named_modules() if own & {*map(id, part._parameters.values())}]
+    if sharing := [repr(name) for name, part in holders if part is not layer]:
         return f"its weight or bias is shared with {', '.join(sharing)}: give each module its own parameters"
     hooks = list(layer._forward_hooks.values())
     if layer._forward_pre_hooks or hooks[0] is not _normalise_output or hooks.count(_normalise_output) > 1:
@@ -254,6 +245,4 @@ def _fold_(layer: Any) -> None:
     for name, value, old in (("weight", folded, weight), ("bias", bias, layer.bias)):
         like = weight if old is None else old
         layer.register_parameter(name, nn.Parameter(value.to(like), requires_grad=like.requires_grad))
-    delattr(layer, _CHILD)
-    for key in [key for key, hook in layer._forward_hooks.items() if hook is _normalise_output]:
-        del layer._forward_hooks[key]
+    _remove_batchnorm(layer)

@@ -4,8 +4,6 @@ For a layer with weights N(0, σ²) that reads a ReLU, the expected gain in inte
 (n/2)·E|W| = (n/2)·σ·√(2/π); it is 1 for σ = √(2π)/n (Shi et al., NeurIPS 2021, section 3.1).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lirpa_fastwarmup.engine.graph import AffineLayer, StructureError, affine_weights, read_graph, weight_of
+from lirpa_fastwarmup.engine.graph import AffineLayer, StructureError, affine_weights, read_graph
 
 _LITERATURE: dict[str, Callable[..., Tensor]] = {
     "kaiming": partial(nn.init.kaiming_normal_, nonlinearity="relu"),
@@ -67,16 +65,14 @@ def ibp_init_(bounded: Any, *, generator: torch.Generator | None = None) -> list
     graph = read_graph(bounded)
     final = {layer.parameter for layer in graph.classification_layers()}
     # A weight that several layers share is initialised for the first of them.
-    layers = list({layer.parameter: layer for layer in reversed(graph.affine) if layer.parameter not in final}.values())
-    layers.reverse()
+    names = [layer.parameter for layer in graph.affine]
+    layers = [one for at, one in enumerate(graph.affine) if one.parameter not in {*final, *names[:at]}]
     _check_structure(layers)
     halved = [graph.reads_relu_of_sum(layer) for layer in layers]
     stds = [ibp_std(layer, half) for layer, half in zip(layers, halved, strict=True)]
     for layer, std in zip(layers, stds, strict=True):
-        weight_of(layer).normal_(0.0, std, generator=generator)
-    return [
-        LayerInit(layer.name, layer.fan_in, std, half) for layer, std, half in zip(layers, stds, halved, strict=True)
-    ]
+        layer.weight.normal_(0.0, std, generator=generator)
+    return [LayerInit(one.name, one.fan_in, std, half) for one, std, half in zip(layers, stds, halved, strict=True)]
 
 
 @torch.no_grad()
@@ -84,15 +80,10 @@ def initialize_(bounded: Any, scheme: str, *, generator: torch.Generator | None 
     """Initialise the weights of ``bounded`` in place by the name of a scheme; biases and BatchNorm stay.
 
     Args:
-        bounded: a BoundedModule of either engine.
+        bounded, generator: see :func:`ibp_init_`, with its errors.
         scheme: "default" keeps the weights; "kaiming" (normal, He et al., 2015), "xavier" (normal, Glorot and Bengio,
             2010) and "orthogonal" (Saxe et al., 2014) draw every affine weight, by torch.nn.init; "ibp" is
-            :func:`ibp_init_`.
-        generator: source of the random numbers; by default torch's global one.
-
-    Raises:
-        StructureError: the weight of a layer is computed by a parametrisation.
-        ValueError: an unknown scheme.
+            :func:`ibp_init_`. Raises ValueError for an unknown one.
     """
     if scheme not in INITIALIZATIONS:
         raise ValueError(f"unknown initialisation {scheme!r}; known are {', '.join(INITIALIZATIONS)}")

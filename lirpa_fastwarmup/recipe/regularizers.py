@@ -13,8 +13,6 @@ ReLUs alone. After :meth:`lirpa_fastwarmup.BoundedModule.join_ranks`, means and 
 processes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -23,14 +21,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lirpa_fastwarmup.distributed import all_reduce, differentiable_all_reduce
-from lirpa_fastwarmup.engine.graph import (
-    LayerBounds,
-    activation_bounds,
-    affine_weights,
-    input_half_width,
-    read_graph,
-    relu_bounds,
-)
+from lirpa_fastwarmup.engine import graph
+from lirpa_fastwarmup.engine.graph import LayerBounds, affine_weights, relu_bounds
 
 Regularizer = Callable[[Any], Tensor]
 
@@ -55,23 +47,20 @@ def _reduction(bounded: Any, batch: Tensor) -> _Reduction:
 
 
 def tightness(bounded: Any, tol: float = 0.5) -> Tensor:
-    """Bound tightness: (1/m) Σ_i max(0, tol − Δ_0/Δ_i)/tol.
+    """Bound tightness: (1/m) Σ_i max(0, tol − Δ_0/Δ_i)/tol; a 0-dim tensor with gradient.
 
     Args:
         bounded: a BoundedModule whose last pass was a bound pass.
         tol: the ratio Δ_0/Δ_i above which a layer is tight enough.
 
-    Returns:
-        A 0-dim tensor with gradient.
-
     Raises:
         RuntimeError: no bounds have been computed since the last forward pass.
         StructureError: the network has no activation.
     """
-    layers = activation_bounds(bounded)
+    layers = graph.activation_bounds(bounded)
     reduction = _reduction(bounded, layers[0].lower)
     widths = torch.stack([(layer.upper - layer.lower).mean() for layer in layers]) / 2
-    widths = torch.cat([input_half_width(bounded).view(1), widths])
+    widths = torch.cat([graph.input_half_width(bounded).view(1), widths])
     at_input, at_activations = reduction.sum(widths * reduction.fraction).split([1, len(layers)])
     ratio = at_input / at_activations.clamp(min=_SMALLEST_WIDTH)
     return (tol - ratio).clamp(min=0).mean() / tol
@@ -173,9 +162,8 @@ def relu_stability(bounded: Any) -> Tensor:
 
     It is small where few neurons change their state within the box. Arguments and errors as :func:`tightness`.
     """
-    return -torch.stack(
-        [(1 + layer.lower * layer.upper).tanh().flatten(1).sum(1).mean() for layer in relu_bounds(bounded)]
-    ).sum()
+    layers = relu_bounds(bounded)
+    return -torch.stack([(1 + one.lower * one.upper).tanh().flatten(1).sum(1).mean() for one in layers]).sum()
 
 
 def volume(bounded: Any) -> Tensor:
@@ -199,6 +187,6 @@ BUILT_IN: dict[str, Regularizer] = {
 
 def undefined(bounded: Any, names: Iterable[str]) -> list[str]:
     """The built-in regularisers among ``names`` that use activations which the network does not have."""
-    graph = read_graph(bounded)
-    defined = {"weight_l1", *(["tightness"] if graph.activations else []), *(BUILT_IN if graph.relus else [])}
+    network = graph.read_graph(bounded)
+    defined = {"weight_l1", *(["tightness"] if network.activations else []), *(BUILT_IN if network.relus else [])}
     return [name for name in names if name in BUILT_IN and name not in defined]

@@ -4,8 +4,6 @@
 batches from 0.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -76,10 +74,11 @@ class _Ramp:
         """ε/``max_eps`` at ``step``: 0 up to the start, exactly 1 from the end on."""
         if step >= self.last_step:
             return 1.0
-        return self._rise(step) if step > self.first_step else 0.0
+        done, total = step - self.first_step, self.last_step - self.first_step
+        return self._rise(done, total) if done > 0 else 0.0
 
-    def _rise(self, step: int) -> float:
-        return (step - self.first_step) / (self.last_step - self.first_step)
+    def _rise(self, done: int, total: int) -> float:
+        return done / total
 
     def __call__(self, step: int) -> Epsilon | tuple[Epsilon, ...]:
         fraction = self.fraction(step)
@@ -118,11 +117,10 @@ class SmoothedEpsilon(_Ramp):
         if not (0 <= self.mid <= 1 and self.beta >= 2):
             raise ValueError(f"expected 0 ≤ mid ≤ 1 and beta ≥ 2; found mid={self.mid}, beta={self.beta}")
 
-    def _rise(self, step: int) -> float:
-        done, total = step - self.first_step, self.last_step - self.first_step
+    def _rise(self, done: int, total: int) -> float:
         join = int(self.mid * total)
         if join == 0:
-            return super()._rise(step)
+            return done / total
         # a·join^beta at the join, where the slope a·beta·join^(beta − 1) reaches 1 at the end.
         at_join = join / ((total - join) * self.beta + join)
         if done < join:

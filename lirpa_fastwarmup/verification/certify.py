@@ -1,11 +1,10 @@
 """Certifies one batch: the attack first, then each bounding method on the samples that are still undecided."""
 
-from __future__ import annotations
-
 import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -72,10 +71,10 @@ def attack_samples(
     # The starting points depend on the seed alone, so that an interrupted verification resumes with the same ones.
     starts = random_starts(x, plan.restarts, torch.Generator().manual_seed(plan.seed))
     radii = per_sample(eps, x)
-    options = {"steps": plan.pgd_steps, "restarts": plan.restarts, "input_range": plan.input_range}
+    options: dict[str, Any] = {"steps": plan.pgd_steps, "restarts": plan.restarts, "input_range": plan.input_range}
 
     def attacked(some: Tensor) -> Tensor:
-        return read(attack(model, x[some], y[some], radii(some), **options, starts=starts[:, some.cpu()]))  # type: ignore[arg-type]
+        return read(attack(model, x[some], y[some], radii(some), **options, starts=starts[:, some.cpu()]))
 
     return micro_batches.each(attacked, samples, ATTACK)
 
@@ -86,21 +85,18 @@ class _Batch:
     def __init__(
         self, network: MarginBounds, x: Tensor, y: Tensor, eps: Epsilon, plan: Plan, points: Tensor | None
     ) -> None:
-        self.network, self.x, self.y = network, x.to(network.dtype), y
+        self.network, self.x, self.y, self.points = network, x.to(network.dtype), y, points
         self.radii = per_sample(eps, x)
-        clean = worst = network.model(self.x)
-        self.attained = [soundness.class_margins(clean, y)]  # Of the samples and of the attack's points.
-        self.points = points
+        logits = [network.model(self.x)]  # Of the samples, and of the attack's points.
         if points is not None:
             lower, upper = box_ends(self.x, eps, plan.input_range)
             self.points = torch.min(torch.max(points.to(self.x.dtype), lower), upper)
-            worst = network.model(self.points)
-            self.attained.append(soundness.class_margins(worst, y))
-        self.predictions = clean.argmax(1)
-        self.falsified = (self.predictions != y) | (worst.argmax(1) != y)
+            logits.append(network.model(self.points))
+        self.attained = [soundness.class_margins(one, y) for one in logits]
+        self.predictions = logits[0].argmax(1)
+        self.falsified = torch.stack([one.argmax(1) != y for one in logits]).any(0)
         self.method = torch.full_like(y, -1)  # The place in METHODS of the cheapest proof; −1 without one.
-        # The largest lower bound on the smallest margin.
-        self.margin = torch.full(y.shape, torch.nan, dtype=self.x.dtype, device=y.device)
+        self.margin = self.x.new_full(y.shape, torch.nan)  # The largest lower bound on the smallest margin.
 
     def contradiction(self, index: int, text: str) -> Finding:
         return index, f"{text} ({str(self.x.dtype).removeprefix('torch.')})"
@@ -113,24 +109,22 @@ class Certifier:
     """
 
     def __init__(self, bounds: Sequence[MarginBounds], plan: Plan, *, untested: bool, check: bool = True) -> None:
-        self.plan = plan
-        self._bounds = tuple(bounds)
-        self._untested = untested
+        self.plan, self._bounds, self._untested = plan, tuple(bounds), untested
         self._unchecked = {(method, one.dtype) for method in plan.methods for one in bounds} if check else set()
         self._micro_batches = plan.micro_batches()
 
     @torch.no_grad()
     def certify(self, x: Tensor, y: Tensor, eps: Epsilon) -> BatchResult[Certificate]:
         """Attack and bound the samples ``x`` with labels ``y`` in their boxes of radius ``eps``."""
+        result: BatchResult[Certificate] = BatchResult()
+        # Of a second precision, only contradictions are reported.
+        results: list[BatchResult[Certificate]] = [result, BatchResult(contradictions=result.contradictions)]
         with exact_arithmetic(x.device):
-            result: BatchResult[Certificate] = BatchResult()
             points = self._attack(x.to(self._bounds[0].dtype), y, eps, result) if self.plan.restarts else None
-            first = self._bound_all(_Batch(self._bounds[0], x, y, eps, self.plan, points), result)
-            second = None
-            if len(self._bounds) > 1:
-                contradictions_only: BatchResult[Certificate] = BatchResult(contradictions=result.contradictions)
-                second = self._bound_all(_Batch(self._bounds[1], x, y, eps, self.plan, points), contradictions_only)
-            result.certificates = self._certificates(first, second, _own_radii(eps, x))
+            batches = (_Batch(network, x, y, eps, self.plan, points) for network in self._bounds)
+            first, *second = map(self._bound_all, batches, results)
+            radii = eps.flatten(1).amax(1).expand(len(x)).tolist() if is_per_sample(eps, x) else [None] * len(x)
+            result.certificates = self._certificates(first, second[0] if second else None, radii)
         return result
 
     def _attack(self, x: Tensor, y: Tensor, eps: Epsilon, result: BatchResult[Certificate]) -> Tensor:
@@ -186,7 +180,7 @@ class Certifier:
             found += beyond_intervals(network.bounded(method), x[some], per_sample(eps, x)(some), input_range)
         return found
 
-    def _certificates(self, first: _Batch, second: _Batch | None, radii: Sequence[float] | None) -> list[Certificate]:
+    def _certificates(self, first: _Batch, second: _Batch | None, radii: Sequence[float | None]) -> list[Certificate]:
         places = first.method
         if second is not None:  # A proof needs both precisions.
             places = torch.where(second.method >= 0, first.method, second.method)
@@ -202,7 +196,7 @@ class Certifier:
                 falsified=falsified[index] if self.plan.restarts else None,
                 float64=None if second is None else _changes(first, second, index),
                 untested=self._untested,
-                eps=None if radii is None else radii[index],
+                eps=radii[index],
             )
             for index, place in enumerate(places.tolist())
         ]
@@ -210,14 +204,6 @@ class Certifier:
 
 def _all(y: Tensor) -> Tensor:
     return torch.arange(len(y), device=y.device)
-
-
-def _own_radii(eps: Epsilon, x: Tensor) -> list[float] | None:
-    """The largest radius of each sample, where each has its own."""
-    if not is_per_sample(eps, x):
-        return None
-    radii: list[float] = torch.as_tensor(eps).flatten(1).amax(1).expand(len(x)).tolist()
-    return radii
 
 
 def _changes(first: _Batch, second: _Batch, index: int) -> str:

@@ -1,7 +1,5 @@
 """Errors and certificates over many batches: the loop with journal, processes and progress that all of them share."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import logging
@@ -12,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lirpa_fastwarmup.boxes import InputRange, check_batch, check_positive, check_shapes, is_per_sample
+from lirpa_fastwarmup.boxes import check_batch, check_positive, check_shapes, is_per_sample
 from lirpa_fastwarmup.distributed import SINGLE, all_gather, patient_group, world
 from lirpa_fastwarmup.engine.bounds import MarginBounds, class_count
 from lirpa_fastwarmup.engine.compat import ENGINE_VERSION
@@ -53,19 +51,25 @@ def over_batches(
     """
     ranks = world() if over_ranks else SINGLE
     device, classes = bounded.example[0].device, class_count(bounded)
-    described = {**_network_and_software(bounded), "plan": dataclasses.astuple(plan), **conditions} if journal else {}
+    described: dict[str, object] = {}
+    if journal:
+        software = {"package": __version__, "engine": ENGINE_VERSION, "torch": torch.__version__}
+        network = {"network": fingerprint(bounded), "options": bounded.given_options, "untested": bounded.untested}
+        described = {**software, **network, "plan": dataclasses.astuple(plan), **conditions}
     own: list[BatchResult[Result]] = []
     count = first = 0
     with patient_group() if ranks.size > 1 else nullcontext() as group:
         for x, y, radius in batches_of(samples, plan.batch_size if bounded.any_batch else 1, bounded.layout, eps):
-            numbers = _numbers(indices, first, len(y))  # Checked on every rank, so that none waits for another.
+            numbers = range(first, first + len(y)) if indices is None else indices[first : first + len(y)]
+            if len(numbers) != len(y):  # Checked on every rank, so that none waits for another.
+                raise ValueError(f"pass one index per sample; found only {len(indices or ())} indices")
             if count % ranks.size == ranks.rank:
                 check_batch(x, y, classes, plan.input_range)
                 key = digest({**described, "x": x, "y": y, "eps": radius}) if journal else ""
                 stored = journal.get(key) if journal else None
                 result = BatchResult.from_dict(kind, stored) if stored else compute(x.to(device), y.to(device), radius)
                 if journal and stored is None:
-                    journal.put(key, result.as_dict())
+                    journal.put(key, dataclasses.asdict(result))
                 own.append(result.numbered(numbers))
                 if progress:
                     progress(own[-1].certificates)
@@ -76,18 +80,9 @@ def over_batches(
             raise ValueError(f"pass one index per sample; found {len(indices)} indices for {first} samples")
         by_rank = all_gather(own, group) if ranks.size > 1 else [own]
     total: BatchResult[Result] = BatchResult()
-    for turn in itertools.zip_longest(*by_rank):
-        for one in turn:
-            if one is not None:
-                total.add(one)
+    for one in filter(None, itertools.chain.from_iterable(itertools.zip_longest(*by_rank))):
+        total.add(one)
     return total
-
-
-def _numbers(indices: Sequence[int] | None, first: int, count: int) -> Sequence[int]:
-    found = range(first, first + count) if indices is None else indices[first : first + count]
-    if len(found) != count:
-        raise ValueError(f"pass one index per sample; found only {first + len(found)} indices")
-    return found
 
 
 def verify(
@@ -123,8 +118,7 @@ def verify(
         methods: any of IBP, CROWN-IBP, CROWN and alpha-CROWN, in any order and case.
         pgd_steps: steps of the attack, each of length eps/10.
         restarts: random starts of the attack; 0 for no attack.
-        input_range: lowest and highest valid input, to which boxes are clipped; ``None`` for unclipped data. For
-            several inputs also a tuple of these.
+        input_range: lowest and highest valid input, to clip boxes to, or ``None``; for several inputs also a tuple.
         float64: repeat the verdicts in double precision, and record changes.
         batch_size: samples per batch, unless ``samples`` are batches.
         seed: of the attack's starts.
@@ -154,19 +148,18 @@ def verify(
         >>> robust = [sample.index for sample in found.certificates if sample.verified]
     """
     bounded = check_network(bounded)
-    packed, packed_range = _packed(bounded, eps, input_range)
+    packed = None if eps is None else bounded.layout.pack_eps(eps, input_range)
     if packed is not None:
         check_positive(packed)
     if pgd_steps < 0 or restarts < 0 or batch_size < 1:
-        found_values = f"{pgd_steps}, {restarts} and {batch_size}"
-        raise ValueError(f"pgd_steps and restarts must be at least 0 and batch_size at least 1; found {found_values}")
+        text = "pgd_steps and restarts must be at least 0 and batch_size at least 1"
+        raise ValueError(f"{text}; found {pgd_steps}, {restarts} and {batch_size}")
+    packed_range = bounded.layout.pack_range(input_range)
     plan = Plan(ordered(methods), pgd_steps, restarts, packed_range, float64, batch_size, seed)
     dtypes = (torch.float32, torch.float64) if float64 else (torch.float32,)
     certifier = Certifier([MarginBounds(bounded, dtype) for dtype in dtypes], plan, untested=bool(bounded.untested))
     options = {"indices": indices, "journal": journal, "progress": progress, "over_ranks": over_ranks}
-    found = _verification(bounded, samples, eps, packed, certifier, **options)
-    _warn_of_unseen_classes([sample.label for sample in found.certificates], class_count(bounded))
-    return _without_contradictions(found)
+    return _verification(bounded, samples, eps, packed, certifier, warn=True, **options)
 
 
 def evaluate(
@@ -185,52 +178,45 @@ def evaluate(
     """Standard, PGD and verified error by IBP during training: of the network itself, without a copy.
 
     Runs in evaluation mode and in exact arithmetic of the network's dtype, and restores the mode of every module.
+    Arguments and errors are as for :func:`verify`, except:
 
     Args:
         bounded: the network, in any mode.
         eps: radius of the boxes, 0 or more, in units of the input.
         check: check the bounds of some samples of the first batch, as :func:`verify` does.
-        samples, pgd_steps, restarts, input_range, batch_size, seed, over_ranks: see :func:`verify`.
-
-    Raises:
-        Exception: see :func:`verify`.
     """
     bounded = view_of(bounded)
-    packed, packed_range = _packed(bounded, eps, input_range)
-    plan = Plan(("IBP",), pgd_steps, restarts, packed_range, False, batch_size, seed)
+    packed = None if eps is None else bounded.layout.pack_eps(eps, input_range)
+    plan = Plan(("IBP",), pgd_steps, restarts, bounded.layout.pack_range(input_range), False, batch_size, seed)
     dtype = next((value.dtype for value in bounded.wrapped.parameters()), torch.get_default_dtype())
     with unchanged(bounded.wrapped):
         network = MarginBounds(bounded.eval(), dtype, live=True)
         certifier = Certifier([network], plan, untested=bool(bounded.untested), check=check)
-        return _without_contradictions(_verification(bounded, samples, eps, packed, certifier, over_ranks=over_ranks))
-
-
-def _packed(bounded: BoundedModule, eps: Any, input_range: Any) -> tuple[Any, InputRange | None]:
-    """The radius and the input range of packed inputs, checked."""
-    packed = None if eps is None else bounded.layout.pack_eps(eps, input_range)
-    return packed, bounded.layout.pack_range(input_range)
+        return _verification(bounded, samples, eps, packed, certifier, warn=False, over_ranks=over_ranks)
 
 
 def _verification(
-    bounded: BoundedModule, samples: Samples, eps: Any, packed: Any, certifier: Certifier, **options: Any
+    bounded: BoundedModule, samples: Samples, eps: Any, packed: Any, certifier: Certifier, warn: bool, **options: Any
 ) -> Verification:
     total = over_batches(bounded, samples, certifier.certify, Certificate, certifier.plan, {}, eps=packed, **options)
+    unseen = sorted(set(range(class_count(bounded))) - {sample.label for sample in total.certificates})
+    if unseen and warn:
+        some = ", ".join(map(str, unseen[:10])) + (", …" if len(unseen) > 10 else "")
+        text = "no sample has the label%s %s, of the network's %d classes: the errors do not cover them"
+        logger.warning(text, "s" if len(unseen) > 1 else "", some, class_count(bounded))
     own = [sample.eps for sample in total.certificates if sample.eps is not None]
-    return Verification(own or _plain(eps), total.certificates, total.stages, total.sentences(), bounded.untested)
+    found = Verification(own or _plain(eps), total.certificates, total.stages, total.sentences(), bounded.untested)
+    if found.contradictions:
+        raise UnsoundBoundError(found.contradictions, found)
+    return found
 
 
 def _plain(eps: Any) -> Any:
     """``eps`` as numbers and lists of numbers."""
     if isinstance(eps, tuple | list):
-        return [_plain(one) for one in eps]
+        return list(map(_plain, eps))
     # A subclass of float may print differently, such as 8/255.
     return eps.tolist() if isinstance(eps, Tensor) else eps if isinstance(eps, float) else float(eps)
-
-
-def _without_contradictions(found: Verification) -> Verification:
-    if found.contradictions:
-        raise UnsoundBoundError(found.contradictions, found)
-    return found
 
 
 def check_network(bounded: Any) -> BoundedModule:
@@ -251,22 +237,8 @@ def check_network(bounded: Any) -> BoundedModule:
     return bounded
 
 
-def _network_and_software(bounded: BoundedModule) -> dict[str, object]:
-    return {
-        "package": __version__,
-        "engine": ENGINE_VERSION,
-        "torch": torch.__version__,
-        "network": fingerprint(bounded),
-        "options": bounded.given_options,
-        "untested": bounded.untested,
-    }
-
-
 def batches_of(samples: Samples, size: int, layout: Layout, eps: Any) -> Iterator[Batch]:
-    """``samples`` as checked and packed batches with their radius: the given ones, or batches of ``size`` from tensors.
-
-    A ``size`` of 1 also splits the given ones.
-    """
+    """Checked, packed batches and their radii: the given ones (split if ``size`` is 1), or of ``size`` from tensors."""
     is_whole = isinstance(samples, tuple | list) and bool(samples) and isinstance(samples[-1], Tensor)
     first = 0
     for batch in [samples] if is_whole else samples:
@@ -275,8 +247,7 @@ def batches_of(samples: Samples, size: int, layout: Layout, eps: Any) -> Iterato
         step = size if is_whole or size == 1 else len(x)
         for start in range(0, len(x), step):
             part = slice(start, start + step)
-            indices = torch.arange(len(x), device=x.device)[part]
-            yield x[part], y[part], per_sample(radius, x)(indices)
+            yield x[part], y[part], per_sample(radius, x)(part)
         first += len(x)
     if isinstance(eps, Tensor) and eps.ndim == 1 + len(layout.packed_shape) and len(eps) not in (1, first):
         raise ValueError(f"eps has a radius for each of {len(eps)} samples; found {first} samples")
@@ -310,11 +281,3 @@ def _batch(batch: Any, layout: Layout) -> Batch:
             raise TypeError(f"inputs must be floating-point numbers, found {x.dtype}: for bytes, pass x.float() / 255")
     check_shapes(inputs[0], parts[1])
     return layout.pack(inputs), parts[1], layout.pack_eps(parts[2]) if len(parts) == 3 else None
-
-
-def _warn_of_unseen_classes(labels: Sequence[int], classes: int) -> None:
-    unseen = sorted(set(range(classes)) - set(labels))
-    if unseen:
-        some = ", ".join(map(str, unseen[:10])) + (", …" if len(unseen) > 10 else "")
-        text = "no sample has the label%s %s, of the network's %d classes: the errors do not cover them"
-        logger.warning(text, "s" if len(unseen) > 1 else "", some, classes)

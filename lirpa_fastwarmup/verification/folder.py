@@ -1,7 +1,5 @@
 """The files of a verification: certificates.csv, radii.csv and verification.json."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -57,14 +55,11 @@ def write_results(
         "untested": list(bounded.untested),
         "weights": weights,
     }
-    tables: dict[str, list[dict[str, Any]]] = {}
     if verifications:
-        tables[CERTIFICATES] = [row for one in verifications for row in one.rows(weights)]
+        write_csv(folder / CERTIFICATES, [row for one in verifications for row in one.rows(weights)])
         content["results"] = [one.as_dict() for one in verifications]
     if radii is not None:
-        tables[RADII] = [one.row(weights) for one in radii]
+        write_csv(folder / RADII, [one.row(weights) for one in radii])
         content["certified_radius"] = radii_entry(radii, tolerance)
-    for name, rows in tables.items():
-        write_csv(folder / name, rows)
-    content["files"] = {name: file_sum(folder / name) for name in tables}
+    content["files"] = {name: file_sum(folder / name) for name in (CERTIFICATES, RADII) if (folder / name).exists()}
     write_json(folder / SUMMARY, content)

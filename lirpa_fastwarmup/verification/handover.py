@@ -1,7 +1,5 @@
 """A folder for another verifier: the network, its properties, and the configuration of α,β-CROWN."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,16 +29,12 @@ def export(
     """Write ``network.onnx``, ``properties/*.vnnlib``, ``instances.csv`` and ``abcrown.yaml`` to ``out``.
 
     ``instances.csv`` lists network, property and timeout as in the VNN competitions. α,β-CROWN reads it with
-    ``python abcrown.py --config OUT/abcrown.yaml``.
-
-    The BatchNorm that ``insert_batchnorm`` inserted is folded into the weights of ``network.onnx`` where that is
-    possible (``fold_batchnorm``). Certificates of ``model`` are not computed again: the outputs of the two networks
-    differ by rounding.
+    ``python abcrown.py --config OUT/abcrown.yaml``. Inserted BatchNorm is folded into the weights of ``network.onnx``
+    where possible (``fold_batchnorm``), which changes the outputs by rounding.
 
     Args:
         model: the plain network, on the CPU, in evaluation mode.
-        x: samples ``(batch, *input)``, float32.
-        y: labels (batch,), int64.
+        x, y: samples ``(batch, *input)``, float32, and labels (batch,), int64.
         eps: radius of the boxes, in units of the input.
         out: folder; made if absent.
         indices: numbers of the samples in file names, by default their places.
@@ -48,8 +42,7 @@ def export(
         timeout: seconds for each property.
 
     Returns:
-        Whether inserted BatchNorm was folded, or why not, in a sentence that ``abcrown.yaml`` repeats; "" if the
-        network has none.
+        Whether inserted BatchNorm was folded, or why not, in a sentence that ``abcrown.yaml`` repeats, or "".
 
     Raises:
         ImportError: a package of the extra ``onnx`` is missing.
@@ -75,9 +68,8 @@ def export(
             write_atomically(out / name, text.encode())
             instances.append(f"{NETWORK},{name},{timeout}\n")
         write_atomically(out / INSTANCES, "".join(instances).encode())
-        shape = ", ".join(map(str, (-1, *x.shape[1:])))
-        text = _CONFIGURATION.format(note=f"# {note}\n" if note else "", instances=INSTANCES, shape=shape)
-        write_atomically(out / CONFIGURATION, text.encode())
+        shape, comment = [-1, *x.shape[1:]], f"# {note}\n" if note else ""
+        write_atomically(out / CONFIGURATION, _CONFIGURATION.format(comment, INSTANCES, shape).encode())
     return note
 
 
@@ -97,9 +89,9 @@ def _without_inserted_batchnorm(model: nn.Module) -> tuple[nn.Module, str]:
 
 _CONFIGURATION = """\
 # python abcrown.py --config THIS_FILE (add --device cpu on a machine without a GPU)
-{note}general:
+{}general:
   root_path: ${{CONFIG_PATH}}  # The folder of this file.
-  csv_name: {instances}
+  csv_name: {}
 model:
-  input_shape: [{shape}]
+  input_shape: {}
 """

@@ -5,8 +5,6 @@ The network is traced to ATen operators, and each operator maps intervals to int
 list have a rule. A rule calls the traced operator, with all of its attributes, on suitable ends of the intervals.
 """
 
-from __future__ import annotations
-
 import copy
 import functools
 import itertools
@@ -24,6 +22,7 @@ from torch.fx.node import map_aggregate
 
 _SILU_MINIMUM = -1.2784645427610738  # Where x·sigmoid(x) is smallest.
 _GELU_MINIMA = -0.7517915246935645, -0.7524614220710162  # Of the exact function, and of the approximation by tanh.
+_RANDOM = torch.Tag.nondeterministic_seeded
 
 
 class UnknownOperatorError(NotImplementedError):
@@ -107,10 +106,8 @@ class _Propagation(torch.fx.Interpreter):
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         if target is operator.getitem:
             result = args[0][args[1]]
-        elif not isinstance(target, torch._ops.OpOverload) or target._schema.is_mutable:
+        elif not isinstance(target, torch._ops.OpOverload) or target._schema.is_mutable or _RANDOM in target.tags:
             result = NotImplemented  # What remains to be mutated is a buffer: the output depends on earlier calls.
-        elif torch.Tag.nondeterministic_seeded in target.tags:
-            result = NotImplemented
         elif _intervals((args, kwargs)):
             namespace, _, name = str(target).rpartition(".")[0].rpartition(".")
             rule = _RULES.get(name) if namespace == "aten" else None
@@ -205,9 +202,9 @@ def _plus_product(product: Any) -> _Rule:
 
 def _convolution(function: Any, args: Any, kwargs: Any) -> Any:
     x, weight, bias, *attributes = args
-    result = _bilinear(lambda x, weight: function(x, weight, None, *attributes), x, weight)
     if isinstance(bias, _Interval):
         return NotImplemented
+    result = _bilinear(lambda x, weight: function(x, weight, None, *attributes), x, weight)
     if bias is None or result is NotImplemented:
         return result
     return _increasing(torch.add, (result, bias.view(-1, *[1] * len(attributes[0]))), {})
@@ -274,26 +271,22 @@ def _only_shape(function: Any, args: Any, kwargs: Any) -> Any:
     return _call(function, args, kwargs, [interval.lower for interval in _intervals((args, kwargs))])
 
 
-_MOVING = """
-    _reshape_alias _to_copy _unsafe_index alias cat channel_shuffle clone constant_pad_nd copy detach diagonal
-    diagonal_scatter expand fill flip gather im2col index index_put index_select permute pixel_shuffle pixel_unshuffle
-    reflection_pad1d reflection_pad2d reflection_pad3d repeat replication_pad1d replication_pad2d replication_pad3d
-    roll select select_scatter slice slice_scatter split split_with_sizes squeeze stack t transpose unbind unfold
-    unsqueeze where
+_INCREASING = """
+    _adaptive_avg_pool2d _adaptive_avg_pool3d _reshape_alias _to_copy _unsafe_index _upsample_nearest_exact1d
+    _upsample_nearest_exact2d _upsample_nearest_exact3d adaptive_max_pool2d adaptive_max_pool3d alias amax amin cat
+    channel_shuffle clamp clamp_max clamp_min clone col2im constant_pad_nd copy detach diagonal diagonal_scatter erf exp
+    expand fill flip gather hardsigmoid hardtanh im2col index index_put index_select max max_pool2d_with_indices
+    max_pool3d_with_indices maximum mean min minimum permute pixel_shuffle pixel_unshuffle reflection_pad1d
+    reflection_pad2d reflection_pad3d relu repeat replication_pad1d replication_pad2d replication_pad3d roll select
+    select_scatter sigmoid slice slice_scatter split split_with_sizes squeeze stack sum t tanh transpose unbind unfold
+    unsqueeze upsample_bilinear2d upsample_linear1d upsample_nearest1d upsample_nearest2d upsample_nearest3d
+    upsample_trilinear3d where
 """
-_NOT_DECREASING = """
-    _adaptive_avg_pool2d _adaptive_avg_pool3d _upsample_nearest_exact1d _upsample_nearest_exact2d
-    _upsample_nearest_exact3d adaptive_max_pool2d adaptive_max_pool3d amax amin clamp clamp_max clamp_min col2im erf exp
-    hardsigmoid hardtanh max max_pool2d_with_indices max_pool3d_with_indices maximum mean min minimum relu sigmoid sum
-    tanh upsample_bilinear2d upsample_linear1d upsample_nearest1d upsample_nearest2d upsample_nearest3d
-    upsample_trilinear3d
-"""
-_BATCH_NORM = """
-    _native_batch_norm_legit _native_batch_norm_legit_no_training cudnn_batch_norm miopen_batch_norm native_batch_norm
-"""
+_BATCH_NORM = "native_batch_norm cudnn_batch_norm miopen_batch_norm"
+_BATCH_NORM += " _native_batch_norm_legit _native_batch_norm_legit_no_training"
 _FILLED = "empty_like full_like new_empty new_full new_ones new_zeros ones_like zeros_like"
 _RULES: dict[str, _Rule] = {
-    **dict.fromkeys([*_MOVING.split(), *_NOT_DECREASING.split()], _increasing),
+    **dict.fromkeys(_INCREASING.split(), _increasing),
     **dict.fromkeys(["view", "_unsafe_view"], _view),
     **dict.fromkeys(["add", "avg_pool2d", "avg_pool3d", "neg", "rsub", "sub"], _monotone),
     **dict.fromkeys(["_prelu_kernel", "abs", "celu", "elu", "leaky_relu"], _turning_at(0)),

@@ -1,14 +1,13 @@
 """Finished batches in a file, from which an interrupted verification resumes."""
 
-from __future__ import annotations
-
 import glob
 import hashlib
 import json
 import os
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from lirpa_fastwarmup.distributed import all_gather, world
 from lirpa_fastwarmup.storage import add_to_hash, parse_json, write_atomically
@@ -25,7 +24,7 @@ class Journal:
             self._known |= _read(other)
 
     @classmethod
-    def of_rank(cls, path: Path) -> Journal:
+    def of_rank(cls, path: Path) -> Self:
         """The journal of this process: ``path`` on rank 0, ``path`` with its rank as suffix on the others."""
         ranks = world()
         return cls(path if ranks.is_rank_zero else path.with_name(f"{path.name}.{ranks.rank}"))
@@ -46,9 +45,9 @@ class Journal:
     def forget(self, keys: Collection[str]) -> None:
         """Remove the results of ``keys`` from the journals of all processes, and files that become empty."""
         for path in _journals_beside(self.path):
-            left = {key: value for key, value in _read(path).items() if key not in keys}
+            left = [_line(key, value) for key, value in _read(path).items() if key not in keys]
             if left:
-                write_atomically(path, "".join(_line(key, value) for key, value in left.items()).encode())
+                write_atomically(path, "".join(left).encode())
             else:
                 path.unlink(missing_ok=True)
 
@@ -70,15 +69,12 @@ def _line(key: str, value: Any) -> str:
 
 def _read(path: Path) -> dict[str, Any]:
     known = {}
-    if path.is_file():
-        for line in path.read_text(errors="replace").splitlines():
-            try:
-                entry = parse_json(line)
-                key, value = entry["key"], entry["value"]
-                if entry["checksum"] == digest({key: value}):
-                    known[key] = value
-            except (ValueError, TypeError, KeyError):
-                continue
+    for line in path.read_text(errors="replace").splitlines() if path.is_file() else ():
+        with suppress(ValueError, TypeError, KeyError):
+            entry = parse_json(line)
+            key, value = entry["key"], entry["value"]
+            if entry["checksum"] == digest({key: value}):
+                known[key] = value
     return known
 
 

@@ -1,7 +1,5 @@
 """Writes and reads ONNX files, and compares their outputs with onnxruntime."""
 
-from __future__ import annotations
-
 import importlib.machinery
 import importlib.util
 import inspect
@@ -10,7 +8,7 @@ import math
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -143,7 +141,7 @@ def _of_one_sample(content: Any, path: Path, shape: tuple[int, ...], x: Tensor) 
 
 
 def _with_sizes(content: Any, *, batch: bool) -> Any:
-    """A copy of a graph for one sample, with constants as the sizes of reshapes.
+    """A copy of a graph for one sample, with constant sizes of reshapes.
 
     With ``batch``, their first dimension is open: the outputs may differ, and must be compared.
     """
@@ -183,12 +181,12 @@ def _loaded(path: Path) -> Any:
     for node in content.graph.node:
         # The converter fails on this attribute, which BatchNormalization has since opset 14.
         modes = [one for one in node.attribute if one.name == "training_mode" and node.op_type == "BatchNormalization"]
+        if any(mode.i for mode in modes):
+            raise ValueError(
+                f"{path} was exported in training mode ({node.name or node.op_type} normalises by the batch's own "
+                "statistics): call model.eval() before the export"
+            )
         for mode in modes:
-            if mode.i:
-                raise ValueError(
-                    f"{path} was exported in training mode ({node.name or node.op_type} normalises by the batch's own "
-                    "statistics): call model.eval() before the export"
-                )
             node.attribute.remove(mode)
     return content
 
@@ -229,10 +227,8 @@ def _require_equal(found: Tensor, expected: Tensor, path: Path) -> None:
 
 
 def _require(*packages: str) -> None:
-    missing = [package for package in packages if importlib.util.find_spec(package) is None]
-    if missing:
-        install = "pip install 'lirpa_fastwarmup[onnx]'"
-        raise ImportError(f"ONNX files need {', '.join(missing)}, which is not installed: {install}")
+    if missing := ", ".join(package for package in packages if importlib.util.find_spec(package) is None):
+        raise ImportError(f"ONNX files need {missing}, which is not installed: pip install 'lirpa_fastwarmup[onnx]'")
 
 
 def _converter() -> Any:
@@ -249,29 +245,22 @@ def _converter() -> Any:
 @contextmanager
 def _torchvision_stubs() -> Iterator[None]:
     """Make the converter importable without torchvision, by modules with empty attributes."""
-    if importlib.util.find_spec("torchvision") is not None:
+    missing = {} if importlib.util.find_spec("torchvision") else _OF_TORCHVISION
+    with ExitStack() as stack:
+        for name, attributes in missing.items():
+            sys.modules[name] = module = ModuleType(name)
+            stack.callback(sys.modules.pop, name)
+            module.__spec__ = importlib.machinery.ModuleSpec(name, None)
+            module.__dict__.update(dict.fromkeys(attributes))
+            setattr(sys.modules["torchvision"], name.rpartition(".")[2], module)
         yield
-        return
-    for name, attributes in _OF_TORCHVISION.items():
-        sys.modules[name] = module = ModuleType(name)
-        module.__spec__ = importlib.machinery.ModuleSpec(name, None)
-        module.__dict__.update(dict.fromkeys(attributes))
-    sys.modules["torchvision"].__dict__.update(ops=sys.modules["torchvision.ops"], io=sys.modules["torchvision.io"])
-    try:
-        yield
-    finally:
-        for name in _OF_TORCHVISION:
-            del sys.modules[name]
 
 
 @contextmanager
 def _quiet(*names: str) -> Iterator[None]:
     """Suppress the warnings of loggers."""
-    levels = {logging.getLogger(name): logging.getLogger(name).level for name in names}
-    try:
-        for logger in levels:
+    with ExitStack() as stack:
+        for logger in map(logging.getLogger, names):
+            stack.callback(logger.setLevel, logger.level)
             logger.setLevel(logging.ERROR)
         yield
-    finally:
-        for logger, level in levels.items():
-            logger.setLevel(level)

@@ -1,8 +1,7 @@
 """The largest radius that can be certified for each sample, by doubling steps and bisection."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
+from functools import partial
 from operator import attrgetter
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from lirpa_fastwarmup.engine.bounds import MarginBounds, input_box, proved
 from lirpa_fastwarmup.engine.precision import exact_arithmetic
-from lirpa_fastwarmup.engine.soundness import Finding, UnsoundBoundError, find_contradictions
+from lirpa_fastwarmup.engine.soundness import UnsoundBoundError, find_contradictions
 from lirpa_fastwarmup.verification.certify import Plan, attack_samples, ordered
 from lirpa_fastwarmup.verification.evaluate import Samples, check_network, over_batches
 from lirpa_fastwarmup.verification.journal import Journal
@@ -39,19 +38,16 @@ def certified_radii(
 
     Each method starts from the radius that a cheaper one proved, increases it in doubling steps, and then bisects. The
     returned radius was itself certified, and so are all smaller ones, whose boxes lie within. PGD then attacks each
-    certified box, as a check.
+    certified box, as a check. Arguments and errors are as for :func:`lirpa_fastwarmup.verify`, and:
 
     Args:
         largest: upper end of the search, in units of the input.
         tolerance: of the search, in units of the input; float32 limits it further.
         progress: called with the radii of each finished batch.
-        bounded, samples, methods, pgd_steps, restarts, input_range, batch_size, seed, indices, journal, over_ranks:
-            see :func:`lirpa_fastwarmup.verify`.
 
     Raises:
         ValueError: ``tolerance`` is not above 0 or not below ``largest``.
         UnsoundBoundError: a point of a certified box is misclassified; the error's ``result`` holds the radii.
-        Exception: see :func:`lirpa_fastwarmup.verify`.
     """
     bounded = check_network(bounded)
     if not all(x.is_floating_point() for x in bounded.example):
@@ -75,10 +71,8 @@ class _Search:
     """Finds the radii of batches, and checks the methods on the first one."""
 
     def __init__(self, network: MarginBounds, plan: Plan, largest: float, tolerance: float, *, untested: bool) -> None:
-        self._network, self._plan = network, plan
-        self._largest, self._tolerance = largest, tolerance
-        self._untested = untested
-        self._micro_batches = plan.micro_batches()
+        self._network, self._plan, self._micro_batches = network, plan, plan.micro_batches()
+        self._largest, self._tolerance, self._untested = largest, tolerance, untested
         self._checked = False
 
     @torch.no_grad()
@@ -97,37 +91,27 @@ class _Search:
                     method[correct[found > radius[correct]]] = place
                     radius[correct] = found
             eps = radius.view(-1, *[1] * (x.ndim - 1))
-            columns = y, predictions, radius, method, self._falsified(x, y, eps)
-            contradictions = [] if self._checked else self._contradictions(x, y, eps)
+            columns = torch.arange(len(y)), y, predictions, radius, method, self._falsified(x, y, eps)
+            check = partial(find_contradictions, self._network, x, y, eps, input_range=self._plan.input_range)
+            by_method = [dict(check(method=name)) for name in methods if not self._checked]
+            contradictions = [one for findings in by_method for one in findings.items()]
             self._checked = True
+        names = {-1: None, **dict(enumerate(methods))}
         radii = [
-            Radius(index, label, prediction, size, methods[place] if place >= 0 else None, falsified, self._untested)
-            for index, (label, prediction, size, place, falsified) in enumerate(
-                zip(*(column.tolist() for column in columns), strict=True)
-            )
+            Radius(index, label, prediction, size, names[place], falsified, self._untested)
+            for index, label, prediction, size, place, falsified in zip(*(one.tolist() for one in columns), strict=True)
         ]
         text = "is proved by {} at {:g} and misclassified at a point of that box"
         contradictions += [(one.index, text.format(one.method, one.radius)) for one in radii if one.falsified]
         return BatchResult(radii, contradictions=contradictions)
 
-    def _contradictions(self, x: Tensor, y: Tensor, eps: Tensor) -> list[Finding]:
-        """Contradictions in the bounds of the methods over the certified boxes."""
-        input_range = self._plan.input_range
-        found = (find_contradictions(self._network, x, y, eps, name, input_range) for name in self._plan.methods)
-        return [one for wrong in found for one in dict(wrong).items()]
-
     def _bisect(self, method: str, x: Tensor, y: Tensor, samples: Tensor, proven: Tensor) -> Tensor:
         """The largest radii of ``samples`` that ``method`` certifies, at least ``proven``."""
         low = proven[samples]
-        ones = [1] * (x.ndim - 1)
 
-        def margins_at(radius: Tensor) -> Callable[[Tensor], Tensor]:
-            def margins(some: Tensor) -> Tensor:
-                where = samples[some]
-                box = input_box(x[where], radius[some].view(-1, *ones), self._plan.input_range)
-                return self._network.lower(box, y[where], method)
-
-            return margins
+        def margins(radius: Tensor, some: Tensor) -> Tensor:
+            where, eps = samples[some], radius[some].view(-1, *[1] * (x.ndim - 1))
+            return self._network.lower(input_box(x[where], eps, self._plan.input_range), y[where], method)
 
         # Doubling steps come first: bounds at radii far too large are the most expensive.
         step = torch.clamp(low / 8, min=16 * self._tolerance)
@@ -140,7 +124,7 @@ class _Search:
             left = open_.nonzero().squeeze(1)
             if len(left) == 0:
                 return low
-            holds = proved(self._micro_batches[method].each(margins_at(trial), left, method))
+            holds = proved(self._micro_batches[method].each(partial(margins, trial), left, method))
             low[left] = torch.where(holds, trial[left], low[left])
             failed[left] = torch.where(holds, failed[left], trial[left])
             step *= 2
@@ -150,7 +134,6 @@ class _Search:
         certified = (eps.flatten() > 0).nonzero().squeeze(1)
         falsified = torch.zeros(len(y), dtype=torch.bool, device=x.device)
         if len(certified) and self._plan.restarts:
-            model, micro_batches = self._network.model, self._micro_batches[ATTACK]
-            options = self._plan, micro_batches, attrgetter("succeeded")
-            falsified[certified] = attack_samples(model, x, y, eps, certified, *options)
+            options = self._plan, self._micro_batches[ATTACK], attrgetter("succeeded")
+            falsified[certified] = attack_samples(self._network.model, x, y, eps, certified, *options)
         return falsified

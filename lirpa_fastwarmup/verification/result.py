@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import html
 import math
+import operator
 import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from typing import Any, Generic, TypeVar
 
 ATTACK = "PGD"  # Its name among the stages.
@@ -118,12 +119,6 @@ class Stage:
     hits: int = 0
     seconds: float = 0.0
 
-    def add(self, other: Stage) -> None:
-        """Add the same stage of other samples."""
-        self.samples += other.samples
-        self.hits += other.hits
-        self.seconds += other.seconds
-
 
 Result = TypeVar("Result", Certificate, Radius)
 
@@ -146,19 +141,16 @@ class BatchResult(Generic[Result]):
         self.certificates += other.certificates
         self.contradictions += other.contradictions
         for name, stage in other.stages.items():
-            self.stages.setdefault(name, Stage()).add(stage)
+            sums = map(operator.add, astuple(self.stages.get(name, Stage())), astuple(stage))
+            self.stages[name] = Stage(*sums)
 
     def sentences(self) -> list[str]:
         """The contradictions, with the samples they are about."""
         return [f"sample {index} {text}" for index, text in self.contradictions]
 
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return asdict(self)
-
     @classmethod
     def from_dict(cls, kind: type[Result], values: dict[str, Any]) -> BatchResult[Result]:
-        """The inverse of :meth:`as_dict`."""
+        """The inverse of :func:`dataclasses.asdict`, also from JSON, for results of class ``kind``."""
         stages = {name: Stage(**stage) for name, stage in values["stages"].items()}
         contradictions = [(index, text) for index, text in values["contradictions"]]
         return BatchResult([kind(**row) for row in values["certificates"]], stages, contradictions)
@@ -216,10 +208,8 @@ class Verification:
             row["falsified"] = "" if sample.falsified is None else int(sample.falsified)
             own = self.eps if sample.eps is None else sample.eps
             row["eps"] = own if isinstance(own, list) else float(own)
-            if sample.float64 is not None:
-                row["float64"] = sample.float64
-            if sample.untested:
-                row["untested"] = 1
+            row |= {} if sample.float64 is None else {"float64": sample.float64}
+            row |= {"untested": 1} if sample.untested else {}
             yield {**row, "weights": weights[:_DIGITS]}
 
     def as_dict(self) -> dict[str, Any]:

@@ -1,7 +1,5 @@
 """Robustness of one sample as a VNN-LIB property (the standard of the VNN competitions)."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 

@@ -40,8 +40,7 @@ def load(name: str, data_dir: Path | None = None, input_range: InputRange | None
     Args:
         name: one of :data:`LOADERS`; an ``.npz``, ``.pt`` or ``.csv`` file; a folder of such files; or a factory,
             `package.module:factory` or `path/to/file.py:factory`, whose code is run.
-        data_dir: folder of the files; by default, the one that ``name`` says, or the user's cache, where missing ones
-            are downloaded.
+        data_dir: folder of the files; by default, the one in ``name``, or the user's cache, for downloads.
         input_range: lowest and highest valid input, in place of the dataset's own.
 
     Raises:

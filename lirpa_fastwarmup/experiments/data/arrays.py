@@ -1,7 +1,5 @@
 """Datasets of the user's own: arrays in .npz, .pt and .csv files, and what a factory makes."""
 
-from __future__ import annotations
-
 import csv
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -48,8 +46,7 @@ def load(data_dir: Path | None = None) -> Dataset:
     present = (suffix for suffix in READERS if any((path / f"{name}{suffix}").is_file() for name in ("train", "test")))
     suffix = next(present, ".npz")
     files = [path / f"{name}{suffix}" for name in ("train", "test")]
-    missing = [file.name for file in files if not file.is_file()]
-    if missing:
+    if missing := [file.name for file in files if not file.is_file()]:
         raise missing_files(f"a dataset of {', '.join(READERS)} files", missing, path)
     found, other = map(READERS[suffix], files)
     if found.get("columns") != other.get("columns"):
@@ -159,7 +156,7 @@ READERS: dict[str, Callable[[Path], dict[str, Any]]] = {".npz": _read_npz, ".pt"
 
 def _split(found: Mapping[str, Any], source: Path | str) -> Split:
     inputs = _images(found["images"], source) if "images" in found else _inputs(found["inputs"], source)
-    return Split(inputs, check_labels(found["labels"], len(inputs), range(_MAX_CLASSES), source))
+    return Split(inputs, check_labels(found["labels"], len(inputs), _MAX_CLASSES, source))
 
 
 def _inputs(inputs: np.ndarray, source: Path | str) -> Tensor:

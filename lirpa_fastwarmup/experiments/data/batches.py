@@ -1,7 +1,5 @@
 """Batches of a split, made by indexing and augmented as a whole; they can be resumed within an epoch."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -26,10 +24,10 @@ class Augmentation:
 
     def __call__(self, images: Tensor, whole: int | None = None, shard: slice = slice(None)) -> Tensor:
         """Augment images (batch, channels, height, width), the ``shard`` of a batch of ``whole`` images."""
-        count = len(images) if whole is None else whole
 
         def draw(end: int) -> Tensor:
-            return _move(torch.randint(end, (count,), generator=self.generator)[shard], images.device)
+            drawn = torch.randint(end, (whole or len(images),), generator=self.generator)
+            return _move(drawn[shard], images.device)
 
         if self.flip:
             images = torch.where(draw(2).bool().view(-1, 1, 1, 1), images.flip(3), images)
@@ -94,12 +92,11 @@ class Batches:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of a new epoch or, right after :meth:`load_state_dict`, the rest of the interrupted one."""
         first, self._first = self._first, 0
-        count, home = len(self.split), self.split.labels.device
-        if self.generator is None:
-            order = torch.arange(count, device=home)
-        else:
+        order = torch.arange(len(self.split))
+        if self.generator is not None:
             self._order_state = self.generator.get_state()
-            order = torch.randperm(count, generator=self.generator).to(home)
+            order = torch.randperm(len(self.split), generator=self.generator)
+        order = order.to(self.split.labels.device)
         for batch in range(first, self._count):
             indices = order[batch * self.batch_size : (batch + 1) * self.batch_size]
             local = indices[self._shard]

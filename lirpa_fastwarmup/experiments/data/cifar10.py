@@ -1,7 +1,5 @@
 """CIFAR-10 from its python batches."""
 
-from __future__ import annotations
-
 import math
 import pickle
 from pathlib import Path
@@ -10,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lirpa_fastwarmup.experiments.data.dataset import Dataset, Split, check_labels, unflatten
+from lirpa_fastwarmup.experiments.data.dataset import Dataset, Split, check_labels
 from lirpa_fastwarmup.experiments.data.download import CorruptFileError, Source, extracted_folder
 from lirpa_fastwarmup.storage import file_sum
 
@@ -109,5 +107,9 @@ def _read_batch(path: Path) -> Split:
         raise
     except Exception as error:  # pickle fails in many ways on damaged files.
         raise CorruptFileError(f"{path} cannot be read as a CIFAR-10 batch ({error!r}): download it again") from error
-    images = unflatten(pixels, labels.size, (3, 32, 32), path)
-    return Split(torch.from_numpy(images.copy()), check_labels(labels, len(images), range(10), path))
+    expected = (labels.size, 3 * 32 * 32)
+    if pixels.shape != expected:
+        found = f"{pixels.dtype} {pixels.shape}"
+        raise CorruptFileError(f"{path} should contain uint8 pixels of shape {expected}; found {found}")
+    images = torch.from_numpy(pixels.reshape(-1, 3, 32, 32).copy())
+    return Split(images, check_labels(labels, len(images), 10, path))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -99,11 +98,11 @@ class Dataset:
             raise ValueError(f"the {title} set of {self.name} has {self.classes} classes, but {found}")
         if images.dtype == torch.uint8 or bool(inputs_fit(images, self.input_range)):
             return
-        bad = (~images.isfinite()).nonzero()
-        if len(bad):
-            row, *columns = bad[0].tolist()
+        bad = (~images.isfinite()).nonzero().tolist()
+        if bad:
+            row, *columns = bad[0]
             raise ValueError(
-                f"the {title} set of {self.name} holds {float(images[tuple(bad[0])])} in row {row}, column "
+                f"the {title} set of {self.name} holds {float(images[row, *columns])} in row {row}, column "
                 f"{', '.join(map(str, columns))} (from 0): replace missing or infinite values, or leave the sample out"
             )
         raise inputs_error(images, self.input_range)
@@ -114,27 +113,16 @@ class Dataset:
         return tuple(self.train.images.shape[1:])
 
 
-def check_labels(labels: np.ndarray, count: int, classes: range, path: Path | str) -> Tensor:
-    """The labels of ``count`` samples, read from ``path``, checked, and numbered from 0."""
-    found = f"{labels.dtype} {labels.shape}"
-    valid = labels.dtype.kind in "iu" and labels.shape == (count,) and count > 0
-    if valid:
-        first, last = int(labels.min()), int(labels.max())
-        found += f" from {first} to {last}"
-        valid = first in classes and last in classes
-    if not valid:
-        expected = f"integer labels from {classes[0]} to {classes[-1]}, one for each of {count} samples"
+def check_labels(labels: np.ndarray, count: int, classes: int, path: Path | str) -> Tensor:
+    """The labels of ``count`` samples, read from ``path``, checked."""
+    found, ends = f"{labels.dtype} {labels.shape}", list[int]()
+    if labels.dtype.kind in "iu" and labels.shape == (count,) and count > 0:
+        ends = [int(labels.min()), int(labels.max())]
+        found += " from {} to {}".format(*ends)
+    if not ends or ends[0] < 0 or ends[1] >= classes:
+        expected = f"integer labels from 0 to {classes - 1}, one for each of {count} samples"
         raise CorruptFileError(f"{path} should contain {expected}; found {found}")
-    return torch.from_numpy(labels.astype(np.int64) - classes[0])
-
-
-def unflatten(pixels: np.ndarray, count: int, shape: tuple[int, int, int], path: Path) -> np.ndarray:
-    """The rows of an array read from ``path``, checked, as ``count`` images of ``shape``."""
-    expected = (count, prod(shape))
-    if pixels.dtype != np.uint8 or pixels.shape != expected:
-        found = f"{pixels.dtype} {pixels.shape}"
-        raise CorruptFileError(f"{path} should contain uint8 pixels of shape {expected}; found {found}")
-    return pixels.reshape(count, *shape)
+    return torch.from_numpy(labels.astype(np.int64))
 
 
 def limited(split: Split, count: int, *, seed: int) -> Split:
@@ -178,9 +166,8 @@ def place(split: Split, device: torch.device) -> Split:
     """``split`` on ``device``, if its samples take less than half of the free memory there; else ``split`` itself."""
     if device.type != "cuda" or split.images.device.type == "cuda":
         return split
-    free, _ = torch.cuda.mem_get_info(device)
-    size = split.images.nbytes
-    if size > free / 2:
-        logger.info("samples take %.1f GB of %.1f GB free on %s: batches are copied", size / 1e9, free / 1e9, device)
-        return split
-    return split.to(device)
+    free, size = torch.cuda.mem_get_info(device)[0], split.images.nbytes
+    if size <= free / 2:
+        return split.to(device)
+    logger.info("samples take %.1f GB of %.1f GB free on %s: batches are copied", size / 1e9, free / 1e9, device)
+    return split

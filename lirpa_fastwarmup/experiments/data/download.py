@@ -1,7 +1,5 @@
 """The files of a dataset: in a folder of the user's, or downloaded into the cache and unpacked."""
 
-from __future__ import annotations
-
 import http.client
 import shutil
 import tarfile
@@ -57,10 +55,10 @@ def download(title: str, sources: Sequence[Source], folder: Path) -> None:
                 if not (folder / source.name).is_file():
                     _download(source, folder)
     except (OSError, http.client.HTTPException) as error:
+        addresses = ", ".join(source.url for source in sources)
         raise OSError(
-            f"{title} could not be downloaded ({error}). Try again, or download "
-            f"{', '.join(source.url for source in sources)} on a machine with a network and put the files into "
-            f"{folder}, or pass their folder as --data-dir"
+            f"{title} could not be downloaded ({error}). Try again, or download {addresses} on a machine with a "
+            f"network and put the files into {folder}, or pass their folder as --data-dir"
         ) from error
 
 
@@ -94,25 +92,24 @@ def extracted_folder(
     ``data_dir`` may be that folder, or contain it or the archive; nothing is downloaded into it.
     """
     folder = dataset_folder(dataset, data_dir)
-    archive = folder / source.name
+    archive, names = folder / source.name, ", ".join(required)
 
     def find() -> Path | None:
         candidates = (folder, folder / inside)
         return next((place for place in candidates if all((place / name).is_file() for name in required)), None)
 
-    if (found := find()) is not None:
+    if found := find():
         return found
     if data_dir is None:
         download(title, [source], folder)
     if not archive.is_file():
-        raise missing_files(title, [f"{inside} with {', '.join(required)}", f"or the archive {source.name}"], folder)
+        raise missing_files(title, [f"{inside} with {names}", f"or the archive {source.name}"], folder)
     with locked(folder, wait=True):
-        if (found := find()) is None:
+        if not find():
             _extract(archive, folder)
-            found = find()
-    if found is None:
-        raise CorruptFileError(f"{archive} has no {inside} with {', '.join(required)}: download it again")
-    return found
+    if found := find():
+        return found
+    raise CorruptFileError(f"{archive} has no {inside} with {names}: download it again")
 
 
 def _extract(archive: Path, folder: Path) -> None:

@@ -1,7 +1,5 @@
 """Tiny-ImageNet, from its JPEG files."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,12 +8,7 @@ import numpy as np
 import torch
 
 from lirpa_fastwarmup.experiments.data.dataset import Dataset, Split
-from lirpa_fastwarmup.experiments.data.download import (
-    CorruptFileError,
-    Source,
-    extracted_folder,
-    missing_files,
-)
+from lirpa_fastwarmup.experiments.data.download import CorruptFileError, Source, extracted_folder, missing_files
 
 _SHAPE = (3, 64, 64)
 _TINY = "tiny-imagenet-200.zip"
@@ -55,13 +48,12 @@ def _training_files(folder: Path, classes: dict[str, int]) -> list[tuple[Path, i
 def _validation_files(folder: Path, classes: dict[str, int]) -> list[tuple[Path, int]]:
     files, annotations = [], folder / _ANNOTATIONS
     for line in annotations.read_text().splitlines():
-        fields = line.split("\t")
-        if len(fields) < 2 or fields[1] not in classes:
-            raise CorruptFileError(
-                f"{annotations} has the line {line!r}, which is not a file and a class of {_WNIDS}: download the "
-                "dataset again"
-            )
-        files.append((folder / "val" / "images" / fields[0], classes[fields[1]]))
+        name, _, rest = line.partition("\t")
+        number = classes.get(rest.partition("\t")[0])
+        if number is None:
+            text = f"{annotations} has the line {line!r}, which is not a file and a class of {_WNIDS}"
+            raise CorruptFileError(f"{text}: download the dataset again")
+        files.append((folder / "val" / "images" / name, number))
     if not files:
         raise CorruptFileError(f"{annotations} is empty: download the dataset again")
     return files
@@ -79,7 +71,6 @@ def _decode(files: Sequence[tuple[Path, int]]) -> Split:
 
 
 def _read_jpeg(path: Path) -> np.ndarray:
-    """The image in ``path``, uint8 of shape (height, width, 3)."""
     from PIL import Image
 
     try:

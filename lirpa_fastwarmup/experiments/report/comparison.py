@@ -1,7 +1,5 @@
 """A comparison table: one row per group of runs that differ in their seed only, with mean and standard deviation."""
 
-from __future__ import annotations
-
 import json
 import statistics
 from collections.abc import Mapping, Sequence

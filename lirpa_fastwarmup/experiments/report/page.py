@@ -93,13 +93,11 @@ def _error_table(record: RunRecord) -> list[tuple[str, ...]]:
     """Errors by their source, with the methods and samples that they come from; the heading first."""
     rows: list[tuple[str, ...]] = []
     head = ("computed", "bounds", "PGD", "test samples", "ε", "standard error", "PGD error", "verified error")
-    summary, eps, source = record.summary, _radius(record.settings.get("eps")), "after training"
-    if summary is None:
-        summary, source = (record.history or [{}])[-1], f"after epoch {len(record.history)}"
-    if summary:
-        attack = _attack(record.settings if record.summary else {})
+    source = "after training" if record.summary else f"after epoch {len(record.history)}"
+    if summary := record.summary or (record.history or [{}])[-1]:
+        about = _attack(record.settings if record.summary else {}), _text(summary.get("test_samples"), ",")
         errors = (_text(summary.get(name), ".2%") for name in ERRORS)
-        rows.append((source, "IBP", attack, _text(summary.get("test_samples"), ","), eps, *errors))
+        rows.append((source, "IBP", *about, _radius(record.settings.get("eps")), *errors))
     verification = record.verification or {}
     for one in verification.get("results", ()):
         source = f"by verify on {verification.get('dataset', 'test data')} (decided: {_decided(one['stages'])})"
@@ -129,10 +127,7 @@ def _radius(eps: Any) -> str:
 
 
 def _interval(rate: Mapping[str, Any] | None) -> str:
-    if rate is None:
-        return "–"
-    low, high = rate["interval_95"]
-    return f"{rate['value']:.2%} [{low:.2%}, {high:.2%}]"
+    return "–" if rate is None else "{:.2%} [{:.2%}, {:.2%}]".format(rate["value"], *rate["interval_95"])
 
 
 # Pictures.
@@ -156,10 +151,9 @@ def _panel(caption: str, draw: Callable[..., None], *arguments: Any, epochs: boo
 
 def _comparing_pictures(records: Sequence[RunRecord]) -> list[_Picture]:
     histories = {record.name: record.history for record in records if record.history}
-    if len(histories) < 2:
-        return []
     heads = {"Verified error on the test set": "verified_error", "Standard error on the test set": "standard_error"}
-    return [_panel(head, plots.draw_errors_of_runs, histories, column, epochs=True) for head, column in heads.items()]
+    shown = heads.items() if len(histories) > 1 else ()
+    return [_panel(head, plots.draw_errors_of_runs, histories, column, epochs=True) for head, column in shown]
 
 
 def _training_pictures(record: RunRecord) -> list[_Picture]:

@@ -1,7 +1,5 @@
 """The record of a run: what its folder holds, and the inspection of its network."""
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Mapping
@@ -98,8 +96,7 @@ def read_summary(folder: Path, model: _SavedModel | None = None) -> dict[str, An
         raise FileNotFoundError(f"{folder} holds no finished run (no {path.name})")
     with refused(f"{path} is not the summary of a run", ValueError):
         summary = read_json(path)
-        missing = [name for name in (*ERRORS, "dataset", "seed", "settings") if name not in summary]
-        if missing:
+        if missing := [name for name in (*ERRORS, "dataset", "seed", "settings") if name not in summary]:
             raise ValueError(f"it lacks {', '.join(missing)}")
         known = (int, float, type(None))
         if not isinstance(summary["settings"], dict) or any(type(summary[name]) not in known for name in ERRORS):
@@ -114,9 +111,10 @@ def _check_origin(path: Path, content: Mapping[str, Any], model: _SavedModel) ->
     if weights is not None and model.path.is_file() and model.weights != weights:
         raise ValueError(f"{path} belongs to other weights than {model.path}: verify or train again")
     for name, expected in files.items():
-        if (path.parent / name).is_file() and file_sum(path.parent / name) != expected:
+        file = path.parent / name
+        if file.is_file() and file_sum(file) != expected:
             text = f"is not the file that {path.name} was written with: restore it, or verify or train again"
-            raise ValueError(f"{path.parent / name} {text}")
+            raise ValueError(f"{file} {text}")
 
 
 def read_record(folder: Path, data_dir: Path | None = None, *, trust: bool = False) -> RunRecord:
@@ -154,15 +152,14 @@ def _saved_settings(folder: Path, model: _SavedModel) -> dict[str, Any]:
 
 
 def _read_certificates(record: RunRecord, folder: Path, model: _SavedModel) -> None:
-    path = folder / verified.SUMMARY
+    path, table = folder / verified.SUMMARY, folder / verified.CERTIFICATES
     if path.is_file():
         record.verification = read_json(path)
         _check_origin(path, record.verification, model)
     else:
         record.missing.append("There are no certificates: lirpa-fastwarmup verify RUN_DIR computes them.")
-    path = folder / verified.CERTIFICATES
-    if path.is_file():
-        record.eps, record.samples = certified_samples(path, record.settings.get("eps", 0.0))
+    if table.is_file():
+        record.eps, record.samples = certified_samples(table, record.settings.get("eps", 0.0))
 
 
 def certified_samples(path: Path, eps: float) -> tuple[float, list[Sample]]:
