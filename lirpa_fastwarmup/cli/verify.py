@@ -42,6 +42,8 @@ def add_to(command: argparse.ArgumentParser) -> None:
     what.add_argument("--pgd-restarts", type=int, default=5, help="its random starts; 0 for no attack (default: 5)")
     what.add_argument("--restarts", dest="pgd_restarts", type=int, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     what.add_argument("--float64", action="store_true", help="repeat the verdicts in double precision")
+    text = "of certified samples, prove what holds in spite of rounding errors"
+    what.add_argument("--rigorous", action="store_true", help=text)
     what.add_argument("--batch-size", type=int, default=100, help="halved if memory does not suffice (default: 100)")
     what.add_argument("--seed", type=int, default=0, help="of the attack (default: 0)")
     what.add_argument("--device", help="cpu, cuda, cuda:1 …; by default a GPU if there is one")
@@ -107,7 +109,7 @@ def _run(
         return text.format(count=len(found), **radii_entry(found, tolerance))
 
     try:
-        at = partial(verify, bounded, samples, float64=options.float64)
+        at = partial(verify, bounded, samples, float64=options.float64, rigorous=options.rigorous)
         verifications = [computed(f"eps {eps}", partial(at, eps), str) for eps in radii]
         search = partial(certified_radii, bounded, samples, largest=largest, tolerance=tolerance)
         certified = computed("radius", search, summary) if options.radius else None

@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,8 +17,9 @@ from lirpa_fastwarmup.engine.module import BoundedModule
 from lirpa_fastwarmup.engine.precision import exact_arithmetic
 from lirpa_fastwarmup.engine.soundness import Finding, per_sample
 from lirpa_fastwarmup.memory import MicroBatches
-from lirpa_fastwarmup.verification.intervals import interval_bounds
-from lirpa_fastwarmup.verification.result import ATTACK, BatchResult, Certificate, Stage
+from lirpa_fastwarmup.verification.intervals import Interval, interval_bounds
+from lirpa_fastwarmup.verification.result import ATTACK, RIGOROUS, BatchResult, Certificate, Stage
+from lirpa_fastwarmup.verification.rigorous import RigorousMargins, box_around
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +37,7 @@ class Plan:
     float64: bool
     batch_size: int
     seed: int
+    rigorous: bool = False
 
     def micro_batches(self) -> dict[str, MicroBatches]:
         """One for the attack and one for each method, which differ in the memory they need."""
@@ -105,11 +107,16 @@ class _Batch:
 class Certifier:
     """Certifies batches by one plan, in exact arithmetic; of ``bounds`` in several precisions, it reports the first.
 
-    With ``check``, it checks the bounds of each method on the first samples that it runs on.
+    With ``check``, it checks the bounds of each method on the first samples that it runs on. If the plan asks for it,
+    it proves rigorous statements of ``network`` too.
     """
 
-    def __init__(self, bounds: Sequence[MarginBounds], plan: Plan, *, untested: bool, check: bool = True) -> None:
-        self.plan, self._bounds, self._untested = plan, tuple(bounds), untested
+    def __init__(
+        self, bounds: Sequence[MarginBounds], plan: Plan, network: BoundedModule, *, check: bool = True
+    ) -> None:
+        self.plan, self._bounds, self._untested = plan, tuple(bounds), bool(network.untested)
+        self._layout = network.layout
+        self._rigorous = RigorousMargins(network.wrapped) if plan.rigorous else None
         self._unchecked = {(method, one.dtype) for method in plan.methods for one in bounds} if check else set()
         self._micro_batches = plan.micro_batches()
 
@@ -125,7 +132,24 @@ class Certifier:
             first, *second = map(self._bound_all, batches, results)
             radii = eps.flatten(1).amax(1).expand(len(x)).tolist() if is_per_sample(eps, x) else [None] * len(x)
             result.certificates = self._certificates(first, second[0] if second else None, radii)
+        if self._rigorous is not None:
+            self._state(self._rigorous, x, eps, result)
         return result
+
+    def _state(self, rigorous: RigorousMargins, x: Tensor, eps: Epsilon, result: BatchResult[Certificate]) -> None:
+        """Add to the certificates what holds in spite of rounding."""
+        started = time.perf_counter()
+        proved = [one.index for one in result.certificates if one.verified]
+        some = torch.tensor(proved, dtype=torch.int64, device=x.device)
+        box = box_around(x[some], per_sample(eps, x)(some), self.plan.input_range)
+        ends = zip(self._layout.unpack(box.lower), self._layout.unpack(box.upper), strict=True)
+        inputs = [Interval(low, high) if low.is_floating_point() else low for low, high in ends]
+        y = torch.tensor([result.certificates[index].label for index in proved], dtype=torch.int64)
+        statements = rigorous.statements(inputs, y) if proved else []
+        for index, statement in zip(proved, statements, strict=True):
+            result.certificates[index] = replace(result.certificates[index], rigorous=statement)
+        hits = sum(statement is not None for statement in statements)
+        result.stages[RIGOROUS] = Stage(len(proved), hits, time.perf_counter() - started)
 
     def _attack(self, x: Tensor, y: Tensor, eps: Epsilon, result: BatchResult[Certificate]) -> Tensor:
         """The worst point found for each sample, in the first precision."""

@@ -95,6 +95,7 @@ def verify(
     restarts: int = 5,
     input_range: Any = (0.0, 1.0),
     float64: bool = False,
+    rigorous: bool = False,
     batch_size: int = 100,
     seed: int = 0,
     indices: Sequence[int] | None = None,
@@ -120,6 +121,8 @@ def verify(
         restarts: random starts of the attack; 0 for no attack.
         input_range: lowest and highest valid input, to clip boxes to, or ``None``; for several inputs also a tuple.
         float64: repeat the verdicts in double precision, and record changes.
+        rigorous: of the certified samples, also prove what holds in spite of rounding, by an interval arithmetic that
+            bounds all rounding errors, on the CPU (:mod:`lirpa_fastwarmup.verification.rigorous`).
         batch_size: samples per batch, unless ``samples`` are batches.
         seed: of the attack's starts.
         indices: a number for each sample, such as its index in the test set; by default its place.
@@ -155,9 +158,9 @@ def verify(
         text = "pgd_steps and restarts must be at least 0 and batch_size at least 1"
         raise ValueError(f"{text}; found {pgd_steps}, {restarts} and {batch_size}")
     packed_range = bounded.layout.pack_range(input_range)
-    plan = Plan(ordered(methods), pgd_steps, restarts, packed_range, float64, batch_size, seed)
+    plan = Plan(ordered(methods), pgd_steps, restarts, packed_range, float64, batch_size, seed, rigorous)
     dtypes = (torch.float32, torch.float64) if float64 else (torch.float32,)
-    certifier = Certifier([MarginBounds(bounded, dtype) for dtype in dtypes], plan, untested=bool(bounded.untested))
+    certifier = Certifier([MarginBounds(bounded, dtype) for dtype in dtypes], plan, bounded)
     options = {"indices": indices, "journal": journal, "progress": progress, "over_ranks": over_ranks}
     return _verification(bounded, samples, eps, packed, certifier, warn=True, **options)
 
@@ -191,7 +194,7 @@ def evaluate(
     dtype = next((value.dtype for value in bounded.wrapped.parameters()), torch.get_default_dtype())
     with unchanged(bounded.wrapped):
         network = MarginBounds(bounded.eval(), dtype, live=True)
-        certifier = Certifier([network], plan, untested=bool(bounded.untested), check=check)
+        certifier = Certifier([network], plan, bounded, check=check)
         return _verification(bounded, samples, eps, packed, certifier, warn=False, over_ranks=over_ranks)
 
 

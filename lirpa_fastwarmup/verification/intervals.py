@@ -10,7 +10,7 @@ import functools
 import itertools
 import math
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,14 +30,16 @@ class UnknownOperatorError(NotImplementedError):
 
 
 @dataclass(frozen=True, eq=False)
-class _Interval:
+class Interval:
+    """All numbers from ``lower`` to ``upper``, elementwise."""
+
     lower: Tensor
     upper: Tensor
 
 
 # Maps an operator and its arguments, some of them intervals, to its result: an interval, or a list for several outputs.
 # NotImplemented where the rule does not cover the arguments.
-_Rule = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
+Rule = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
 
 
 @torch.inference_mode(False)
@@ -54,18 +56,18 @@ def interval_bounds(model: nn.Module, *boxes: tuple[Tensor, Tensor] | Tensor) ->
     """
     device = (boxes[0] if isinstance(boxes[0], Tensor) else boxes[0][0]).device
     inputs = [_as_value(box, device) for box in boxes]
-    examples = [value.lower if isinstance(value, _Interval) else value for value in inputs]
+    examples = [value.lower if isinstance(value, Interval) else value for value in inputs]
     with torch.autocast(device.type, enabled=False), torch.random.fork_rng([device] if device.type == "cuda" else []):
         model = copy.deepcopy(model).eval().to(device, torch.float64)
-        graph = _trace(model, examples)
-        output = _Propagation(graph, model).run(*inputs)
-    lower, upper = (output.lower, output.upper) if isinstance(output, _Interval) else (output, output)
+        graph = trace(model, examples)
+        output = Propagation(graph, model).run(*inputs)
+    lower, upper = (output.lower, output.upper) if isinstance(output, Interval) else (output, output)
     if not bool((lower <= upper).all()):
         raise ArithmeticError("a bound is NaN, or a lower bound exceeds the upper bound")
     return lower.double(), upper.double()
 
 
-def _as_value(box: tuple[Tensor, Tensor] | Tensor, device: torch.device) -> _Interval | Tensor:
+def _as_value(box: tuple[Tensor, Tensor] | Tensor, device: torch.device) -> Interval | Tensor:
     if isinstance(box, Tensor):
         return box.to(device, torch.float64 if box.is_floating_point() else box.dtype, copy=True)
     lower, upper = (end.to(device, torch.float64, copy=True) for end in box)
@@ -73,10 +75,12 @@ def _as_value(box: tuple[Tensor, Tensor] | Tensor, device: torch.device) -> _Int
         raise ValueError(f"the ends of a box differ in shape: {tuple(lower.shape)} and {tuple(upper.shape)}")
     if not bool((lower <= upper).all()):
         raise ValueError("the lower end of a box exceeds the upper end, or is NaN")
-    return _Interval(lower, upper)
+    return Interval(lower, upper)
 
 
-def _trace(model: nn.Module, examples: list[Tensor]) -> torch.fx.GraphModule:
+def trace(model: nn.Module, examples: list[Tensor]) -> torch.fx.GraphModule:
+    """The ATen operators of ``model`` on inputs like ``examples``."""
+
     def forward(*inputs: Tensor) -> Tensor:
         output = model(*(x.clone() for x in inputs))  # The model may change an input in place.
         if not isinstance(output, Tensor):
@@ -89,12 +93,13 @@ def _trace(model: nn.Module, examples: list[Tensor]) -> torch.fx.GraphModule:
     return graph
 
 
-class _Propagation(torch.fx.Interpreter):
+class Propagation(torch.fx.Interpreter):
     """Evaluates a traced network on intervals and tensors."""
 
-    def __init__(self, graph: torch.fx.GraphModule, model: nn.Module) -> None:
+    def __init__(self, graph: torch.fx.GraphModule, model: nn.Module, rules: Mapping[str, Rule] | None = None) -> None:
         super().__init__(graph)
         self.extra_traceback = False
+        self._rules = _RULES if rules is None else rules
         self._names = {id(parameter): name for name, parameter in model.named_parameters()}
         self._last = "none"
 
@@ -108,9 +113,9 @@ class _Propagation(torch.fx.Interpreter):
             result = args[0][args[1]]
         elif not isinstance(target, torch._ops.OpOverload) or target._schema.is_mutable or _RANDOM in target.tags:
             result = NotImplemented  # What remains to be mutated is a buffer: the output depends on earlier calls.
-        elif _intervals((args, kwargs)):
+        elif intervals_in((args, kwargs)):
             namespace, _, name = str(target).rpartition(".")[0].rpartition(".")
-            rule = _RULES.get(name) if namespace == "aten" else None
+            rule = self._rules.get(name) if namespace == "aten" else None
             result = rule(target, args, kwargs) if rule else NotImplemented
         else:
             result = super().call_function(target, args, kwargs)
@@ -122,16 +127,17 @@ class _Propagation(torch.fx.Interpreter):
         return result
 
 
-def _intervals(arguments: Any) -> list[_Interval]:
-    found: list[_Interval] = []
-    map_aggregate(arguments, lambda value: found.append(value) if isinstance(value, _Interval) else None)
+def intervals_in(arguments: Any) -> list[Interval]:
+    """The intervals among an operator's arguments, in order."""
+    found: list[Interval] = []
+    map_aggregate(arguments, lambda value: found.append(value) if isinstance(value, Interval) else None)
     return found
 
 
 def _call(function: Any, args: Any, kwargs: Any, values: Iterable[Tensor]) -> Any:
-    """``function``'s result with ``values`` in place of the intervals, in the order of :func:`_intervals`."""
+    """``function``'s result with ``values`` in place of the intervals, in the order of :func:`intervals_in`."""
     ends = iter(values)
-    args, kwargs = map_aggregate((args, kwargs), lambda value: next(ends) if isinstance(value, _Interval) else value)
+    args, kwargs = map_aggregate((args, kwargs), lambda value: next(ends) if isinstance(value, Interval) else value)
     return function(*args, **kwargs)
 
 
@@ -139,7 +145,7 @@ def _pair(lower: Any, upper: Any) -> Any:
     """Intervals from results at the lower and upper ends; NotImplemented in place of indices."""
     if isinstance(lower, tuple | list):
         return [_pair(*ends) for ends in zip(lower, upper, strict=True)]
-    return _Interval(lower, upper) if lower.is_floating_point() else NotImplemented
+    return Interval(lower, upper) if lower.is_floating_point() else NotImplemented
 
 
 def _hull(results: list[Any]) -> Any:
@@ -149,45 +155,46 @@ def _hull(results: list[Any]) -> Any:
     return _pair(functools.reduce(torch.minimum, results), functools.reduce(torch.maximum, results))
 
 
-def _increasing(function: Any, args: Any, kwargs: Any) -> Any:
+def increasing(function: Any, args: Any, kwargs: Any) -> Any:
     """Operators that do not decrease in any of the intervals, such as those that move elements."""
-    intervals = _intervals((args, kwargs))
+    intervals = intervals_in((args, kwargs))
     lower = _call(function, args, kwargs, [interval.lower for interval in intervals])
     return _pair(lower, _call(function, args, kwargs, [interval.upper for interval in intervals]))
 
 
-def _monotone(function: Any, args: Any, kwargs: Any) -> Any:
+def monotone(function: Any, args: Any, kwargs: Any) -> Any:
     """Operators that are monotone in each interval; the direction may depend on the other arguments."""
-    corners = itertools.product(*((interval.lower, interval.upper) for interval in _intervals((args, kwargs))))
+    corners = itertools.product(*((interval.lower, interval.upper) for interval in intervals_in((args, kwargs))))
     return _hull([_call(function, args, kwargs, corner) for corner in corners])
 
 
 def _turning(function: Any, x: Any, others: Any, kwargs: Any, points: Iterable[float]) -> Any:
     """Elementwise functions of ``x`` that are monotone, in either direction, between consecutive ``points``."""
-    if not isinstance(x, _Interval) or _intervals((others, kwargs)):
+    if not isinstance(x, Interval) or intervals_in((others, kwargs)):
         return NotImplemented
     inside = [x.lower.clamp(min=point).minimum(x.upper) for point in points]
     return _hull([function(value, *others, **kwargs) for value in (x.lower, x.upper, *inside)])
 
 
-def _turning_at(*points: float) -> _Rule:
+def turning_at(*points: float) -> Rule:
+    """The rule of functions that are monotone, in either direction, between consecutive ``points``."""
     return lambda function, args, kwargs: _turning(function, args[0], args[1:], kwargs, points)
 
 
 def _bilinear(product: Any, one: Any, other: Any) -> Any:
     """Products with a constant W: the lower bound is product(lower, W⁺) + product(upper, W⁻)."""
-    if isinstance(one, _Interval) and isinstance(other, _Interval):
+    if isinstance(one, Interval) and isinstance(other, Interval):
         return NotImplemented
-    if isinstance(other, _Interval):
+    if isinstance(other, Interval):
         return _bilinear(lambda b, a: product(a, b), other, one)
-    if not isinstance(one, _Interval):
+    if not isinstance(one, Interval):
         return product(one, other)
     positive, negative = other.clamp(min=0), other.clamp(max=0)
     lower = product(one.lower, positive) + product(one.upper, negative)
-    return _Interval(lower, product(one.upper, positive) + product(one.lower, negative))
+    return Interval(lower, product(one.upper, positive) + product(one.lower, negative))
 
 
-def _plus_product(product: Any) -> _Rule:
+def _plus_product(product: Any) -> Rule:
     """The rule of beta·c + alpha·product(a, b)."""
 
     def rule(function: Any, args: Any, kwargs: Any) -> Any:
@@ -195,31 +202,31 @@ def _plus_product(product: Any) -> _Rule:
         if result is NotImplemented:
             return result
         beta, alpha = kwargs.get("beta", 1), kwargs.get("alpha", 1)
-        return _monotone(lambda c, ab: beta * c + alpha * ab, (args[0], result), {})
+        return monotone(lambda c, ab: beta * c + alpha * ab, (args[0], result), {})
 
     return rule
 
 
 def _convolution(function: Any, args: Any, kwargs: Any) -> Any:
     x, weight, bias, *attributes = args
-    if isinstance(bias, _Interval):
+    if isinstance(bias, Interval):
         return NotImplemented
     result = _bilinear(lambda x, weight: function(x, weight, None, *attributes), x, weight)
     if bias is None or result is NotImplemented:
         return result
-    return _increasing(torch.add, (result, bias.view(-1, *[1] * len(attributes[0]))), {})
+    return increasing(torch.add, (result, bias.view(-1, *[1] * len(attributes[0]))), {})
 
 
 def _multiply(function: Any, args: Any, kwargs: Any) -> Any:
     one, other = args
     if one is other:
         return _turning(lambda x: function(x, x), one, (), kwargs, [0])
-    return _monotone(function, args, kwargs)
+    return monotone(function, args, kwargs)
 
 
 def _power(function: Any, args: Any, kwargs: Any) -> Any:
     base, exponent = args
-    if not isinstance(base, _Interval) or isinstance(exponent, _Interval | Tensor):
+    if not isinstance(base, Interval) or isinstance(exponent, Interval | Tensor):
         return NotImplemented
     if not float(exponent).is_integer():
         _require(base.lower >= 0, function)
@@ -228,18 +235,18 @@ def _power(function: Any, args: Any, kwargs: Any) -> Any:
     return _turning(function, base, (exponent,), kwargs, [0])
 
 
-def _within(domain: Callable[[_Interval], Tensor], rule: _Rule, position: int = 0) -> _Rule:
+def _within(domain: Callable[[Interval], Tensor], rule: Rule, position: int = 0) -> Rule:
     """``rule`` where the argument at ``position`` lies in ``domain``."""
 
     def restricted(function: Any, args: Any, kwargs: Any) -> Any:
-        if isinstance(args[position], _Interval):
+        if isinstance(args[position], Interval):
             _require(domain(args[position]), function)
         return rule(function, args, kwargs)
 
     return restricted
 
 
-def _excludes_zero(x: _Interval) -> Tensor:
+def _excludes_zero(x: Interval) -> Tensor:
     return (x.lower > 0) | (x.upper < 0)
 
 
@@ -256,56 +263,61 @@ def _softplus(function: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _batch_norm(function: Any, args: Any, kwargs: Any) -> Any:
-    if any(value is True for value in args) or _intervals((args[1:], kwargs)):  # True: training mode.
+    if any(value is True for value in args) or intervals_in((args[1:], kwargs)):  # True: training mode.
         return NotImplemented
-    return _monotone(function, args, kwargs)
+    return monotone(function, args, kwargs)
 
 
-def _view(function: Any, args: Any, kwargs: Any) -> Any:
+def view(function: Any, args: Any, kwargs: Any) -> Any:
+    """Another shape, but no other dtype."""
     # The ends may be laid out in memory differently from the traced tensor.
-    return NotImplemented if isinstance(args[1], torch.dtype) else _increasing(torch.reshape, args, kwargs)
+    return NotImplemented if isinstance(args[1], torch.dtype) else increasing(torch.reshape, args, kwargs)
 
 
 def _only_shape(function: Any, args: Any, kwargs: Any) -> Any:
     """Operators that read only the shape of an interval, not its values."""
-    return _call(function, args, kwargs, [interval.lower for interval in _intervals((args, kwargs))])
+    return _call(function, args, kwargs, [interval.lower for interval in intervals_in((args, kwargs))])
 
 
-_INCREASING = """
-    _adaptive_avg_pool2d _adaptive_avg_pool3d _reshape_alias _to_copy _unsafe_index _upsample_nearest_exact1d
-    _upsample_nearest_exact2d _upsample_nearest_exact3d adaptive_max_pool2d adaptive_max_pool3d alias amax amin cat
-    channel_shuffle clamp clamp_max clamp_min clone col2im constant_pad_nd copy detach diagonal diagonal_scatter erf exp
-    expand fill flip gather hardsigmoid hardtanh im2col index index_put index_select max max_pool2d_with_indices
-    max_pool3d_with_indices maximum mean min minimum permute pixel_shuffle pixel_unshuffle reflection_pad1d
-    reflection_pad2d reflection_pad3d relu repeat replication_pad1d replication_pad2d replication_pad3d roll select
-    select_scatter sigmoid slice slice_scatter split split_with_sizes squeeze stack sum t tanh transpose unbind unfold
-    unsqueeze upsample_bilinear2d upsample_linear1d upsample_nearest1d upsample_nearest2d upsample_nearest3d
-    upsample_trilinear3d where
+# Operators that move elements, and compute nothing.
+_MOVING = """
+    _reshape_alias _unsafe_index alias cat channel_shuffle clone constant_pad_nd detach diagonal diagonal_scatter expand
+    fill flip gather im2col index index_select permute pixel_shuffle pixel_unshuffle reflection_pad1d reflection_pad2d
+    reflection_pad3d repeat replication_pad1d replication_pad2d replication_pad3d roll select select_scatter slice
+    slice_scatter split split_with_sizes squeeze stack t transpose unbind unfold unsqueeze where
+"""
+_NOT_DECREASING = """
+    _adaptive_avg_pool2d _adaptive_avg_pool3d _to_copy _upsample_nearest_exact1d _upsample_nearest_exact2d
+    _upsample_nearest_exact3d adaptive_max_pool2d adaptive_max_pool3d amax amin clamp clamp_max clamp_min col2im copy
+    erf exp hardsigmoid hardtanh index_put max max_pool2d_with_indices max_pool3d_with_indices maximum mean min minimum
+    relu sigmoid sum tanh upsample_bilinear2d upsample_linear1d upsample_nearest1d upsample_nearest2d upsample_nearest3d
+    upsample_trilinear3d
 """
 _BATCH_NORM = "native_batch_norm cudnn_batch_norm miopen_batch_norm"
 _BATCH_NORM += " _native_batch_norm_legit _native_batch_norm_legit_no_training"
+MOVING, BATCH_NORM = frozenset(_MOVING.split()), frozenset(_BATCH_NORM.split())
 _FILLED = "empty_like full_like new_empty new_full new_ones new_zeros ones_like zeros_like"
-_RULES: dict[str, _Rule] = {
-    **dict.fromkeys(_INCREASING.split(), _increasing),
-    **dict.fromkeys(["view", "_unsafe_view"], _view),
-    **dict.fromkeys(["add", "avg_pool2d", "avg_pool3d", "neg", "rsub", "sub"], _monotone),
-    **dict.fromkeys(["_prelu_kernel", "abs", "celu", "elu", "leaky_relu"], _turning_at(0)),
+_RULES: dict[str, Rule] = {
+    **dict.fromkeys([*MOVING, *_NOT_DECREASING.split()], increasing),
+    **dict.fromkeys(["view", "_unsafe_view"], view),
+    **dict.fromkeys(["add", "avg_pool2d", "avg_pool3d", "neg", "rsub", "sub"], monotone),
+    **dict.fromkeys(["_prelu_kernel", "abs", "celu", "elu", "leaky_relu"], turning_at(0)),
     **dict.fromkeys(["bmm", "dot", "mm", "mv"], lambda function, args, kwargs: _bilinear(function, *args)),
-    **dict.fromkeys(_BATCH_NORM.split(), _batch_norm),
+    **dict.fromkeys(BATCH_NORM, _batch_norm),
     **dict.fromkeys(_FILLED.split(), _only_shape),
     "addmm": _plus_product(torch.mm),
     "addmv": _plus_product(torch.mv),
     "baddbmm": _plus_product(torch.bmm),
     "convolution": _convolution,
-    "div": _within(_excludes_zero, _monotone, position=1),
-    "gelu": _turning_at(*_GELU_MINIMA),
-    "hardswish": _turning_at(-3, -1.5),
-    "log": _within(lambda x: x.lower > 0, _increasing),
+    "div": _within(_excludes_zero, monotone, position=1),
+    "gelu": turning_at(*_GELU_MINIMA),
+    "hardswish": turning_at(-3, -1.5),
+    "log": _within(lambda x: x.lower > 0, increasing),
     "mul": _multiply,
     "pow": _power,
-    "reciprocal": _within(_excludes_zero, _monotone),
-    "rsqrt": _within(lambda x: x.lower > 0, _monotone),
-    "silu": _turning_at(_SILU_MINIMUM),
+    "reciprocal": _within(_excludes_zero, monotone),
+    "rsqrt": _within(lambda x: x.lower > 0, monotone),
+    "silu": turning_at(_SILU_MINIMUM),
     "softplus": _softplus,
-    "sqrt": _within(lambda x: x.lower >= 0, _increasing),
+    "sqrt": _within(lambda x: x.lower >= 0, increasing),
 }

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass, field, replace
 from typing import Any, Generic, TypeVar
 
-ATTACK = "PGD"  # Its name among the stages.
+ATTACK, RIGOROUS = "PGD", "rigorous"  # Their names among the stages.
 _Z = 1.959963984540054  # The normal distribution's 97.5 % quantile.
 _DIGITS = len("sha256:") + 16  # Of a digest, in tables.
 
@@ -30,6 +30,9 @@ class Certificate:
         float64: how double precision changes the verdicts, "" for no change; ``None`` without ``float64``.
         untested: whether the certificate relies on bounds that have not been tested.
         eps: its own radius (the largest of its elements), where samples differ; otherwise ``None``.
+        rigorous: what was proved in spite of rounding: "exact", that exact arithmetic gives every real point of the box
+            its label; "float32", that PyTorch's float32 arithmetic does too, at every float32 point; ``None`` for
+            neither, or without ``rigorous``.
     """
 
     index: int
@@ -42,6 +45,7 @@ class Certificate:
     float64: str | None = None
     untested: bool = False
     eps: float | None = None
+    rigorous: str | None = None
 
     @property
     def correct(self) -> bool:
@@ -118,6 +122,11 @@ class Stage:
     samples: int = 0
     hits: int = 0
     seconds: float = 0.0
+
+    @property
+    def per_sample(self) -> float:
+        """Seconds per sample, 0 if there was none."""
+        return self.seconds / max(1, self.samples)
 
 
 Result = TypeVar("Result", Certificate, Radius)
@@ -209,6 +218,7 @@ class Verification:
             own = self.eps if sample.eps is None else sample.eps
             row["eps"] = own if isinstance(own, list) else float(own)
             row |= {} if sample.float64 is None else {"float64": sample.float64}
+            row |= {"rigorous": sample.rigorous or ""} if RIGOROUS in self.stages else {}
             row |= {"untested": 1} if sample.untested else {}
             yield {**row, "weights": weights[:_DIGITS]}
 
@@ -217,7 +227,7 @@ class Verification:
         stages: dict[str, Any] = {}
         for name, stage in self.stages.items():
             hits = {"falsified" if name == ATTACK else "proved": stage.hits}
-            stages[name] = {"samples": stage.samples, **hits, "seconds_per_sample": stage.seconds / stage.samples}
+            stages[name] = {"samples": stage.samples, **hits, "seconds_per_sample": stage.per_sample}
         entry: dict[str, Any] = {
             "eps": self.eps,
             "standard_error": self.standard_error.as_dict(),
@@ -228,9 +238,15 @@ class Verification:
         }
         if self.untested:
             entry["untested"] = list(self.untested)
+        if RIGOROUS in self.stages:
+            entry["rigorous"] = {name: self.rigorous(name) for name in ("exact", "float32")}
         if self._has_float64():
             entry["changed_in_float64"] = {str(sample.index): sample.float64 for sample in self.changed_in_float64}
         return entry
+
+    def rigorous(self, *statements: str) -> int:
+        """The number of samples of which one of ``statements``, "exact" and "float32", was proved."""
+        return sum(sample.rigorous in statements for sample in self.certificates)
 
     def _has_float64(self) -> bool:
         return any(sample.float64 is not None for sample in self.certificates)
@@ -245,7 +261,10 @@ class Verification:
         lines += [f"{f'{name} error':<14}  {'none' if rate is None else rate}" for name, rate in rates.items()]
         lines.append("stage        samples  decided  s per sample")
         for name, one in self.stages.items():
-            lines.append(f"{name:<11} {one.samples:>8,} {one.hits:>8,}  {one.seconds / one.samples:.4f}")
+            lines.append(f"{name:<11} {one.samples:>8,} {one.hits:>8,}  {one.per_sample:.4f}")
+        if RIGOROUS in self.stages:
+            both, exact = self.rigorous("float32"), self.rigorous("exact", "float32")
+            lines.append(f"in spite of rounding: {exact:,} in exact arithmetic, {both:,} also as computed in float32")
         if self._has_float64():
             lines.append(f"float64 changes the verdicts of {len(self.changed_in_float64)} samples")
         lines += [f"  sample {sample.index}: {sample.float64}" for sample in self.changed_in_float64]

@@ -1,0 +1,325 @@
+"""Interval bounds that hold in floating point: every rounding error is bounded, and ends are rounded outward.
+
+They prove two statements about a network with float32 parameters and a box of real points around a sample:
+
+- "exact": in exact arithmetic, the network has the same class at every point of the box;
+- "float32": so it has as PyTorch computes it in float32, at every float32 point of the box, whatever the order of its
+  sums. The rounding errors of the network may be 0, so that this statement implies the first.
+
+"float32" is about products and sums that are computed as such: no TF32, and no convolution by Winograd's algorithm, by
+FFT or by NNPACK. Underflow is gradual, as it is unless torch.set_flush_denormal was called. Where a float32 number
+might overflow, nothing is proved.
+
+The bounds are computed in float64. A sum of n products, in any order, is within γ_n·Σ|a·b| of the exact one, where
+γ_n = n·u/(1 − n·u) and u is 2⁻⁵³ for float64 and 2⁻²⁴ for float32 (Higham, 2002, section 3.1). Functions other than
+sums, products, quotients, roots and piecewise linear ones are refused: no standard bounds their error.
+"""
+
+import copy
+import logging
+import math
+import operator
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lirpa_fastwarmup.boxes import Epsilon, InputRange, broadcast_to_batch
+from lirpa_fastwarmup.verification import intervals
+from lirpa_fastwarmup.verification.intervals import (
+    BATCH_NORM,
+    MOVING,
+    Interval,
+    Rule,
+    increasing,
+    intervals_in,
+    monotone,
+)
+
+logger = logging.getLogger(__name__)
+
+Statement = Literal["exact", "float32"]
+
+_U64, _U32 = 2.0**-53, 2.0**-24
+_SLACK = 1 + 2.0**-20  # Covers the rounding of the error bounds themselves.
+_TINY64 = 1e-300  # More than any sum loses to underflow.
+_TINY32 = 2.0**-149  # More than one operation loses to it in float32.
+_LARGEST = torch.finfo(torch.float32).max / 2
+_LINEAR = (torch.ops.aten.addmm.default, torch.ops.aten.mm.default)
+_BATCH_NORM_ROUNDINGS = 12  # Of (x − m)·s + b and of x·s + (b − m·s), with those of s = w/√(v + ε).
+
+
+def _gamma(count: int, unit: float) -> float:
+    if count * unit >= 0.5:
+        raise ArithmeticError(f"rounding errors of sums of {count} terms are not bounded in this precision")
+    return _SLACK * count * unit / (1 - count * unit)
+
+
+def _outward(lower: Tensor, upper: Tensor) -> Interval:
+    """The ends, each after one rounding to nearest, moved by more than that rounding."""
+    infinity = torch.tensor(torch.inf, dtype=torch.float64)
+    return Interval((lower - _TINY64).nextafter(-infinity), (upper + _TINY64).nextafter(infinity))
+
+
+def _sizes(x: Interval) -> Tensor:
+    return torch.maximum(x.lower.abs(), x.upper.abs())
+
+
+def box_around(x: Tensor, eps: Epsilon, input_range: InputRange | None) -> Interval:
+    """The box of real points around ``x`` in float64, its ends rounded outward; clipped to ``input_range``."""
+    x = x.cpu().double()
+    radius = broadcast_to_batch(eps, x, "eps")
+    box = _outward(x - radius, x + radius)
+    if input_range is None:
+        return box
+    low, high = (torch.as_tensor(broadcast_to_batch(end, x, "input_range"), dtype=x.dtype) for end in input_range)
+    return Interval(torch.maximum(box.lower, low.cpu()), torch.minimum(box.upper, high.cpu()))
+
+
+class _Arithmetic:
+    """Interval rules for the values of a network in exact arithmetic, or as computed in float32."""
+
+    def __init__(self, *, computed: bool) -> None:
+        self.unit, self.tiny = (_U32, _TINY32) if computed else (0.0, 0.0)
+        self.rules = self._rules()
+
+    def errors(self, count: int) -> float:
+        """The network's own γ of ``count`` roundings."""
+        return _gamma(count, self.unit) if self.unit else 0.0
+
+    def widened(self, x: Interval, error: Tensor | float) -> Interval:
+        """``x``, after the network's own rounding by at most ``error``."""
+        if not self.unit:
+            return x
+        found = _outward(x.lower - error * _SLACK, x.upper + error * _SLACK)
+        if not bool((_sizes(found) < _LARGEST).all()):
+            raise ArithmeticError("a value may overflow in float32")
+        return found
+
+    def rounded(self, rule: Rule, count: int) -> Rule:
+        """``rule`` of an elementwise operator, which rounds once here, and ``count`` times in the network."""
+
+        def applied(function: Any, args: Any, kwargs: Any) -> Any:
+            found = rule(function, args, kwargs)
+            if found is NotImplemented:
+                return found
+            found = _outward(found.lower, found.upper)
+            largest = max(float(_sizes(value).amax()) for value in intervals_in((args, kwargs)))
+            tiny = count * self.tiny * (1 + largest)
+            return self.widened(found, self.errors(count) * _sizes(found) + tiny)
+
+        return applied
+
+    def sum(self, function: Any, args: Any, kwargs: Any) -> Any:
+        """Sums and differences; a constant that is a Python number is rounded to float32 first."""
+        if kwargs:
+            return NotImplemented
+        found = monotone(function, args, kwargs)
+        found = _outward(found.lower, found.upper)
+        constants = math.fsum(abs(value) for value in args if isinstance(value, float | int))
+        return self.widened(found, self.errors(2) * (_sizes(found) + constants) + 2 * self.tiny)
+
+    def clipped(self, function: Any, args: Any, kwargs: Any) -> Any:
+        """Operators that choose between their argument and constants, which float32 may round."""
+        constants = [value for value in (*args, *kwargs.values()) if isinstance(value, float)]
+        found = increasing(function, args, kwargs)
+        if all(float(torch.tensor(value, dtype=torch.float32)) == value for value in constants):
+            return found
+        return self.widened(found, self.errors(1) * _sizes(found) + self.tiny)
+
+    def affine(self, product: Callable[..., Tensor], x: Any, weight: Any, bias: Any, terms: int) -> Any:
+        """product(x, weight) + bias, where each element of the product is a sum of ``terms`` products."""
+        if not isinstance(x, Interval) or isinstance(weight, Interval) or isinstance(bias, Interval):
+            return NotImplemented
+        centre = (x.lower + x.upper) / 2
+        radius = torch.maximum(x.upper - centre, centre - x.lower) * _SLACK
+        own, theirs = _gamma(terms + 2, _U64), self.errors(terms + 1)
+        value = product(centre, weight)
+        spread = product(radius + (own + theirs) * (centre.abs() + radius), weight.abs())
+        if bias is not None:
+            value, spread = value + bias, spread + (own + theirs) * bias.abs()
+        spread = spread * (1 + 8 * own) * _SLACK + (2 * terms + 2) * self.tiny
+        return self.widened(_outward(value - spread, value + spread), 0.0)
+
+    def addmm(self, function: Any, args: Any, kwargs: Any) -> Any:
+        bias, x, weight = args
+        if kwargs or isinstance(weight, Interval):
+            return NotImplemented
+        return self.affine(torch.mm, x, weight, bias, weight.shape[0])
+
+    def matmul(self, function: Any, args: Any, kwargs: Any) -> Any:
+        one, other = args
+        if isinstance(other, Interval):
+            return self.affine(lambda x, weight: function(weight, x), other, one, None, other.lower.shape[-2])
+        return self.affine(function, one, other, None, other.shape[-2])
+
+    def convolution(self, function: Any, args: Any, kwargs: Any) -> Any:
+        x, weight, bias, *attributes = args
+        if isinstance(weight, Interval) or isinstance(bias, Interval):
+            return NotImplemented
+        transposed, groups = attributes[3], attributes[5]
+        terms = (weight.shape[0] // groups if transposed else weight.shape[1]) * math.prod(weight.shape[2:])
+        bias = None if bias is None else bias.view(-1, *[1] * len(attributes[0]))
+        return self.affine(lambda x, weight: function(x, weight, None, *attributes), x, weight, bias, terms)
+
+    def averaged(self, terms_of: Callable[[Tensor, Any, Tensor], int]) -> Rule:
+        """Sums and means, as operators that are linear with coefficients of at least 0."""
+
+        def applied(function: Any, args: Any, kwargs: Any) -> Any:
+            x = args[0]
+            if kwargs.get("dtype") is not None or not isinstance(x, Interval):
+                return NotImplemented
+            lower, upper, size = (function(end, *args[1:], **kwargs) for end in (x.lower, x.upper, _sizes(x)))
+            terms = terms_of(x.lower, args, lower) + 2
+            own, tiny = _gamma(terms, _U64) * size * 2, 2 * terms * self.tiny
+            return self.widened(_outward(lower - own, upper + own), self.errors(terms) * size + tiny)
+
+        return applied
+
+    def batch_norm(self, function: Any, args: Any, kwargs: Any) -> Any:
+        """(x − m)·s + b with s = w/√(v + ε), for either formula of PyTorch."""
+        if any(value is True for value in args) or intervals_in((args[1:], kwargs)):
+            return NotImplemented
+        x, weight, bias, mean, var = args[:5]
+        shape = (1, -1, *[1] * (x.lower.ndim - 2))
+        weight = torch.ones_like(mean) if weight is None else weight
+        bias = (torch.zeros_like(mean) if bias is None else bias).view(shape)
+        mean = mean.view(shape)
+        total = _outward(var + args[-1], var + args[-1])
+        root = _outward(total.lower.sqrt(), total.upper.sqrt())
+        ends = torch.stack([weight / root.lower, weight / root.upper]).unsqueeze(1)
+        scale = _outward(ends.amin(0).view(shape), ends.amax(0).view(shape))
+        centred = _outward(x.lower - mean, x.upper - mean)
+        scaled = monotone(torch.mul, (centred, scale), {})
+        scaled = _outward(scaled.lower, scaled.upper)
+        size = (_sizes(x) + mean.abs()) * _sizes(scale) + bias.abs()
+        tiny = 8 * self.tiny * (1 + _sizes(scale) + _sizes(x) + mean.abs())
+        error = self.errors(_BATCH_NORM_ROUNDINGS) * size + tiny
+        return [self.widened(_outward(scaled.lower + bias, scaled.upper + bias), error), None, None]
+
+    def _rules(self) -> dict[str, Rule]:
+        piecewise = self.rounded(intervals.turning_at(0), 2)  # A slope and a product.
+        return {
+            **dict.fromkeys(MOVING, increasing),
+            **dict.fromkeys(["relu", "amax", "amin", "maximum", "minimum"], increasing),
+            **dict.fromkeys(["max_pool2d_with_indices", "max_pool3d_with_indices", "adaptive_max_pool2d"], increasing),
+            **dict.fromkeys(["view", "_unsafe_view"], intervals.view),
+            **dict.fromkeys(["clamp", "clamp_min", "clamp_max", "hardtanh", "constant_pad_nd", "fill"], self.clipped),
+            **dict.fromkeys(["add", "sub", "rsub"], self.sum),
+            "mul": self.rounded(monotone, 2),
+            **dict.fromkeys(["leaky_relu", "_prelu_kernel"], piecewise),
+            **dict.fromkeys(["mm", "bmm"], self.matmul),
+            **dict.fromkeys(BATCH_NORM, self.batch_norm),
+            **dict.fromkeys(["avg_pool2d", "avg_pool3d"], self.averaged(_pooled)),
+            **dict.fromkeys(["_adaptive_avg_pool2d", "_adaptive_avg_pool3d"], self.averaged(_adaptively_pooled)),
+            **dict.fromkeys(["mean", "sum"], self.averaged(_summed)),
+            "abs": intervals.turning_at(0),
+            "neg": monotone,
+            "div": self.rounded(_quotient, 3),  # A GPU multiplies by the reciprocal of a constant.
+            "addmm": self.addmm,
+            "convolution": self.convolution,
+        }
+
+
+def _pooled(x: Tensor, args: Any, result: Tensor) -> int:
+    return math.prod([*args[1]] if len(args[1]) > 1 else [args[1][0]] * 3)
+
+
+def _adaptively_pooled(x: Tensor, args: Any, result: Tensor) -> int:
+    return math.prod(-(-before // after) + 1 for before, after in zip(x.shape[2:], result.shape[2:], strict=True))
+
+
+def _summed(x: Tensor, args: Any, result: Tensor) -> int:
+    return x.numel() // result.numel()
+
+
+def _quotient(function: Any, args: Any, kwargs: Any) -> Any:
+    divisor = args[1]
+    if isinstance(divisor, Interval) or kwargs or not bool((torch.as_tensor(divisor) != 0).all()):
+        return NotImplemented
+    return monotone(function, args, kwargs)
+
+
+class _Rigorous(intervals.Propagation):
+    """Evaluates a traced network by the rules of one arithmetic; constants that are computed become intervals."""
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        name = str(target).split(".")[1] if isinstance(target, torch._ops.OpOverload) else ""
+        if target is not operator.getitem and name not in MOVING and not intervals_in((args, kwargs)):
+            args = tuple(_as_interval(value) for value in args)
+        return super().call_function(target, args, kwargs)
+
+
+def _as_interval(value: Any) -> Any:
+    is_number = isinstance(value, Tensor) and value.is_floating_point()
+    return Interval(value.double(), value.double()) if is_number else value
+
+
+def _end_before_last_layer(graph: torch.fx.GraphModule) -> None:
+    """Let ``graph`` return the operands of the linear layer that it ends with, if it does."""
+    (output,) = (node for node in graph.graph.nodes if node.op == "output")
+    last = output.args[0]
+    if last.target in _LINEAR and not last.kwargs:
+        output.args = (last.args if len(last.args) == 3 else (None, *last.args),)
+        graph.recompile()
+
+
+class RigorousMargins:
+    """Proves statements about the classes of a network; see the module.
+
+    Raises:
+        ArithmeticError: this process flushes subnormal numbers to zero.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        if not bool(torch.tensor(5e-324, dtype=torch.float64) * 1 > 0):
+            raise ArithmeticError("subnormal numbers are flushed to zero: call torch.set_flush_denormal(False)")
+        dtypes = {value.dtype for value in model.state_dict().values() if value.is_floating_point()}
+        self.is_float32 = dtypes <= {torch.float32}
+        self._model = copy.deepcopy(model).eval().to("cpu", torch.float64)
+        self._graphs: dict[Any, torch.fx.GraphModule] = {}  # By input shapes, and whether the last layer is left out.
+        self._arithmetics = {name: _Arithmetic(computed=name == "float32") for name in ("float32", "exact")}
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def bounds(self, inputs: Sequence[Interval | Tensor], arithmetic: str, *, before_last: bool = False) -> Any:
+        """Bounds on the logits; or the operands (bias, x, weight) of the linear layer that the network ends with."""
+        examples = [value.lower if isinstance(value, Interval) else value for value in inputs]
+        key = tuple(value.shape for value in examples), before_last
+        if key not in self._graphs:
+            self._graphs[key] = intervals.trace(self._model, examples)
+            if before_last:
+                _end_before_last_layer(self._graphs[key])
+        return _Rigorous(self._graphs[key], self._model, self._arithmetics[arithmetic].rules).run(*inputs)
+
+    def proved(self, inputs: Sequence[Interval | Tensor], y: Tensor, arithmetic: str) -> Tensor:
+        """Whether class y is that of every point of each box, (batch,)."""
+        try:
+            # Exactly, a difference of two outputs is one product; float32 computes each of them.
+            found = self.bounds(inputs, arithmetic, before_last=arithmetic == "exact")
+        except ArithmeticError as error:
+            logger.info("nothing is proved in %s arithmetic: %s", arithmetic, error)
+            return torch.zeros_like(y).bool()
+        if isinstance(found, Interval):
+            others = found.upper.scatter(1, y.unsqueeze(1), -torch.inf)
+            return (found.lower.gather(1, y.unsqueeze(1)) > others).all(1)
+        bias, x, weight = found
+        if isinstance(weight, Interval) or isinstance(bias, Interval) or not isinstance(x, Interval):
+            raise intervals.UnknownOperatorError("no interval rule covers a last linear layer whose weight is computed")
+        differences = weight.t()[y].unsqueeze(2) - weight
+        shifts = None if bias is None else bias[y].unsqueeze(1) - bias
+        product = partial(torch.einsum, "bi,bic->bc")
+        # One more term for the rounding of the differences.
+        margins = self._arithmetics[arithmetic].affine(product, x, differences, shifts, len(weight) + 1)
+        return (margins.lower.scatter(1, y.unsqueeze(1), torch.inf) > 0).all(1)
+
+    def statements(self, inputs: Sequence[Interval | Tensor], y: Tensor) -> list[Statement | None]:
+        """The strongest statement that is proved for each box: "float32", "exact" or ``None``."""
+        found: list[Statement | None] = [None] * len(y)
+        names: tuple[Statement, ...] = ("exact", "float32") if self.is_float32 else ("exact",)
+        for name in names:
+            for place in self.proved(inputs, y, name).nonzero().flatten().tolist():
+                found[place] = name
+        return found
