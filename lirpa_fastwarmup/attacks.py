@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,8 +20,7 @@ class Attack:
     """The result of an attack.
 
     Attributes:
-        points: for each sample a misclassified point of its box if one was found, otherwise the visited point with the
-            lowest margin; shape ``(batch, *input)``.
+        points: a misclassified point of each box, or else the visited one with the lowest margin: ``(batch, *input)``.
         margins: z_y − max_j z_j at these points, shape (batch,).
         succeeded: whether the point is misclassified, shape (batch,).
     """
@@ -46,18 +46,15 @@ class Attack:
 class PGD:
     """An attack within training steps: it raises the cross-entropy, and does the same computation for every batch.
 
+    Raises TypeError if a count is not an integer, and ValueError if an attribute is out of its range.
+
     Attributes:
         steps: gradient steps of each restart, at least 1.
         step_size: length of a step, as a fraction of the box's half-width at each coordinate.
         restarts: random starting points, uniform in the box.
-        decay: a factor, and the numbers of steps after which ``step_size`` is multiplied by it, such as
-            ``(0.1, (4, 7))``.
+        decay: a factor, and numbers of steps after which it multiplies ``step_size``, such as ``(0.1, (4, 7))``.
         scale: the attacked radius over ε; above 1 it exceeds the certified one.
         return_best: return the visited point with the highest loss, starting points included, instead of the last one.
-
-    Raises:
-        TypeError: a count is not an integer.
-        ValueError: an attribute is out of its range.
 
     Example:
         >>> attack = fw.attacks.PGD(steps=1, step_size=10, return_best=False)  # A random start, then a corner.
@@ -77,9 +74,8 @@ class PGD:
             if not isinstance(count, int):
                 raise TypeError(f"{name} must be an integer, found {count!r}")
             if count < 1:
-                raise ValueError(
-                    f"an attack needs at least one of {name}, found {count}: train with losses.IBP without"
-                )
+                text = f"an attack needs at least one of {name}, found {count}: train with losses.IBP without"
+                raise ValueError(text)
         if not (0 < self.step_size < math.inf):
             raise ValueError(f"step_size, a fraction of the box's half-width, must be above 0, found {self.step_size}")
         if not 1 <= self.scale < math.inf:
@@ -104,14 +100,11 @@ class PGD:
         factor, milestones = self.decay or (1.0, ())
         sizes = [self.step_size * factor ** sum(at <= step for at in milestones) for step in range(self.steps)]
         strides = [size * (upper - lower) / 2 for size in sizes]
-        options: dict[str, Any] = {"score": _negative_loss, "until_misclassified": False, "best": self.return_best}
-        found = [
-            _descend(model, lower + start * (upper - lower), y, lower, upper, strides, **options) for start in starts
-        ]
-        best = found[0]
-        for other in found[1:]:
-            best = best.or_better(other, until_misclassified=False)
-        return best.points
+        options: dict[str, Any] = {"until_misclassified": False, "best": self.return_best}
+        options["score"] = lambda logits, labels: -F.cross_entropy(logits, labels, reduction="none")
+        first = (lower + start * (upper - lower) for start in starts)
+        found = (_descend(model, point, y, lower, upper, strides, **options) for point in first)
+        return functools.reduce(functools.partial(Attack.or_better, until_misclassified=False), found).points
 
 
 def attack(
@@ -127,10 +120,9 @@ def attack(
     generator: torch.Generator | None = None,
     starts: Tensor | None = None,
 ) -> Attack:
-    """Minimise the margin z_y − max_j z_j over an l∞ box by PGD (Madry et al., 2018).
+    """Minimise the margin z_y − max_j z_j over an l∞ box by PGD (Madry et al., 2018); return each sample's worst point.
 
-    Every restart begins at a random point of the box. Samples that are misclassified, at the clean point or later, are
-    left out of further restarts.
+    Every restart begins at a random point of each box, and leaves out samples that are misclassified already.
 
     Args:
         model: the network, in evaluation mode.
@@ -144,13 +136,9 @@ def attack(
         generator: source of the starting points, on the CPU; by default torch's own.
         starts: starting points from :func:`random_starts` instead, for a batch attacked in micro-batches.
 
-    Returns:
-        The worst point found for each sample.
-
     Raises:
         TypeError: labels are not int64.
-        ValueError: ``model`` is in training mode, ``eps`` is negative or not finite, labels are not classes, or ``x``
-            lies outside its range.
+        ValueError: ``model`` is in training mode, or ``eps``, a label or ``x`` is out of its range.
 
     Example:
         >>> found = fw.attacks.attack(model.eval(), x, y, eps=8 / 255, restarts=3)
@@ -189,28 +177,16 @@ def random_starts(x: Tensor, restarts: int, generator: torch.Generator | None) -
     return torch.rand((restarts, *x.shape), generator=generator)
 
 
-def pgd(
-    model: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    eps: Epsilon,
-    *,
-    steps: int = 50,
-    restarts: int = 3,
-    step_size: float = 0.1,
-    input_range: InputRange | None = (0.0, 1.0),
-    generator: torch.Generator | None = None,
-) -> Tensor:
+def pgd(model: nn.Module, x: Tensor, y: Tensor, eps: Epsilon, **options: Any) -> Tensor:
     """A misclassified point of each box where :func:`attack` finds one, and ``x`` elsewhere.
 
-    Arguments and errors are as in :func:`attack`.
+    Arguments, ``options`` among them, and errors are as in :func:`attack`.
 
     Example:
         >>> adversarial = fw.attacks.pgd(model.eval(), x, y, eps=8 / 255, steps=50, restarts=3)
         >>> error = (model(adversarial).argmax(1) != y).float().mean()
     """
-    options: dict[str, Any] = {"steps": steps, "restarts": restarts, "step_size": step_size, "generator": generator}
-    found = attack(model, x, y, eps, input_range=input_range, **options)
+    found = attack(model, x, y, eps, **options)
     return torch.where(found.succeeded.view(-1, *[1] * (x.ndim - 1)), found.points, x)
 
 
@@ -252,7 +228,3 @@ def _margins(logits: Tensor, y: Tensor) -> Tensor:
     own = logits.gather(1, y.unsqueeze(1)).squeeze(1)
     others = logits.scatter(1, y.unsqueeze(1), -torch.inf).amax(1)
     return own - others
-
-
-def _negative_loss(logits: Tensor, y: Tensor) -> Tensor:
-    return -F.cross_entropy(logits, y, reduction="none")

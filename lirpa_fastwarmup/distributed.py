@@ -57,11 +57,8 @@ def local_device(named: torch.device) -> torch.device:
 def process_group(device: torch.device) -> Iterator[World]:
     """Join the processes that torchrun started, during the block. Without torchrun, there is one process.
 
-    NCCL connects GPUs, gloo all other kinds of ``device``.
-
-    Raises:
-        NotImplementedError: this PyTorch has no NCCL.
-        ConnectionError: the processes cannot connect, or one of them ended.
+    NCCL connects GPUs, gloo all other kinds of ``device``. Raises NotImplementedError if this PyTorch has no NCCL, and
+    ConnectionError if the processes cannot connect, or one of them ended.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or world() != SINGLE:
         yield world()
@@ -145,8 +142,7 @@ def patient_group() -> Iterator[Any]:
 
 @functools.lru_cache(maxsize=1)
 def _patient_group(default: Any) -> Any:
-    # Every rank asks for it first at the same time. Both groups are kept: PyTorch 2.4 may wait forever when it frees a
-    # group directly after a collective.
+    # Made on all ranks at once, and kept: PyTorch 2.4 may wait forever if it frees a group right after a collective.
     return dist.new_group(backend="gloo", timeout=_PATIENCE)
 
 

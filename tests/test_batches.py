@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from lirpa_fastwarmup.experiments import data
+from lirpa_fastwarmup.experiments.data.dataset import seed_of
 
 
 def split(count):
@@ -78,7 +79,8 @@ def images(count):
 
 
 def shuffled(seed, augment=True):
-    augmentation = data.Augmentation(flip=True, crop_padding=2, generator=data.generator_of(seed, 1))
+    drawn = torch.Generator().manual_seed(seed_of(seed, 1))
+    augmentation = data.Augmentation(flip=True, crop_padding=2, generator=drawn)
     generator = torch.Generator().manual_seed(seed)
     return data.Batches(images(23), 5, generator=generator, augment=augmentation if augment else None)
 

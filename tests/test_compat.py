@@ -87,7 +87,7 @@ def test_an_engine_that_lacks_a_package_is_reported():
 def test_conversion_leaves_the_export_settings(x):
     import lirpa_fastwarmup as fw
 
-    settings = compat._export_globals()
+    settings = compat._exporter_module("_globals").GLOBALS
     before = dict(vars(settings))
     fw.BoundedModule(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 3)), x)
     assert vars(settings) == before

@@ -4,6 +4,7 @@ import copy
 import itertools
 import math
 import random
+from collections import Counter
 from fractions import Fraction
 
 import numpy as np
@@ -14,8 +15,8 @@ from torch import nn
 
 import lirpa_fastwarmup as fw
 from lirpa_fastwarmup.verification.intervals import Interval, UnknownOperatorError
-from lirpa_fastwarmup.verification.rigorous import RigorousMargins
-from tests.networks import SmallResNet, convolutional
+from lirpa_fastwarmup.verification.rigorous import RigorousMargins, box_around
+from tests.networks import SmallResNet, TwoInputs, convolutional
 
 ROOT_BITS = 600
 
@@ -200,9 +201,54 @@ def test_a_certificate_that_rounding_makes_is_not_rigorous():
     model, x, y = false_in_float32().eval(), torch.tensor([[0.9]]), torch.tensor([0])
     value, _ = exact(model, fractions_of(x[0]), (1,))
     assert value[0] < value[1]
-    (found,) = fw.verify(fw.BoundedModule(model, x), (x, y), 1e-3, ("IBP",), restarts=0, rigorous=True).certificates
+    with pytest.raises(fw.verification.UnsoundBoundError, match="tighter IBP bounds") as refused:  # In a first batch.
+        fw.verify(fw.BoundedModule(model, x), (x, y), 1e-3, ("IBP",), restarts=0, rigorous=True)
+    (found,) = refused.value.result.certificates
     assert found.verified
     assert found.rigorous is None
+
+
+def test_statements_are_part_of_certificates_and_tables():
+    torch.manual_seed(0)
+    model = convolutional(batchnorm=True).eval()
+    x = torch.rand(30, 1, 8, 8)
+    y = model(x).argmax(1)
+    bounded, options = fw.BoundedModule(model, x), {"methods": ("IBP",), "restarts": 0}
+    found = fw.verify(bounded, (x, y), 0.003, **options, rigorous=True)
+    expected = RigorousMargins(model).statements([box_around(x, 0.003, (0.0, 1.0))], y)
+    assert [one.rigorous for one in found.certificates] == [
+        statement if one.verified else None for one, statement in zip(found.certificates, expected, strict=True)
+    ]
+    counts = Counter(one.rigorous for one in found.certificates)
+    assert found.as_dict()["rigorous"] == {"exact": counts["exact"], "float32": counts["float32"]}
+    assert found.stages["rigorous"].samples == sum(one.verified for one in found.certificates)
+    assert f"{counts['float32']} also as computed in float32" in str(found)
+    assert [row["rigorous"] for row in found.rows()] == [one.rigorous or "" for one in found.certificates]
+    assert "rigorous" not in next(fw.verify(bounded, (x, y), 0.003, **options).rows())
+    nothing = fw.verify(bounded, (x, (y + 1) % 3), 0.003, **options, rigorous=True)
+    assert nothing.stages["rigorous"].per_sample >= 0
+    assert nothing.rigorous("exact", "float32") == 0
+
+
+def test_boxes_contain_their_real_ends():
+    x = torch.tensor([[0.1, 0.9, 0.0]])
+    for eps in (8 / 255, 1e-9, torch.tensor([0.1, 0.2, 0.3])):
+        box = box_around(x, eps, (0.0, 0.95))
+        radii = [Fraction(one) for one in (eps.double().tolist() if isinstance(eps, torch.Tensor) else [eps] * 3)]
+        for place, (value, radius) in enumerate(zip(x[0].double().tolist(), radii, strict=True)):
+            low = max(Fraction(value) - radius, Fraction(0))
+            high = min(Fraction(value) + radius, Fraction(0.95))
+            assert Fraction(float(box.lower[0, place])) <= low <= high <= Fraction(float(box.upper[0, place]))
+
+
+def test_several_inputs():
+    torch.manual_seed(0)
+    model = TwoInputs().eval()
+    x = torch.rand(4, 1, 8, 8), torch.rand(4, 5)
+    y = model(*x).argmax(1)
+    bounded = fw.BoundedModule(model, x)
+    found = fw.verify(bounded, (x, y), (0.001, 0.0), methods=("IBP",), restarts=0, rigorous=True)
+    assert found.rigorous("float32") == found.rigorous("exact", "float32") > 0
 
 
 def test_no_false_certificate_in_ten_thousand():

@@ -33,7 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     level = logging.WARNING if rank in (None, "0") else logging.ERROR
     logging.basicConfig(format="%(levelname)s: %(message)s", level=level, stream=sys.stderr)
     if level == logging.WARNING:
-        logging.getLogger(__name__).setLevel(logging.INFO)
+        for name in (__name__, "lirpa_fastwarmup.recipe.compiled"):  # Compiling takes a minute, without other output.
+            logging.getLogger(name).setLevel(logging.INFO)
     try:
         options = _parser(arguments).parse_args(arguments)
         run: Callable[[argparse.Namespace], Any] = options.command
@@ -52,16 +53,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{_PROGRAM}: interrupted{detail}", file=sys.stderr)
         return 130
     except Exception as error:
-        if "--traceback" in arguments or not _is_expected(error):
+        # Errors of this package, and Python's for wrong input, are shown in one line, without a traceback.
+        own = any(kind.__module__.partition(".")[0] == "lirpa_fastwarmup" for kind in type(error).__mro__)
+        expected = own or isinstance(error, ValueError | TypeError | OSError | ImportError | NotImplementedError)
+        if "--traceback" in arguments or not expected:
             raise
         print(f"{_PROGRAM}{'' if rank is None else f', rank {rank}'}: error: {error}", file=sys.stderr)
         return 1
-
-
-def _is_expected(error: Exception) -> bool:
-    """Whether ``error`` is this package's own, or Python's for wrong input: shown in one line, without a traceback."""
-    own = any(kind.__module__.partition(".")[0] == "lirpa_fastwarmup" for kind in type(error).__mro__)
-    return own or isinstance(error, ValueError | TypeError | OSError | ImportError | NotImplementedError)
 
 
 def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:

@@ -47,7 +47,7 @@ def _inspect(options: argparse.Namespace) -> int:
 
 def _of_preset(options: argparse.Namespace) -> tuple[fw.BoundedModule, Tensor, float, InputRange | None]:
     options.preset = options.what
-    settings, device = common.settings_of(options), common.device_named(options.device)
+    settings, device = common.settings_and_origins(options)[0], common.device_named(options.device)
     run = build_run(settings.replace(regularizers=False), device)  # Nothing is trained.
     bounded = run.objective.bounded.train(options.training is not False)
     return bounded, _inputs(run.test_batches.split, options.samples).to(device), settings.eps, run.input_range

@@ -10,8 +10,7 @@ import sys
 from types import NoneType
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
-from lirpa_fastwarmup.experiments import published
-from lirpa_fastwarmup.experiments.presets import DESCRIPTIONS, PRESETS, preset
+from lirpa_fastwarmup.experiments import presets, published
 from lirpa_fastwarmup.experiments.training.settings import METHODS, Settings
 
 if TYPE_CHECKING:
@@ -79,7 +78,7 @@ def add_trust(command: argparse.ArgumentParser) -> None:
 
 
 def add_settings(command: argparse.ArgumentParser) -> None:
-    """Add an option for each field of :class:`Settings`, for :func:`settings_of`."""
+    """Add an option for each field of :class:`Settings`, for :func:`settings_and_origins`."""
     groups: dict[str, Any] = {}
     kinds = get_type_hints(Settings)
     for field in _OPTIONS:
@@ -99,7 +98,7 @@ def add_settings(command: argparse.ArgumentParser) -> None:
 
 def _default(name: str) -> str:
     """The default of a setting, for its help text, if it is the same in all presets."""
-    values = {getattr(one, name) for one in PRESETS.values()}
+    values = {getattr(one, name) for one in presets.PRESETS.values()}
     if len(values) > 1:
         return " (default: the preset's)"
     value = values.pop()
@@ -122,17 +121,12 @@ def _reader(kind: Any, metavar: str | None) -> dict[str, Any]:
     return {"type": number if kind is float else kind, "metavar": metavar}
 
 
-def settings_of(options: argparse.Namespace) -> Settings:
-    """The preset's settings with those that the command line gives; raise ValueError if they are invalid."""
-    return settings_and_origins(options)[0]
-
-
 def settings_and_origins(options: argparse.Namespace) -> tuple[Settings, dict[str, str]]:
-    """The settings, and where the value of each comes from."""
+    """The preset's settings with those that the command line gives, and where each comes from; or raise ValueError."""
     if options.preset is None:
-        raise ValueError(f"name a preset, one of {', '.join(DESCRIPTIONS)}")
+        raise ValueError(f"name a preset, one of {', '.join(presets.DESCRIPTIONS)}")
     changes = given_settings(options)
-    base = preset(options.preset, **changes)
+    base = presets.preset(options.preset, **changes)
     origins = dict.fromkeys(vars(base), f"preset {base.preset}")
     method = changes.pop("method", base.method)
     problem = changes.get("dataset", base.dataset), changes.get("eps", base.eps)
@@ -164,16 +158,13 @@ def table(settings: Settings, origins: dict[str, str]) -> str:
 
 def given_settings(options: argparse.Namespace) -> dict[str, Any]:
     """The settings that the command line gives, with the types of their fields."""
-    given = {}
-    for field in _OPTIONS:
-        value = getattr(options, field.name)
-        if isinstance(value, list):
-            value = tuple(float(one) if isinstance(one, Number) else one for one in value)
-        elif isinstance(value, Number):
-            value = float(value)
-        if value is not None:
-            given[field.name] = value
-    return given
+
+    def plain(value: Any) -> Any:
+        return float(value) if isinstance(value, Number) else value
+
+    given = {field.name: getattr(options, field.name) for field in _OPTIONS}
+    lists = {name: tuple(map(plain, value)) for name, value in given.items() if isinstance(value, list)}
+    return {name: plain(value) for name, value in (given | lists).items() if value is not None}
 
 
 def _scaled(base: Settings, changes: dict[str, Any]) -> dict[str, Any]:

@@ -9,14 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lirpa_fastwarmup import models
-from lirpa_fastwarmup.boxes import InputRange
+from lirpa_fastwarmup import boxes, models, storage
 from lirpa_fastwarmup.cli.options import add_trust, find_factories_here, number
 from lirpa_fastwarmup.experiments import data
 from lirpa_fastwarmup.experiments.training import load_model, load_weights
 from lirpa_fastwarmup.experiments.training.checkpoint import MODEL
 from lirpa_fastwarmup.experiments.training.network import load_dataset, read_model
-from lirpa_fastwarmup.storage import read_tensors, refused
 from lirpa_fastwarmup.verification import read_onnx
 
 _SAVE = "save only the state dict, torch.save(model.state_dict(), FILE)"
@@ -34,7 +32,7 @@ class Subject:
     samples: data.Split
     indices: list[int]  # Of the samples in the test set.
     classes: int
-    input_range: InputRange | None
+    input_range: boxes.InputRange | None
     eps: float | None  # The radius that it was trained for; None for external networks.
     allow_untested: bool = False
 
@@ -71,7 +69,6 @@ def subject_of(options: argparse.Namespace, limit: int | None = None) -> Subject
 
     Names and files are checked before data is downloaded.
     """
-    check_named(options)
     find_factories_here(options.model, options.dataset, trust=options.trust)
     if options.run is None:
         return _external(options, limit)
@@ -135,7 +132,7 @@ def _pair(values: Sequence[float] | None) -> tuple[float, float] | None:
 
 
 def _state_dict(path: Path) -> dict[str, Any]:
-    content = read_tensors(path, f"cannot be read as weights: {_SAVE}")
+    content = storage.read_tensors(path, f"cannot be read as weights: {_SAVE}")
     # Checkpoints often hold the state dict next to the optimiser's.
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
@@ -153,7 +150,7 @@ def _subject(
         raise ValueError(f"the test set of {dataset.name} has {total} samples; cannot take {limit}")
     example = torch.zeros(2, *shape)
     text = f"the network {name} cannot be run on samples of {dataset.name}, of shape {shape}"
-    with refused(text, RuntimeError):
+    with storage.refused(text, RuntimeError):
         try:
             outputs = network.eval()(example)
         except RuntimeError:  # It may accept single samples only.

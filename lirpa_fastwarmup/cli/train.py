@@ -1,11 +1,10 @@
 """``lirpa-fastwarmup train``: one run, from a preset and the options that change it, or resumed."""
 
 import argparse
-import logging
 import math
 import os
 from collections.abc import Mapping
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -53,16 +52,18 @@ def _train(options: argparse.Namespace) -> int:
         return 0
     out = _folder(options)
     # Imported here, so that --help and --show answer at once.
+    from tqdm.contrib.logging import logging_redirect_tqdm
+
     from lirpa_fastwarmup.distributed import local_device, process_group
 
     device = local_device(common.device_named(options.device))
     with process_group(device) as ranks:
-        if not ranks.is_rank_zero:
-            _run(options, settings, out, device=device)
-            return 0
-        summary = _run_with_progress(options, settings, out, device)
-        print(_table(summary, options.eps))
-        print(f"written to {out}")
+        console = _Console(settings.epochs) if ranks.is_rank_zero else None
+        with logging_redirect_tqdm(), closing(console) if console else nullcontext():
+            summary = _run(options, settings, out, device=device, progress=console)
+        if console:
+            print(_table(summary, options.eps))
+            print(f"written to {out}")
     return 0
 
 
@@ -78,18 +79,6 @@ def _run(options: argparse.Namespace, settings: Settings, out: Path, **arguments
     return train(settings, out, overwrite=options.overwrite, **arguments)
 
 
-def _run_with_progress(options: argparse.Namespace, settings: Settings, out: Path, device: Any) -> dict[str, Any]:
-    from tqdm.contrib.logging import logging_redirect_tqdm
-
-    from lirpa_fastwarmup.recipe import compiled
-
-    # Compiling takes a minute, in which nothing else is printed.
-    logging.getLogger(compiled.__name__).setLevel(logging.INFO)
-    console = _Console(settings.epochs)
-    with logging_redirect_tqdm(), closing(console):
-        return _run(options, settings, out, device=device, progress=console)
-
-
 def _resumed_settings(options: argparse.Namespace) -> Settings:
     """The settings of the run to resume; raise ValueError if the command line gives others."""
     from lirpa_fastwarmup.experiments.training import settings_of_run
@@ -97,7 +86,7 @@ def _resumed_settings(options: argparse.Namespace) -> Settings:
     settings = settings_of_run(_folder(options))
     saved = vars(settings)
     typed = common.given_settings(options)
-    given = (vars(common.settings_of(options)) if options.preset else saved) | typed
+    given = (vars(common.settings_and_origins(options)[0]) if options.preset else saved) | typed
     # What --epochs scales was not asked for, and earlier versions did not scale it.
     free = {"data_dir", *({"ramp_length", "lr_milestones", "swa_start"} - typed.keys() if "epochs" in typed else ())}
     changed = [name for name in saved if name not in free and given[name] != saved[name]]

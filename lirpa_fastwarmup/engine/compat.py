@@ -33,17 +33,13 @@ def _exporter_module(name: str) -> Any:
     raise ImportError(f"torch {torch.__version__} has no TorchScript exporter, which auto_LiRPA converts networks with")
 
 
-def _export_globals() -> Any:
-    return _exporter_module("_globals").GLOBALS
-
-
 @contextmanager
 def preserved_export_settings() -> Iterator[None]:
     """Convert by opset 10, and restore torch's process-wide export settings, which a conversion changes, on exit.
 
     PyTorch loads the operators above opset 10 on demand: by a newer one, an export would change later conversions.
     """
-    settings = _export_globals()
+    settings = _exporter_module("_globals").GLOBALS
     with ExitStack() as stack:
         stack.callback(vars(settings).update, dict(vars(settings)))
         stack.callback(_opset.reset, _opset.set(_OPSET))
@@ -65,7 +61,7 @@ _opset: ContextVar[int | None] = ContextVar("_opset", default=None)  # Of conver
 
 
 def _set_opset_version(version: int) -> None:
-    _export_globals().export_onnx_opset_version = _opset.get() or version
+    _exporter_module("_globals").GLOBALS.export_onnx_opset_version = _opset.get() or version
 
 
 def _import_engine() -> Any:
@@ -85,9 +81,8 @@ def _import_engine() -> Any:
             return importlib.import_module("auto_LiRPA")
         except ModuleNotFoundError as error:
             if error.name != "auto_LiRPA":
-                raise ImportError(
-                    f"auto_LiRPA is installed, but a package that it imports is not: pip install {error.name}"
-                ) from error
+                missing = f"a package that it imports is not: pip install {error.name}"
+                raise ImportError(f"auto_LiRPA is installed, but {missing}") from error
             raise ImportError(
                 "lirpa_fastwarmup needs the auto_LiRPA engine, and none is installed. Install one of:\n"
                 "    pip install --no-deps auto_LiRPA==0.3\n"

@@ -1,7 +1,6 @@
 """Checks that a bounded network computes the same function as its model, by their outputs on random inputs.
 
-The engine converts a network through ONNX, which drops attributes that it cannot represent (``divisor_override``), and
-its operator classes have gaps of their own.
+The engine converts a network through ONNX, which drops some attributes, and its operator classes have gaps.
 """
 
 import functools
@@ -11,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lirpa_fastwarmup.engine.compat import ENGINE_VERSION
-from lirpa_fastwarmup.engine.tracing import Recorder, copy_of
+from lirpa_fastwarmup.engine import compat, tracing
 
 _ROUNDING = 1e-5, 1e-10  # Rounding errors in float32 and float64, relative to the largest output.
 _MARGIN = 100  # Outputs may differ by this multiple of the model's own rounding error.
@@ -90,9 +88,8 @@ def _require_independence(model: nn.Module, inputs: list[Tensor], expected: Tens
     """Check that the outputs of the first and the last sample stay the same when all other samples change."""
     size = len(expected)
     if inputs and len(inputs[0]) != size:
-        raise NotImplementedError(
-            f"the network returns {size} outputs for a batch of {len(inputs[0])}: its first dimension must be the batch"
-        )
+        problem = f"the network returns {size} outputs for a batch of {len(inputs[0])}"
+        raise NotImplementedError(f"{problem}: its first dimension must be the batch")
     for kept in {0, size - 1} if size > 1 else ():
         mixed = [_others_changed(x, kept) for x in inputs]
         found = _outputs(model, mixed)
@@ -117,8 +114,8 @@ def _compare(bounded: Any, model: nn.Module, inputs: list[Tensor], expected: Ten
         found = bounded.forward(*inputs)
     except Exception as error:
         raise NotImplementedError(
-            f"auto_LiRPA {ENGINE_VERSION} fails on a batch of {len(inputs[0])}, which the network itself supports "
-            f"({type(error).__name__}: {error}). {_first_difference(bounded, model, inputs)}"
+            f"auto_LiRPA {compat.ENGINE_VERSION} fails on a batch of {len(inputs[0])}, which the network itself "
+            f"supports ({type(error).__name__}: {error}). {_first_difference(bounded, model, inputs)}"
         ) from error
     if _close(found, expected, model, inputs):
         return
@@ -153,7 +150,7 @@ def _rounding_error(model: nn.Module, inputs: Sequence[Tensor]) -> Tensor:
     if outputs.dtype == torch.float64:
         return torch.zeros(())
     try:
-        exact = copy_of(model).double()(*(x.double() if x.is_floating_point() else x.clone() for x in inputs))
+        exact = tracing.copy_of(model).double()(*(x.double() if x.is_floating_point() else x.clone() for x in inputs))
     except (RuntimeError, TypeError, NotImplementedError):
         return torch.zeros(())
     return _largest(exact - outputs, outputs.isfinite() & exact.isfinite()).amax()
@@ -172,7 +169,7 @@ def _first_difference(bounded: Any, model: nn.Module, inputs: Sequence[Tensor]) 
         if not any(value.numel() == result.numel() and close(value, result.flatten().to(value)) for value in values):
             missing.append(f"{name} in module {recorder.running[-1] if recorder.running else repr('')}")
 
-    recorder = Recorder(look)
+    recorder = tracing.Recorder(look)
     recorder.run(model, inputs)
     first = f"They first differ at {missing[0]}: write it" if missing else "Write the network"
     return f"{first} with other operators"

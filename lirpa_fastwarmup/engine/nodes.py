@@ -8,6 +8,7 @@ Both releases treat an operand as constant only if its node is a leaf. If the co
 0.3's bounds are wrong; if it is broadcast, CROWN of both is wrong or fails (see :class:`BoundConstantArithmetic`).
 """
 
+import contextlib
 import functools
 import inspect
 import math
@@ -111,49 +112,28 @@ class BoundConvNd(_Windowed):
 
     def __init__(self, attr: Any, inputs: Any, output_index: int, options: Any, *, transposed: bool) -> None:
         super().__init__(attr, inputs, output_index, options)
-        self.transposed = transposed
         self.patches_start = False
-        self.groups: int = attr["group"]
-        self.output_padding: list[int] = attr.get("output_padding", [0] * self.rank)
+        output_padding = attr.get("output_padding", [0] * self.rank)
+        self.arguments = (self.stride, self.padding, self.dilation, transposed, output_padding, attr["group"])
 
-    def _convolve(self, x: Tensor, weight: Tensor, bias: Any, output_padding: list[int] | None) -> Tensor:
-        """The convolution, transposed if there is an ``output_padding``."""
-        given = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation, "groups": self.groups}
-        if output_padding is None:
-            return self.function("conv")(x, weight, bias, **given)
-        return self.function("conv_transpose")(x, weight, bias, output_padding=output_padding, **given)
-
-    def _apply_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return self._convolve(x, weight, bias, self.output_padding if self.transposed else None)
-
-    def _apply_adjoint(self, coefficients: Tensor, weight: Tensor) -> Tensor:
-        sizes = [int(size) for size in self.input_shape[2:]]
-        if self.transposed:
-            # If the output padding is as wide as the stride, the result extends beyond the input.
-            inside: Any = (..., *map(slice, sizes))
-            return self._convolve(coefficients, weight, None, None)[inside]
-        spans = [self.dilation[d] * (int(weight.shape[2 + d]) - 1) + 1 - 2 * self.padding[d] for d in range(self.rank)]
-        last = [(int(coefficients.shape[2 + d]) - 1) * self.stride[d] for d in range(self.rank)]
-        # The elements at the far end of the input that no window of the strided convolution reads.
-        unread = [size - start - span for size, start, span in zip(sizes, last, spans, strict=True)]
-        return self._convolve(coefficients, weight, None, unread)
-
-    def forward(self, *x: Tensor) -> Tensor:
-        return self._apply_weight(x[0], x[1], x[2] if len(x) == 3 else None)
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return torch.convolution(x, weight, bias, *self.arguments)
 
     def interval_propagate(self, *v: Any) -> tuple[Tensor, Tensor]:
         if self.is_input_perturbed(1):
             raise NotImplementedError("bounds over perturbed convolution weights")
         lower, upper = v[0]
         weight = v[1][0]
-        centre = self._apply_weight((lower + upper) / 2, weight, v[2][0] if len(v) == 3 else None)
-        radius = self._apply_weight((upper - lower) / 2, weight.abs())
+        centre = self.forward((lower + upper) / 2, weight, v[2][0] if len(v) == 3 else None)
+        radius = self.forward((upper - lower) / 2, weight.abs())
         return centre - radius, centre + radius
 
     def bound_backward(self, last_lA: Any, last_uA: Any, *x: Any, **kwargs: Any) -> Any:
         def one_side(last_A: Any, _: bool) -> tuple[Any, Any]:
             rows = require_matrix(last_A, self).flatten(0, 1)
-            next_A = self._apply_adjoint(rows, x[1].lower).unflatten(0, last_A.shape[:2])
+            zeros = rows.new_zeros(len(rows), *self.input_shape[1:])
+            given = (rows, zeros, x[1].lower, None, *self.arguments, (True, False, False))
+            next_A = torch.ops.aten.convolution_backward(*given)[0].unflatten(0, last_A.shape[:2])
             bias = last_A.flatten(3).sum(3).matmul(x[2].lower) if len(x) == 3 else 0
             return next_A, bias
 
@@ -179,10 +159,8 @@ def _engine_first(engine_operator: Any, *, transposed: bool) -> Callable[..., An
         # convolutions has another shape than their input. 0.3's convolutions have a single dilation.
         one_dilation = len(set(attr["dilations"])) == 1 and not (transposed and max(attr["dilations"]) > 1)
         if len(attr["kernel_shape"]) < 3 and one_dilation:
-            try:
+            with contextlib.suppress(AssertionError, IndexError):
                 return engine_operator(attr, inputs, output_index, options)
-            except (AssertionError, IndexError):
-                pass
         return BoundConvNd(attr, inputs, output_index, options, transposed=transposed)
 
     return build
@@ -197,10 +175,7 @@ class MonotoneIntervals:
 
 
 class AdjointBounds(MonotoneIntervals):
-    """Mixin: bounds of a linear map with coefficients ≥ 0, from its ``forward`` alone.
-
-    CROWN multiplies by the adjoint, the derivative of ``forward``.
-    """
+    """Mixin: bounds of a linear map with coefficients ≥ 0; CROWN multiplies by the derivative of its ``forward``."""
 
     input_shape: Any
 
@@ -347,10 +322,7 @@ class BoundMaximumPool(MonotoneIntervals, _Windowed):
         return _both_sides(one_side, last_lA, last_uA)
 
     def _windows(self, space: Any, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Indices of each window's elements into the flattened space, and whether they are inside and not padding.
-
-        Both have shape (windows, elements).
-        """
+        """Indices of each window's elements into the flattened space, and which are no padding: (windows, elements)."""
         positions = torch.zeros(1, 1, dtype=torch.int64, device=device)
         inside = torch.ones(1, 1, dtype=torch.bool, device=device)
         for d, size in enumerate(space):
@@ -512,7 +484,8 @@ class BoundConstantArithmetic(Bound):
             if isinstance(last_A, _engine.Patches):
                 return _through_patches(last_A, scale, shift, output, source)
             bias = (last_A * shift).flatten(2).sum(2) if isinstance(shift, Tensor) else 0
-            return _sum_to(last_A * scale, source), bias
+            given, added = last_A.shape[:2], [1] * (len(output) - len(source))  # Dimensions that broadcasting added.
+            return (last_A * scale).sum_to_size(*given, *added, *source).reshape(*given, *source), bias
 
         return _both_sides(one_side, last_lA, last_uA)
 
@@ -533,15 +506,6 @@ def _through_patches(
     if isinstance(shift, Tensor):
         bias = last_A.matmul(shift.expand(last_A.patches.shape[1], *output)).transpose(0, 1)
     return last_A.create_similar(last_A.patches * per_channel.to(last_A.patches)), bias
-
-
-def _sum_to(coefficients: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Undo broadcasting: (spec, batch, *broadcast) summed to (spec, batch, *shape)."""
-    missing = coefficients.ndim - 2 - len(shape)
-    if missing > 0:
-        coefficients = coefficients.flatten(2, 1 + missing).sum(2)
-    dims = [2 + d for d, size in enumerate(shape) if size == 1 and coefficients.shape[2 + d] != 1]
-    return coefficients.sum(dims, keepdim=True) if dims else coefficients
 
 
 _FUNCTIONS: dict[str, Callable[[Any, Tensor], Tensor]] = {

@@ -44,11 +44,7 @@ DESCRIPTIONS = {
 
 
 def preset(name: str, **given: Any) -> Settings:
-    """Return the settings of a preset; ``given`` are what `custom` lacks, dataset and eps.
-
-    Raises:
-        ValueError: ``name`` is unknown, or `custom` lacks one of its two settings.
-    """
+    """The settings of a preset; raises ValueError if it is unknown, or `custom` is not ``given`` dataset and eps."""
     if name == "custom":
         if given.get("dataset") is None:
             raise ValueError("the preset custom has no data of its own: name yours with --dataset, such as FILE.csv")

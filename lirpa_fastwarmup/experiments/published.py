@@ -96,11 +96,7 @@ def known_problems(method: str) -> str:
 
 
 def ctbench_schedule(method: str, dataset: str, eps: float) -> Published:
-    """CTBench's epochs, ramp, learning rate and averages for a problem.
-
-    Raises:
-        ValueError: CTBench has no schedule for this dataset and radius.
-    """
+    """CTBench's epochs, ramp, learning rate and averages for a problem; raises ValueError if it has none."""
     problem = _problem(dataset, eps)
     if problem is None:
         known = ", ".join(f"{name} at {_radius(radius)}" for name, radius in PROBLEMS)

@@ -9,16 +9,10 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lirpa_fastwarmup.boxes import Epsilon, InputRange, check_input_shapes, check_positive, inputs_error, inputs_fit
-from lirpa_fastwarmup.engine import graph
-from lirpa_fastwarmup.engine.batchnorm import frozen_running_stats
-from lirpa_fastwarmup.engine.bounds import ibp_margins, input_box, proved
-from lirpa_fastwarmup.engine.module import BoundedModule
-from lirpa_fastwarmup.engine.plain import view_of
-from lirpa_fastwarmup.engine.precision import exact_arithmetic
+from lirpa_fastwarmup.engine import batchnorm, bounds, graph, module, plain, precision
 from lirpa_fastwarmup.inspection.diagnosis import findings
 from lirpa_fastwarmup.inspection.statistics import AffineStatistics, Inspection, OutputStatistics, ReluStatistics
-from lirpa_fastwarmup.recipe.initialization import ibp_std
-from lirpa_fastwarmup.recipe.regularizers import state_moments
+from lirpa_fastwarmup.recipe import initialization, regularizers
 
 
 @torch.no_grad()
@@ -30,14 +24,10 @@ def inspect(bounded: Any, x: Tensor | tuple[Tensor, ...], eps: Any, *, input_ran
 
     Args:
         bounded: the network, a BoundedModule of this package or the engine's own.
-        x: inputs ``(batch, *input)``, or a tuple of them for a network of several inputs. A BoundedTensor brings its
-            own box.
+        x: inputs ``(batch, *input)``, a tuple of them for several inputs, or BoundedTensors with boxes of their own.
         eps: radius of the box, in units of the input.
         input_range: lowest and highest valid input, to which the box is clipped; ``None`` for unclipped data. For
             several inputs, ``eps`` and ``input_range`` may be tuples of these.
-
-    Returns:
-        The statistics of each layer and the findings, which name problems and their remedies.
 
     Raises:
         TypeError: ``bounded`` is not a BoundedModule.
@@ -53,15 +43,15 @@ def inspect(bounded: Any, x: Tensor | tuple[Tensor, ...], eps: Any, *, input_ran
         >>> [finding.kind for finding in found.findings]
         ['exploded bounds', 'no BatchNorm']
     """
-    bounded = view_of(bounded)
+    bounded = plain.view_of(bounded)
     layout = bounded.layout
     largest = torch.as_tensor(layout.pack_eps(eps, input_range)).max()
     check_positive(largest)
     tensors = (x,) if isinstance(x, Tensor) else tuple(x)
     _check_inputs(bounded, tensors)
     boxes = tuple(map(_box, tensors, layout.radii(eps), layout.ranges(input_range)))
-    with exact_arithmetic(boxes[0].device), torch.autocast(boxes[0].device.type, enabled=False):
-        with frozen_running_stats(bounded):
+    with precision.exact_arithmetic(boxes[0].device), torch.autocast(boxes[0].device.type, enabled=False):
+        with batchnorm.frozen_running_stats(bounded):
             outputs = bounded(*map(torch.as_tensor, tensors))
         output = _bound(bounded, boxes, outputs)
     network = graph.read_graph(bounded)
@@ -78,7 +68,7 @@ def inspect(bounded: Any, x: Tensor | tuple[Tensor, ...], eps: Any, *, input_ran
     return dataclasses.replace(found, findings=findings(found))
 
 
-def _check_inputs(bounded: BoundedModule, tensors: tuple[Tensor, ...]) -> None:
+def _check_inputs(bounded: module.BoundedModule, tensors: tuple[Tensor, ...]) -> None:
     check_input_shapes(tensors, bounded.example)
     samples = min(map(len, tensors))
     if samples == 0:
@@ -93,25 +83,25 @@ def _box(x: Tensor, eps: Epsilon, input_range: InputRange | None) -> Any:
         return x
     if not bool(inputs_fit(x, input_range)):  # Waits for the device, as reading the statistics does.
         raise inputs_error(x, input_range)
-    return input_box(x, eps, input_range)
+    return bounds.input_box(x, eps, input_range)
 
 
-def _bound(bounded: BoundedModule, boxes: tuple[Any, ...], outputs: Tensor) -> OutputStatistics | None:
+def _bound(bounded: module.BoundedModule, boxes: tuple[Any, ...], outputs: Tensor) -> OutputStatistics | None:
     """Bound every layer in one pass; return the statistics of the outputs of a classifier."""
     if outputs.ndim != 2 or outputs.shape[1] < 2:
         bounded.compute_bounds(x=boxes, method="IBP", reuse_statistics=True)
         return None
     top = outputs.topk(2, dim=1)
-    margins = ibp_margins(bounded, boxes, top.indices[:, 0], outputs.shape[1], reuse_statistics=True)
+    margins = bounds.ibp_margins(bounded, boxes, top.indices[:, 0], outputs.shape[1], reuse_statistics=True)
     return OutputStatistics(
         gap=float((top.values[:, 0] - top.values[:, 1]).double().mean()),
         lower_bound=float(margins.amin(1).double().mean()),
-        certified=float(proved(margins).double().mean()),
+        certified=float(bounds.proved(margins).double().mean()),
         spread=float(outputs.double().std(0, correction=0).max()),
     )
 
 
-def _relu_statistics(bounded: BoundedModule, at_input: float) -> tuple[ReluStatistics, ...]:
+def _relu_statistics(bounded: module.BoundedModule, at_input: float) -> tuple[ReluStatistics, ...]:
     layers, found = graph.relu_bounds(bounded), list[ReluStatistics]()
     moments = torch.stack([_sums(layer) for layer in layers]).tolist()  # One transfer from the device for all layers.
     for layer, above, values in zip(layers, graph.relus_read(bounded), moments, strict=True):
@@ -129,7 +119,7 @@ def _sums(layer: graph.LayerBounds) -> Tensor:
     """Mean half-width, fractions active, inactive and dead, mean |c|, and the sums of ρ and s, in float64."""
     lower, upper = layer.lower, layer.upper
     highest = upper.amax([0, *range(2, upper.ndim)])
-    active, inactive = state_moments(lower, upper)
+    active, inactive = regularizers.state_moments(lower, upper)
     values = [
         (upper - lower).mean(dtype=torch.float64) / 2,
         (lower > 0).sum() / lower.numel(),
@@ -156,7 +146,7 @@ def _affine_statistics(network: graph.NetworkGraph, layer: graph.AffineLayer) ->
         name=layer.name,
         fan_in=layer.fan_in,
         weight_std=float(weight.std(correction=0)) if layer.plain else None,
-        ibp_std=ibp_std(layer, network.reads_relu_of_sum(layer)),
+        ibp_std=initialization.ibp_std(layer, network.reads_relu_of_sum(layer)),
         expected_gain=passed * layer.fan_in * float(weight.abs().mean()) if layer.plain else None,
         batchnorm=network.has_batchnorm(layer),
         classification=any(layer is last for last in network.classification_layers()),

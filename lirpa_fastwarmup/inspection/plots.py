@@ -1,7 +1,6 @@
 """Plots of bounds, training and certificates (the extra ``plots`` installs matplotlib).
 
-Every ``draw_`` function draws into the given Axes. The palette suits the colour-blind; line styles, markers and
-hatching distinguish the series in grey too.
+Every ``draw_`` function draws into the given Axes, in colours and styles that suit the colour-blind and grey.
 """
 
 from __future__ import annotations
@@ -54,9 +53,6 @@ def new_figure(**arguments: Any) -> Figure:
     return Figure(layout="constrained", **arguments)
 
 
-# Networks.
-
-
 def draw_bound_growth(axes: Axes, networks: Mapping[str, Inspection], *, formula: bool = False) -> None:
     """Draw Δ_i/Δ_0 over the ReLU layers of networks, by name (as figure 1 of Shi et al., NeurIPS 2021).
 
@@ -93,9 +89,6 @@ def draw_states_by_layer(axes: Axes, found: Inspection) -> None:
     axes.invert_yaxis()  # The first layer on top.
     legend = {"ncols": 3, "loc": "lower center", "bbox_to_anchor": (0.5, 1.0)}
     _finish(axes, legend, xlabel="neurons (%)", ylabel="ReLU layer", xlim=(0, 100))
-
-
-# Training.
 
 
 def _column(history: History, name: str) -> list[float]:
@@ -188,9 +181,6 @@ def count_epochs(axes: Axes) -> None:
     """Label the horizontal axis with whole numbers, and remove the frame without an axis."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.locator_params(axis="x", integer=True)
-
-
-# Certificates.
 
 
 def draw_margins(axes: Axes, margins: Sequence[float], *, bins: int = 40) -> None:

@@ -60,8 +60,7 @@ class AffineStatistics:
     Attributes:
         name: qualified name of its module.
         fan_in: number of inputs that one output sums.
-        weight_std, ibp_std: standard deviation of its weights (``None`` if a parametrisation computes them), and of
-            the IBP initialisation.
+        weight_std, ibp_std: standard deviation of its weights (``None`` if computed), and of the IBP initialisation.
         expected_gain: n·E|W| for fan-in n, halved if it reads ReLUs: the factor by which the layer alone widens
             intervals (Shi et al., NeurIPS 2021, section 3.1); ``None`` as ``weight_std``.
         batchnorm: whether BatchNorm follows.

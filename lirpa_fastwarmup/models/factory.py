@@ -33,8 +33,7 @@ def build(
     """Build a network: one of :data:`MODELS`, or a factory, `package.module:factory` or `path/to/file.py:factory`.
 
     A factory gets these arguments, and ``classes`` also as ``num_classes``, if its signature names them (``**kwargs``
-    names none; a ``width`` of None is left out). Its network is run once, on zeros, which changes neither modes nor
-    torch's random numbers.
+    names none; a ``width`` of None is left out). Its network is run once on zeros, which changes no global state.
     """
     given: dict[str, Any] = {"in_shape": in_shape, "classes": classes, "hidden": hidden, "batchnorm": batchnorm}
     given |= {"mean": mean, "std": std} | ({} if width is None else {"width": width})

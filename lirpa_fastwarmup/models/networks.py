@@ -9,11 +9,7 @@ from torch import Tensor, nn
 class Normalize(nn.Module):
     """(x − mean)/std, channel by channel. As a network's first layer, it keeps ε in units of the input.
 
-    Args:
-        mean, std: a value per channel of the input ``(batch, channels, *space)``.
-
-    Raises:
-        ValueError: the two differ in length, or a std is not positive.
+    Both have a value per channel. Raises ValueError if they differ in length, or a std is not positive.
     """
 
     mean: Tensor
@@ -43,8 +39,8 @@ def cnn7(
 ) -> nn.Sequential:
     """Five 3×3 convolutions and two linear layers, with ReLU, and BatchNorm after all but the last.
 
-    Channels are ``width`` (twice) and 2·``width`` (three times). The third convolution has stride 2, and on 64×64
-    inputs also the last.
+    Channels: ``width`` twice, 2·``width`` three times. The third layer has stride 2, on 64×64 inputs also the last.
+    Raises ValueError if sizes are not three or not positive, or only one of ``mean`` and ``std`` is given.
 
     Args:
         in_shape: (channels, height, width) of the input.
@@ -53,9 +49,6 @@ def cnn7(
         hidden: features of the hidden linear layer; 512 in the paper.
         batchnorm: whether layers are followed by BatchNorm.
         mean, std: per channel, of a leading :class:`~lirpa_fastwarmup.models.Normalize`; both or neither.
-
-    Raises:
-        ValueError: sizes are not three or not positive, or only one of ``mean`` and ``std`` is given.
     """
     layers = _normalisation(in_shape, (classes, width, hidden), mean, std)
     channels, last = in_shape[0], 2 if in_shape[1] >= 64 else 1
@@ -78,8 +71,7 @@ def wide_resnet8(
     """A stem, three residual blocks of two 3×3 convolutions, a hidden linear and a classification layer.
 
     Channels are 16 in the stem, then ``width``, 2·``width`` and 4·``width``, with strides 1, 2 and 2. There is no
-    pooling. ``width`` defaults to the paper's: 128, and 160 for 64×64 inputs. Arguments and errors are otherwise as for
-    :func:`cnn7`.
+    pooling. ``width`` defaults to the paper's: 128, and 160 for 64×64 inputs. See :func:`cnn7` for the rest.
     """
     layers = _normalisation(in_shape, (classes, width, hidden), mean, std)
     width, channels = width or (160 if in_shape[1] >= 64 else 128), 16

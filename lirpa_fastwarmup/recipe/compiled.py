@@ -10,18 +10,16 @@ import copy
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lirpa_fastwarmup.boxes import Epsilon, InputRange
-from lirpa_fastwarmup.engine.bounds import input_box
-from lirpa_fastwarmup.engine.capture import RecordableBox, forget_last_pass, record
+from lirpa_fastwarmup.engine import bounds, capture, tracing
 from lirpa_fastwarmup.engine.module import BoundedModule
 
 logger = logging.getLogger(__name__)
@@ -115,9 +113,9 @@ class CompiledSteps:
         try:
             recorded = _RecordedStep(step, self._bounded, self._input_range, batch, self._backend)
             recorded.compare_with_eager(step, batch)
+            return recorded
         finally:
-            forget_last_pass(self._bounded)  # No other pass follows that would free its tensors.
-        return recorded
+            capture.forget_last_pass(self._bounded)  # No other pass follows that would free its tensors.
 
 
 class _RecordedStep:
@@ -131,7 +129,7 @@ class _RecordedStep:
         self._trained = [name for name, value in bounded.wrapped.named_parameters() if value.requires_grad]
         self._names: list[str] = []
         example = batch[0]
-        box = RecordableBox(example)
+        box = capture.RecordableBox(example)
 
         def flat(x: Tensor, y: Tensor, eps: Tensor, *more: Tensor) -> tuple[Tensor, list[Tensor | None]]:
             values = step(box.around(x, eps, input_range), x, y, eps, *more)
@@ -140,7 +138,7 @@ class _RecordedStep:
             return torch.stack([value.detach().to(loss.dtype) for value in values.values()]), list(grads)
 
         # The copies of parameters are parameters: nodes refuse anything else where they have held one.
-        graph = record(flat, bounded, copy.deepcopy(self._state()), batch)
+        graph = capture.record(flat, bounded, copy.deepcopy(self._state()), batch)
         # On the CPU, converting to and from channels-last memory costs more than it gains.
         keep_layout = backend == "inductor" and example.device.type == "cpu"
         options: Any = {"layout_optimization": False} if keep_layout else None
@@ -176,10 +174,10 @@ class _RecordedStep:
         """Raise RuntimeError unless the compiled step computes what the engine does, on a batch not recorded."""
         x, y, eps, fraction = batch[0].flip(0), batch[1].flip(0), batch[2] * 0.75, batch[3] * 0.75
         other = (x, y, eps, fraction, *batch[4:])
-        with _restored_buffers(self._bounded.wrapped):
-            loss = step(input_box(x, eps, self._input_range), *other)["loss"]
+        with tracing.unchanged(self._bounded.wrapped):
+            loss = step(bounds.input_box(x, eps, self._input_range), *other)["loss"]
             expected = torch.autograd.grad(loss, self._parameters(), allow_unused=True)
-        with _restored_buffers(self._bounded.wrapped):
+        with tracing.unchanged(self._bounded.wrapped):
             values, grads = self._run(self._state(), other)
         if not loss.isfinite():
             return
@@ -257,16 +255,6 @@ class _WithGradients(torch.autograd.Function):
 def scalar_like(x: Tensor, value: float | Tensor) -> Tensor:
     """``value`` in the dtype and on the device of ``x``; a number does not wait for the device."""
     return value.to(x) if isinstance(value, Tensor) else torch.full((), value, dtype=x.dtype, device=x.device)
-
-
-@contextmanager
-def _restored_buffers(model: nn.Module) -> Iterator[None]:
-    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    try:
-        yield
-    finally:
-        for name, buffer in model.named_buffers():
-            buffer.copy_(before[name])
 
 
 def _relative_difference(found: Sequence[Tensor | None], expected: Sequence[Tensor | None]) -> float:

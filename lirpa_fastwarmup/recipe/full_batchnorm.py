@@ -29,20 +29,16 @@ def _normalise_output(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
 
 
 def insert_batchnorm(model: nn.Module, *example_inputs: Tensor) -> list[str]:
-    """Insert BatchNorm after every affine layer that lacks it, in place.
+    """Insert BatchNorm after every affine layer that lacks it, in place; return their names, in order of execution.
 
-    The BatchNorm becomes the child ``batchnorm`` of the layer's module and normalises its output in a forward hook: the
-    model keeps its class, ``forward`` and state-dict keys, and gets new keys for the new modules. Biases stay.
-    Classification layers (whose output reaches the network's output without a non-linearity) get none, nor do layers
-    with BatchNorm directly after them or after the sum that they feed; a second call inserts nothing. To deploy the
-    trained network without this package, :func:`fold_batchnorm` folds the BatchNorm into the weights.
+    BatchNorm becomes the child ``batchnorm`` of the layer's module and normalises its output in a forward hook: the
+    model keeps its class, ``forward`` and state-dict keys, and gets new keys. Biases stay. Classification layers (whose
+    output reaches the network's output without a non-linearity) get none, nor do layers with BatchNorm directly after
+    them or after the sum that they feed. To deploy the network without this package, see :func:`fold_batchnorm`.
 
     Args:
         model: any nn.Module whose operators the installed engine bounds.
         example_inputs: inputs that ``model`` can be called with, batch first. Only shapes matter.
-
-    Returns:
-        The qualified names of the modules that got a BatchNorm, in order of execution.
 
     Raises:
         TypeError: ``model`` is a BoundedModule.
@@ -152,11 +148,8 @@ def fold_batchnorm(model: nn.Module) -> nn.Module:
 
     The copy is of the author's class, needs nothing of this package, and has the state-dict keys from before
     ``insert_batchnorm``, plus a bias in each folded layer that had none. It computes what ``model`` computes in
-    evaluation mode, up to rounding. BatchNorm of the author's own code stays, also if none was inserted.
-
-    Returns:
-        The copy, in evaluation mode: the running statistics are part of its weights, so that further training
-        continues without BatchNorm.
+    evaluation mode, up to rounding. BatchNorm of the author's own code stays, also if none was inserted. The copy is in
+    evaluation mode; further training continues without BatchNorm, which is part of its weights.
 
     Raises:
         TypeError: ``model`` is not the network itself, but a BoundedModule or a module that holds one.

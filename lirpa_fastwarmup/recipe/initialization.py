@@ -42,21 +42,16 @@ class LayerInit:
 
 @torch.no_grad()
 def ibp_init_(bounded: Any, *, generator: torch.Generator | None = None) -> list[LayerInit]:
-    """Initialise every affine weight except those of the classification layers, in place.
+    """Initialise all affine weights but the classification layers' in place; return the layers in order of execution.
 
     Weights are drawn from N(0, σ²) with σ = √(2π)/n for fan-in n, or half of that for a layer that reads the ReLU of a
     residual sum directly, where intervals are twice as wide. Biases and BatchNorm stay. Classification layers are
-    those whose output reaches the network's output without a non-linearity.
+    those whose output reaches the network's output without a non-linearity. Raises StructureError, and changes nothing,
+    if a parametrisation computes a weight.
 
     Args:
         bounded: a BoundedModule of either engine.
         generator: source of the random numbers; by default torch's global one.
-
-    Returns:
-        The initialisation of each layer, in order of execution.
-
-    Raises:
-        StructureError: the weight of a layer is computed by a parametrisation. No weight has changed then.
 
     Example:
         >>> bounded = fw.BoundedModule(fw.models.cnn7((1, 28, 28), 10), torch.zeros(2, 1, 28, 28))

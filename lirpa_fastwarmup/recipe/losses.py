@@ -6,10 +6,9 @@ upper bound on the cross-entropy in the box. L_adv is the cross-entropy at a poi
 A loss is a callable from a :class:`LossStep` to a :class:`LossValue`. It runs after the clean forward pass of the
 batch, whose BatchNorm statistics it uses, and the warmup's regularisers read the bounds that it leaves.
 
-Losses with an attack name their BatchNorm policy, ``batchnorm``. "clean": attack and bounds use the statistics of the
-clean batch (CTBench). "running": the attack uses the running statistics, and bounds those of the clean batch (the
-authors of SABR). "adversarial": the attack uses the running statistics; a forward pass of its points, which also moves
-the running statistics, provides those of the bounds (expressive-losses, CTRAIN).
+Losses with an attack name their BatchNorm policy. "clean": attack and bounds use the statistics of the clean batch
+(CTBench). "running": the attack uses the running statistics (SABR's authors). "adversarial": it does too, and a forward
+pass of its points, which moves the running statistics, provides those of the bounds (expressive-losses, CTRAIN).
 
 Example:
     >>> loss = fw.losses.MTLIBP(alpha=0.5)
@@ -27,9 +26,8 @@ from torch import Tensor
 
 from lirpa_fastwarmup.attacks import PGD
 from lirpa_fastwarmup.boxes import Epsilon, InputRange, box_ends
-from lirpa_fastwarmup.engine import bounds
+from lirpa_fastwarmup.engine import bounds, inputs
 from lirpa_fastwarmup.engine.batchnorm import normalized_by
-from lirpa_fastwarmup.engine.inputs import with_ends
 
 BatchNormPolicy = Literal["clean", "running", "adversarial"]
 START, RAMP, FULL = "before the ramp", "in the ramp", "at full ε"
@@ -143,8 +141,7 @@ class CrownIBP:
         return LossValue(loss, loss, bounds.proved(torch.maximum(crown, lower)))
 
     def _fused(self, step: LossStep) -> LossValue:
-        options: dict[str, Any] = {"reuse_statistics": True}
-        lower, upper = bounds.ibp_margin_bounds(step.bounded, step.box, step.y, step.classes, **options)
+        lower, upper = bounds.ibp_margin_bounds(step.bounded, step.box, step.y, step.classes, reuse_statistics=True)
         losses = bounds.fused_crown_loss(step.bounded, -upper, -lower, step.y, step.classes)
         loss = bounds.mixed_log(losses, bounds.log_sum_exp(-lower), 1 - step.fraction).mean()
         return LossValue(loss, loss, bounds.proved(lower))
@@ -161,8 +158,7 @@ class SABR:
         ratio: its size relative to the box, above 0 and at most 1.
         attack: finds the adversarial point; no gradient passes through it.
         batchnorm: the BatchNorm policy.
-        scalar: the small box has the half-width ``ratio``·ε at every coordinate instead, and is clipped to the input
-            range (the authors' code).
+        scalar: use ``ratio``·ε at every coordinate, clipped to the input range, instead (the authors' code).
         relu_shrinkage: factor of the upper bounds of unstable ReLUs, 1 for none; 0.8 for CIFAR-10 at ε = 2/255.
     """
 
@@ -184,7 +180,7 @@ class SABR:
 
     def __call__(self, step: LossStep) -> LossValue:
         points = step.attacked(self.attack, self.batchnorm)
-        box = with_ends(step.box, *self.small_box(step, points))
+        box = inputs.with_ends(step.box, *self.small_box(step, points))
         with bounds.shrunk_relus(step.bounded, self.relu_shrinkage):
             lower = step.ibp_margins(box)
         return LossValue(bounds.log_sum_exp(-lower).mean())
@@ -213,9 +209,8 @@ class MTLIBP:
 
     def __post_init__(self) -> None:
         if not 0 <= self.alpha <= 1:
-            raise ValueError(
-                f"alpha must be from 0 (the adversarial loss alone) to 1 (the IBP loss alone); found {self.alpha}"
-            )
+            text = f"alpha must be from 0 (the adversarial loss alone) to 1 (the IBP loss alone); found {self.alpha}"
+            raise ValueError(text)
         _check_policy(self.batchnorm)
 
     def __call__(self, step: LossStep) -> LossValue:

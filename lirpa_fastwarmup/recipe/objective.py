@@ -21,11 +21,8 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from lirpa_fastwarmup import boxes
 from lirpa_fastwarmup.boxes import Epsilon, InputRange
-from lirpa_fastwarmup.engine.bounds import class_count, input_box
-from lirpa_fastwarmup.engine.graph import StructureError
-from lirpa_fastwarmup.engine.inputs import Inputs
+from lirpa_fastwarmup.engine import bounds, graph, inputs, plain
 from lirpa_fastwarmup.engine.module import BoundedModule
-from lirpa_fastwarmup.engine.plain import view_of
 from lirpa_fastwarmup.recipe.compiled import CompiledSteps, scalar_like
 from lirpa_fastwarmup.recipe.losses import FULL, IBP, RAMP, START, Loss, LossStep, LossValue
 from lirpa_fastwarmup.recipe.regularizers import BUILT_IN, Regularizer, relu_balance, tightness, undefined
@@ -48,8 +45,7 @@ class StepLoss:
         clean_loss: cross-entropy of the clean batch.
         robust_loss: upper bound on the cross-entropy over the box.
         adversarial_loss, adversarial_error: cross-entropy and fraction misclassified at the loss's attack.
-        tightness: the tightness regulariser, before its weight.
-        relu_balance: the ReLU-balance regulariser, before its weight.
+        tightness, relu_balance: the two regularisers of the warmup, before their weight.
         eps: radius of the step, in units of the input (the largest, where it varies).
         clean_error: fraction of the batch misclassified.
         verified_error: fraction of the batch not certified over the step's box.
@@ -102,8 +98,7 @@ def compute_step(
 ) -> dict[str, Tensor]:
     """The loss of one step and its components, 0-dim; regularisers and penalties as "terms.name".
 
-    ``eps`` is the radius of ``box``, before it is clipped to ``input_range``; ``starts`` are starting points of the
-    loss's attack, if it has one.
+    ``eps`` is the radius of ``box`` before it is clipped; ``starts`` are those of the loss's attack, if it has one.
     """
     logits = bounded(x)
     loss = F.cross_entropy(logits, y)
@@ -152,8 +147,7 @@ class ValueChecks:
     def defer(self, kind: str, holds: Tensor, values: Sequence[Tensor], error: Callable[..., Exception]) -> None:
         """Keep a check for :meth:`raise_pending`, without a wait for the device.
 
-        Of each ``kind`` the first violation is kept, as the smallest and the largest of each of its values: the batch
-        that caused it may be gone when it is raised.
+        Of each ``kind`` the first violation is kept, as the extremes of each of its values: its batch may be gone then.
         """
         ends = [torch.stack([value.amin(), value.amax()]) for value in values]
         if kind in self._pending:
@@ -178,8 +172,7 @@ class ShortWarmup(nn.Module):
     its bounded view. The state dict holds the step count, under ``step``, and the wrapped model's own keys.
 
     Args:
-        bounded: the network, a BoundedModule of a classifier: this package's, or the engine's own, of which a
-            :class:`lirpa_fastwarmup.BoundedModule` is built then.
+        bounded: the network, a BoundedModule of a classifier, this package's or the engine's own.
         schedule: the radius over the steps, such as :class:`lirpa_fastwarmup.SmoothedEpsilon`. For a network of several
             inputs, its ``max_eps`` may be a tuple, one radius per input; 0 for an unperturbed one.
         loss: the robust loss, by default IBP: any of :mod:`lirpa_fastwarmup.losses`, or your own function from a
@@ -188,18 +181,15 @@ class ShortWarmup(nn.Module):
             changes with ε/ε_max. (1, 0.5) as Gowal et al. (2018), equal weights as CTBench.
         reg_weight: λ, the weight of the regularisers while ε is below its maximum.
         tol: τ of "tightness" and "relu_balance".
-        regularizers: terms of the warmup, weighted λ·(1 − ε/ε_max): names of functions in
-            :mod:`lirpa_fastwarmup.regularizers`, or your own functions from the BoundedModule after an IBP pass to a
-            0-dim tensor.
+        regularizers: terms weighted λ·(1 − ε/ε_max): names from :mod:`lirpa_fastwarmup.regularizers`, or your own
+            functions from the BoundedModule after an IBP pass to a 0-dim tensor.
         penalties: terms of the same kind, each with its own weight, constant throughout training.
         input_range: lowest and highest valid input, numbers or tensors, to which the box is clipped; ``None`` for
             unclipped data. For several inputs it may be a tuple of these.
-        min_eps: the smallest radius of the box while regularisers or penalties are on. A smaller box is below the
-            resolution of float32.
-        compile: compile the training step once per batch shape and phase (before, in and after the ramp), which takes
-            about a minute each, and replay it. Only the loss has a gradient then, and your own functions must consist
-            of tensor operations that do not depend on tensors' values. If compilation fails, steps run eagerly, after
-            one :class:`CompilationWarning`.
+        min_eps: the smallest radius while regularisers or penalties are on; float32 resolves no smaller box.
+        compile: compile the training step once per batch shape and phase (before, in and after the ramp), about a
+            minute each. Only the loss has a gradient then, and your own functions must consist of tensor operations
+            that do not depend on values. If it fails, steps run eagerly, after one :class:`CompilationWarning`.
         compile_batch_size: compile for batches of this many samples only, and run others eagerly.
         generator: source of the attack's random starts, on the inputs' device; by default that device's own.
 
@@ -238,7 +228,7 @@ class ShortWarmup(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        bounded = view_of(bounded)
+        bounded = plain.view_of(bounded)
         penalties = penalties or {}
         _check_weights(reg_weight, tol, min_eps, kappa, penalties.values())
         loss = IBP() if loss is None else loss
@@ -250,7 +240,7 @@ class ShortWarmup(nn.Module):
                 f"ConstantEpsilon(eps) for a constant radius; found {schedule!r}"
             )
         bounded.layout.pack_eps(schedule.max_eps, input_range)  # Checks it.
-        self.classes = class_count(bounded)
+        self.classes = bounds.class_count(bounded)
         # Not a registered module: it is a view of `model`, which is registered.
         object.__setattr__(self, "bounded", bounded)
         self.model = bounded.wrapped
@@ -272,7 +262,7 @@ class ShortWarmup(nn.Module):
         if missing := undefined(bounded, [*self.regularizers, *self.penalties]):
             left = tuple(name for name in self.regularizers if name not in missing)
             what = "activation" if "tightness" in missing else "ReLU"
-            raise StructureError(
+            raise graph.StructureError(
                 f"the network has no {what}, and {' and '.join(missing)} use the bounds of {what}s: pass "
                 f"regularizers={left} to train without them"
             )
@@ -292,7 +282,7 @@ class ShortWarmup(nn.Module):
         """ε/ε_max of the next call: the schedule's at this step, 1 in evaluation mode."""
         return self.schedule.fraction(self.steps_done) if self.training else 1.0
 
-    def forward(self, x: Inputs, y: Tensor, max_eps: Any = None) -> StepLoss:
+    def forward(self, x: inputs.Inputs, y: Tensor, max_eps: Any = None) -> StepLoss:
         """The objective on one batch.
 
         Off the CPU, errors about values are kept for :meth:`raise_pending_errors`.
@@ -300,8 +290,7 @@ class ShortWarmup(nn.Module):
         Args:
             x: clean inputs ``(batch, *input)``, within ``input_range``; or a tuple of the network's inputs.
             y: labels (batch,), int64.
-            max_eps: the radius at the end of the schedule for this batch, instead of the schedule's own: for example
-                one value per sample, shape (batch, 1, …).
+            max_eps: the schedule's largest radius for this batch, such as one per sample, (batch, 1, …).
 
         Raises:
             TypeError: labels are not int64.
@@ -331,7 +320,7 @@ class ShortWarmup(nn.Module):
         starts = () if attack is None or phase == START else (attack.starts(x, self.generator),)
         values = self._compiled.run(step, terms.key, x, y, eps, fraction, *starts) if self._compiled else None
         if values is None:
-            values = step(input_box(x, eps, self._range), x, y, eps, fraction, *starts)
+            values = step(bounds.input_box(x, eps, self._range), x, y, eps, fraction, *starts)
         step_loss = self._step_loss(values, eps)
         loss = step_loss.loss.detach()
         facts = [loss, torch.full_like(loss, self.steps_done), step_loss.eps]
@@ -371,8 +360,6 @@ class ShortWarmup(nn.Module):
         self._checks.require("labels", boxes.labels_fit(y, self.classes), [y], labels_error)
         inputs_error = partial(boxes.inputs_error, input_range=self._range)
         self._checks.require("inputs", boxes.inputs_fit(x, self._range), [x], inputs_error)
-
-    # One mode and one state dict with the wrapped model.
 
     def train(self, mode: bool = True) -> Self:
         """Put the objective, the wrapped model and its bounded view in training (or evaluation) mode."""
@@ -421,14 +408,12 @@ def _not_finite(loss: Tensor, step: Tensor, eps: Tensor) -> NonFiniteLossError:
 
 def _to_registered_keys(module: ShortWarmup, state_dict: Any, prefix: str, *rest: Any) -> None:
     """Undo, before loading, what :meth:`ShortWarmup.state_dict` did to the keys."""
-    own = [key for key in state_dict if key.startswith(prefix)]
     if prefix + _STEP in state_dict:
         module.steps_done = int(state_dict.pop(prefix + _STEP))
-        own.remove(prefix + _STEP)
     else:
         missing_keys = rest[2]
         missing_keys.append(prefix + _STEP)
-    for key in own:
+    for key in [key for key in state_dict if key.startswith(prefix)]:
         state_dict[f"{prefix}model.{key[len(prefix) :]}"] = state_dict.pop(key)
 
 

@@ -9,8 +9,7 @@ Example:
 
 [l, u] bounds the input of one of m activations, c = (l + u)/2, Δ is the mean of (u − l)/2 over batch and neurons, and
 Δ_0 is the same at the input of the first affine layer. :func:`tightness` takes every elementwise activation, the others
-ReLUs alone. After :meth:`lirpa_fastwarmup.BoundedModule.join_ranks`, means and sums are over the batches of all
-processes.
+ReLUs alone. After :meth:`lirpa_fastwarmup.BoundedModule.join_ranks`, means and sums are over all processes' batches.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -49,13 +48,8 @@ def _reduction(bounded: Any, batch: Tensor) -> _Reduction:
 def tightness(bounded: Any, tol: float = 0.5) -> Tensor:
     """Bound tightness: (1/m) Σ_i max(0, tol − Δ_0/Δ_i)/tol; a 0-dim tensor with gradient.
 
-    Args:
-        bounded: a BoundedModule whose last pass was a bound pass.
-        tol: the ratio Δ_0/Δ_i above which a layer is tight enough.
-
-    Raises:
-        RuntimeError: no bounds have been computed since the last forward pass.
-        StructureError: the network has no activation.
+    ``tol`` is the ratio Δ_0/Δ_i above which a layer is tight enough. Raises RuntimeError if no bounds were computed
+    since the last forward pass of ``bounded``, a BoundedModule, and StructureError if the network has no activation.
     """
     layers = graph.activation_bounds(bounded)
     reduction = _reduction(bounded, layers[0].lower)
@@ -92,10 +86,7 @@ def _imbalance(layers: Sequence[LayerBounds], tol: float, reduction: _Reduction 
 
 
 def state_moments(lower: Tensor, upper: Tensor) -> Tensor:
-    """Σ c and Σ (c − μ)² over the always-active (l > 0) and the always-inactive (u < 0) neurons; μ is the mean of c.
-
-    Returns a tensor (2 states, 2 sums), differentiable once.
-    """
+    """Σ c and Σ (c − μ)², with mean μ, of always-active and always-inactive neurons: (2, 2), differentiable once."""
     return _StateMoments.apply(_ONE_PROCESS, lower, upper)[0]
 
 

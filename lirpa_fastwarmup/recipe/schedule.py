@@ -1,18 +1,12 @@
 """The perturbation radius ε as a pure function of the step number.
 
-``schedule(step)`` is the radius at a step, and ``schedule.fraction(step)`` its fraction of ``max_eps``. Steps count
-batches from 0.
+``schedule(step)`` is the radius at a step from 0, and ``schedule.fraction(step)`` its fraction of ``max_eps``.
 """
 
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from lirpa_fastwarmup.boxes import Epsilon, check_eps
-
-
-def _check(max_eps: Epsilon | tuple[Epsilon, ...]) -> None:
-    for eps in max_eps if isinstance(max_eps, tuple) else (max_eps,):
-        check_eps(eps)
 
 
 class Schedule(Protocol):
@@ -27,23 +21,31 @@ class Schedule(Protocol):
 
 
 @dataclass(frozen=True)
-class ConstantEpsilon:
-    """ε = ``max_eps`` at every step (so that the regularisers, weighted 1 − ε/ε_max, are off)."""
-
+class _Schedule:
     max_eps: Epsilon | tuple[Epsilon, ...]
 
     def __post_init__(self) -> None:
-        _check(self.max_eps)
+        for eps in self.max_eps if isinstance(self.max_eps, tuple) else (self.max_eps,):
+            check_eps(eps)
 
     def fraction(self, step: int) -> float:
+        """ε/``max_eps`` at ``step``: 0 up to the start, exactly 1 from the end on."""
         return 1.0
 
     def __call__(self, step: int) -> Epsilon | tuple[Epsilon, ...]:
-        return self.max_eps
+        fraction = self.fraction(step)
+        if isinstance(self.max_eps, tuple):
+            return tuple(eps * fraction for eps in self.max_eps)
+        return self.max_eps * fraction
 
 
 @dataclass(frozen=True)
-class _Ramp:
+class ConstantEpsilon(_Schedule):
+    """ε = ``max_eps`` at every step (so that the regularisers, weighted 1 − ε/ε_max, are off)."""
+
+
+@dataclass(frozen=True)
+class _Ramp(_Schedule):
     """A schedule that grows from 0 to ``max_eps`` between two steps.
 
     Attributes:
@@ -53,7 +55,6 @@ class _Ramp:
         steps_per_epoch: batches in an epoch.
     """
 
-    max_eps: Epsilon | tuple[Epsilon, ...]
     start: int
     length: int
     steps_per_epoch: int
@@ -61,7 +62,7 @@ class _Ramp:
     last_step: int = field(init=False)
 
     def __post_init__(self) -> None:
-        _check(self.max_eps)
+        super().__post_init__()
         if self.start < 1 or self.length < 0 or self.steps_per_epoch < 1:
             raise ValueError(
                 "a schedule needs start ≥ 1 (epochs count from 1), length ≥ 0 and steps_per_epoch ≥ 1; found "
@@ -71,7 +72,6 @@ class _Ramp:
         object.__setattr__(self, "last_step", (self.start + self.length - 1) * self.steps_per_epoch)
 
     def fraction(self, step: int) -> float:
-        """ε/``max_eps`` at ``step``: 0 up to the start, exactly 1 from the end on."""
         if step >= self.last_step:
             return 1.0
         done, total = step - self.first_step, self.last_step - self.first_step
@@ -79,12 +79,6 @@ class _Ramp:
 
     def _rise(self, done: int, total: int) -> float:
         return done / total
-
-    def __call__(self, step: int) -> Epsilon | tuple[Epsilon, ...]:
-        fraction = self.fraction(step)
-        if isinstance(self.max_eps, tuple):
-            return tuple(eps * fraction for eps in self.max_eps)
-        return self.max_eps * fraction
 
 
 @dataclass(frozen=True)

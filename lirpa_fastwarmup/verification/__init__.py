@@ -4,6 +4,7 @@ from lirpa_fastwarmup.attacks import Attack, attack, pgd
 from lirpa_fastwarmup.engine.bounds import METHODS
 from lirpa_fastwarmup.engine.soundness import UnsoundBoundError
 from lirpa_fastwarmup.memory import OutOfMemoryError
+from lirpa_fastwarmup.verification.complete import ABCrown, WorkerError
 from lirpa_fastwarmup.verification.evaluate import evaluate, verify
 from lirpa_fastwarmup.verification.handover import export
 from lirpa_fastwarmup.verification.journal import Journal
@@ -12,6 +13,17 @@ from lirpa_fastwarmup.verification.radius import certified_radii
 from lirpa_fastwarmup.verification.result import Certificate, ErrorRate, Radius, Stage, Verification
 from lirpa_fastwarmup.verification.vnnlib import robustness_property
 
-__all__ = ["METHODS", "Attack", "Certificate", "ErrorRate", "Journal", "OutOfMemoryError", "Radius", "Stage"]
+__all__ = [
+    "METHODS",
+    "ABCrown",
+    "Attack",
+    "Certificate",
+    "ErrorRate",
+    "Journal",
+    "OutOfMemoryError",
+    "Radius",
+    "Stage",
+    "WorkerError",
+]
 __all__ += ["UnsoundBoundError", "Verification", "attack", "certified_radii", "evaluate", "export", "pgd", "read_onnx"]
 __all__ += ["robustness_property", "verify", "write_onnx"]

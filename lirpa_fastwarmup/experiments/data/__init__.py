@@ -7,17 +7,7 @@ from pathlib import Path
 from lirpa_fastwarmup.boxes import InputRange
 from lirpa_fastwarmup.experiments.data import arrays, cifar10, imagenet, mnist
 from lirpa_fastwarmup.experiments.data.batches import Augmentation, Batches
-from lirpa_fastwarmup.experiments.data.dataset import (
-    Dataset,
-    Split,
-    generator_of,
-    held_out,
-    limited,
-    place,
-    seed_of,
-    spread,
-    spread_indices,
-)
+from lirpa_fastwarmup.experiments.data.dataset import Dataset, Split, held_out, limited, place, spread, spread_indices
 from lirpa_fastwarmup.experiments.data.download import CorruptFileError
 
 LOADERS: dict[str, Callable[[Path | None], Dataset]] = {
@@ -64,5 +54,5 @@ def load(name: str, data_dir: Path | None = None, input_range: InputRange | None
     return dataset if input_range is None else dataclasses.replace(dataset, input_range=input_range)
 
 
-__all__ = ["LOADERS", "Augmentation", "Batches", "CorruptFileError", "Dataset", "Split", "generator_of", "held_out"]
-__all__ += ["is_factory", "limited", "load", "place", "seed_of", "spread", "spread_indices"]
+__all__ = ["LOADERS", "Augmentation", "Batches", "CorruptFileError", "Dataset", "Split", "held_out", "is_factory"]
+__all__ += ["limited", "load", "place", "spread", "spread_indices"]

@@ -2,8 +2,8 @@
 
 import csv
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lirpa_fastwarmup.boxes import InputRange
+from lirpa_fastwarmup import boxes, storage
 from lirpa_fastwarmup.experiments.data.dataset import Dataset, Split, check_labels, held_out
 from lirpa_fastwarmup.experiments.data.download import CorruptFileError, missing_files
 from lirpa_fastwarmup.models import find_factory
-from lirpa_fastwarmup.storage import read_tensors, refused
 
 _CHANNELS = (1, 3, 4)
 _MAX_CLASSES = 1_000_000
@@ -30,8 +29,7 @@ _NEEDED = (
 def load(data_dir: Path | None = None) -> Dataset:
     """The dataset in a folder's ``train`` and ``test`` files of one format, or in a single file.
 
-    A fifth of the samples of a single file, always the same ones, are the test set. ``docs/howto/own-data.md``
-    describes the files.
+    The test set is a fifth of a single file, always the same. ``docs/howto/own-data.md`` describes the files.
     """
     if data_dir is None:
         raise ValueError("the dataset npz needs a folder with train.npz and test.npz: pass it as --data-dir")
@@ -78,7 +76,7 @@ def _arrays_of(part: Any) -> dict[str, np.ndarray]:
     return {"images" if inputs.dtype == np.uint8 else "inputs": inputs, "labels": labels}
 
 
-def _dataset(name: str, train: Split, test: Split, input_range: InputRange | None) -> Dataset:
+def _dataset(name: str, train: Split, test: Split, input_range: boxes.InputRange | None) -> Dataset:
     mean, std = _mean_and_std(train)
     if first := int(train.labels.min()):
         raise ValueError(f"the labels of {name} begin at {first}, and classes are numbered from 0: subtract {first}")
@@ -86,28 +84,20 @@ def _dataset(name: str, train: Split, test: Split, input_range: InputRange | Non
     return Dataset(name, classes, train, test, mean, std, input_range)
 
 
-@contextmanager
-def open_npz(path: Path, content: str) -> Iterator[Mapping[str, np.ndarray]]:
-    """The arrays of an npz file, read when asked for; messages describe its content as ``content``."""
+def _read_npz(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         try:
             with np.load(file, allow_pickle=False) as arrays:
-                yield arrays
+                return _known(arrays)
         except Exception as error:  # numpy and zipfile fail in many ways on damaged files.
             hint = "it contains pickled objects, or is not an npz file" if "allow_pickle" in str(error) else str(error)
-            raise CorruptFileError(
-                f"{path} is not a valid npz file of {content} ({hint}): write plain arrays with numpy.savez"
-            ) from error
-
-
-def _read_npz(path: Path) -> dict[str, Any]:
-    with open_npz(path, "inputs and labels") as arrays:
-        return _known(arrays)
+            problem = f"{path} is not a valid npz file of inputs and labels ({hint})"
+            raise CorruptFileError(f"{problem}: write plain arrays with numpy.savez") from error
 
 
 def _read_pt(path: Path) -> dict[str, Any]:
     how = "write a dictionary of tensors with torch.save"
-    content = read_tensors(path, f"cannot be read as tensors: {how}")
+    content = storage.read_tensors(path, f"cannot be read as tensors: {how}")
     try:
         return _known({name: torch.as_tensor(one).detach().numpy() for name, one in content.items()})
     except (AttributeError, TypeError, ValueError, RuntimeError) as error:  # numpy has no bfloat16, for example.
@@ -124,7 +114,7 @@ def _known(arrays: Mapping[str, Any]) -> dict[str, Any]:
 def _read_csv(path: Path) -> dict[str, Any]:
     """The columns of a table: ``label``, and the others as inputs; errors name the line and the column."""
     problem, rows = f"{path} is not a table of text in UTF-8", list[list[float]]()
-    with path.open(newline="", encoding="utf-8-sig") as file, refused(problem, UnicodeDecodeError, csv.Error):
+    with path.open(newline="", encoding="utf-8-sig") as file, storage.refused(problem, UnicodeDecodeError, csv.Error):
         reader = csv.reader(file, strict=True)
         columns = next(reader, [])
         if columns.count("label") != 1 or len(set(columns)) != len(columns):
@@ -184,7 +174,7 @@ def _images(images: np.ndarray, source: Path | str) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(images))
 
 
-def _range(found: Mapping[str, Any]) -> InputRange | None:
+def _range(found: Mapping[str, Any]) -> boxes.InputRange | None:
     if "low" not in found:
         return None
     low, high = (torch.as_tensor(found[name], dtype=torch.float32) for name in ("low", "high"))

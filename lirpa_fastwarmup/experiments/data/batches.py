@@ -14,8 +14,7 @@ from lirpa_fastwarmup.experiments.data.dataset import Split
 class Augmentation:
     """Random horizontal flips, and random crops after padding by pixels of the edge, of a batch of images.
 
-    Random numbers are drawn on the CPU, in the order flips, vertical offsets, horizontal offsets, so that every device
-    yields the same images.
+    Drawn on the CPU (flips, then vertical, then horizontal offsets), so that every device yields the same images.
     """
 
     flip: bool = False

@@ -67,11 +67,8 @@ class Dataset:
 
     ``mean`` and ``std``, one per channel or feature, are usually used to normalise its inputs; ``None`` for no
     normalisation. ``input_range`` is the lowest and highest valid input, numbers or tensors: from 0 to 1 for pixels,
-    and ``None``, no range, by default for floats.
-
-    Raises:
-        ValueError: the splits differ in the shape of their samples, a label is not a class, or a float sample is not
-            finite or outside ``input_range``.
+    and ``None``, no range, by default for floats. Raises ValueError if shapes of the splits differ, a label is not a
+    class, or a float is not finite or out of range.
     """
 
     name: str
@@ -137,7 +134,8 @@ def held_out(split: Split, count: int, *, seed: int) -> tuple[Split, Split]:
     """``split`` without ``count`` samples drawn at random, and these samples."""
     if not 1 <= count < len(split):
         raise ValueError(f"the training set has {len(split)} samples; cannot hold out {count} of them")
-    order = torch.randperm(len(split), generator=generator_of(seed, _HELD_OUT)).to(split.labels.device)
+    order = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed_of(seed, _HELD_OUT)))
+    order = order.to(split.labels.device)
     return split.take(order[count:]), split.take(order[:count])
 
 
@@ -155,11 +153,6 @@ def spread_indices(length: int, count: int) -> Tensor:
 def seed_of(seed: int, *stream: int) -> int:
     """The seed of a stream of random numbers, independent of the other streams of ``seed``."""
     return int(np.random.SeedSequence([seed, *stream]).generate_state(1, np.uint64)[0]) >> 1
-
-
-def generator_of(seed: int, stream: int) -> torch.Generator:
-    """A generator on the CPU, independent of the other streams of the same seed."""
-    return torch.Generator().manual_seed(seed_of(seed, stream))
 
 
 def place(split: Split, device: torch.device) -> Split:

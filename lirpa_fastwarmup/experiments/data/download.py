@@ -38,11 +38,10 @@ def dataset_folder(dataset: str, data_dir: Path | None = None) -> Path:
     return Path(appdirs.user_cache_dir("lirpa_fastwarmup")) / dataset if data_dir is None else Path(data_dir)
 
 
-def missing_files(title: str, names: Sequence[str], folder: Path, hint: str = "") -> FileNotFoundError:
+def missing_files(title: str, names: Sequence[str], folder: Path) -> FileNotFoundError:
     """The error for a dataset ``title`` whose files ``names`` are not in ``folder``."""
     return FileNotFoundError(
-        f"{title} needs {', '.join(names)} in {folder}: put the missing files there, or pass their folder as "
-        f"--data-dir{hint}"
+        f"{title} needs {', '.join(names)} in {folder}: put the missing files there, or pass their folder as --data-dir"
     )
 
 

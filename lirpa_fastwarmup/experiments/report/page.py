@@ -40,13 +40,11 @@ def render(records: Sequence[RunRecord]) -> str:
 
 def _run(record: RunRecord) -> dict[str, Any]:
     return {
-        "name": record.name,
+        **vars(record),
         "headline": _headline(record),
         "facts": _facts(record),
-        "missing": record.missing,
         "errors": _error_table(record),
         "training": _training_pictures(record),
-        "inspection": record.inspection,
         "certificates": _certificate_pictures(record),
         "settings": {name: setting_text(value) for name, value in record.settings.items() if value is not None},
     }
@@ -128,9 +126,6 @@ def _radius(eps: Any) -> str:
 
 def _interval(rate: Mapping[str, Any] | None) -> str:
     return "–" if rate is None else "{:.2%} [{:.2%}, {:.2%}]".format(rate["value"], *rate["interval_95"])
-
-
-# Pictures.
 
 
 def _picture(figure: Figure, caption: str, *, wide: bool = False) -> _Picture:

@@ -17,8 +17,7 @@ from lirpa_fastwarmup.experiments import data
 from lirpa_fastwarmup.experiments.training import load_model, settings_of_run
 from lirpa_fastwarmup.experiments.training.checkpoint import CHECKPOINT, HISTORY, MODEL, SUMMARY
 from lirpa_fastwarmup.experiments.training.network import load_dataset, read_model
-from lirpa_fastwarmup.inspection.layers import inspect
-from lirpa_fastwarmup.inspection.statistics import Inspection
+from lirpa_fastwarmup.inspection import layers, statistics
 from lirpa_fastwarmup.storage import file_sum, read_csv, read_json, read_tensors, refused, weights_sum
 from lirpa_fastwarmup.verification import OutOfMemoryError, UnsoundBoundError, evaluate
 from lirpa_fastwarmup.verification import folder as verified
@@ -57,7 +56,7 @@ class RunRecord:
     verification: Mapping[str, Any] | None = None
     samples: list[Sample] = field(default_factory=list)  # In ascending order of margins.
     eps: float | None = None  # Of these margins.
-    inspection: Inspection | None = None
+    inspection: statistics.Inspection | None = None
     # Of the samples with the smallest and the largest margins, (height, width, channels).
     images: list[tuple[Sample, Image]] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)  # What is missing and why, one sentence each.
@@ -132,7 +131,14 @@ def read_record(folder: Path, data_dir: Path | None = None, *, trust: bool = Fal
     record.settings = record.settings or _saved_settings(folder, model)
     if not record.settings and not record.history:
         raise FileNotFoundError(f"{folder} holds no run: neither a summary, nor a history, nor a checkpoint")
-    _read_certificates(record, folder, model)
+    if (folder / verified.SUMMARY).is_file():
+        record.verification = read_json(folder / verified.SUMMARY)
+        _check_origin(folder / verified.SUMMARY, record.verification, model)
+    else:
+        record.missing.append("There are no certificates: lirpa-fastwarmup verify RUN_DIR computes them.")
+    if (folder / verified.CERTIFICATES).is_file():
+        eps = record.settings.get("eps", 0.0)
+        record.eps, record.samples = certified_samples(folder / verified.CERTIFICATES, eps)
     try:
         _inspect_network(record, model, data_dir, trust=trust)
     except _EXPECTED as error:
@@ -149,17 +155,6 @@ def _saved_settings(folder: Path, model: _SavedModel) -> dict[str, Any]:
     except ValueError as error:
         logger.warning("%s", error)
     return {}
-
-
-def _read_certificates(record: RunRecord, folder: Path, model: _SavedModel) -> None:
-    path, table = folder / verified.SUMMARY, folder / verified.CERTIFICATES
-    if path.is_file():
-        record.verification = read_json(path)
-        _check_origin(path, record.verification, model)
-    else:
-        record.missing.append("There are no certificates: lirpa-fastwarmup verify RUN_DIR computes them.")
-    if table.is_file():
-        record.eps, record.samples = certified_samples(table, record.settings.get("eps", 0.0))
 
 
 def certified_samples(path: Path, eps: float) -> tuple[float, list[Sample]]:
@@ -188,7 +183,7 @@ def _inspect_network(record: RunRecord, model: _SavedModel, data_dir: Path | Non
         raise ValueError(f"it was trained on samples {shape} of {classes} classes; {dataset.name} has {found}")
     bounded = BoundedModule(network, torch.zeros(2, *dataset.in_shape), allow_untested=settings.allow_untested)
     samples = data.spread(dataset.test, _INSPECTED).inputs
-    record.inspection = inspect(bounded, samples, settings.eps, input_range=dataset.input_range)
+    record.inspection = layers.inspect(bounded, samples, settings.eps, input_range=dataset.input_range)
     if not record.samples:
         record.eps, record.samples = settings.eps, _bounded_samples(bounded, dataset, settings.eps)
     elif record.verification is not None and record.verification.get("dataset") != dataset.name:

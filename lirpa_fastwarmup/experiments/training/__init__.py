@@ -14,18 +14,12 @@ if TYPE_CHECKING:
     from lirpa_fastwarmup.experiments.training.network import UntrustedError, load_model, load_weights
     from lirpa_fastwarmup.experiments.training.run import resume, settings_of_run, train
 
-_MODULES = {
-    "build": ("build_run",),
-    "checkpoint": ("OutputExistsError",),
-    "network": ("UntrustedError", "load_model", "load_weights"),
-    "run": ("resume", "settings_of_run", "train"),
-}
 __all__ = ["METHODS", "OutputExistsError", "Settings", "TrainingInterrupted", "UntrustedError", "build_run"]
 __all__ += ["load_model", "load_weights", "resume", "settings_of_run", "train"]
 
 
 def __getattr__(name: str) -> Any:
-    for module, names in _MODULES.items():
-        if name in names:
-            return getattr(importlib.import_module(f"{__name__}.{module}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    modules = (importlib.import_module(f"{__name__}.{home}") for home in ("build", "checkpoint", "network", "run"))
+    return next(getattr(module, name) for module in modules if hasattr(module, name))

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.optim import SGD, Adam, Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_multi_avg_fn
+from torch.utils._pytree import tree_map_only
 
 from lirpa_fastwarmup import models
 from lirpa_fastwarmup.attacks import PGD
@@ -15,10 +16,10 @@ from lirpa_fastwarmup.boxes import InputRange
 from lirpa_fastwarmup.distributed import World, rank_zero_first, world
 from lirpa_fastwarmup.engine.module import BoundedModule
 from lirpa_fastwarmup.experiments import data
+from lirpa_fastwarmup.experiments.data.dataset import seed_of
 from lirpa_fastwarmup.experiments.training.network import build_network
 from lirpa_fastwarmup.experiments.training.settings import NEEDED, Settings
-from lirpa_fastwarmup.recipe.initialization import initialize_
-from lirpa_fastwarmup.recipe.losses import LOSSES, Loss
+from lirpa_fastwarmup.recipe import initialization, losses
 from lirpa_fastwarmup.recipe.objective import ShortWarmup
 from lirpa_fastwarmup.recipe.schedule import SCHEDULES
 
@@ -58,7 +59,7 @@ def build_run(settings: Settings, device: torch.device) -> Run:
         dataset = data.load(settings.dataset, settings.data_dir, settings.input_range)
     processes = world()
     train, held_out = _training_samples(settings, dataset)
-    input_range = _placed(dataset.input_range, device)
+    input_range = tree_map_only(torch.Tensor, lambda end: end.to(device), dataset.input_range)
     train_batches = _training_batches(settings, data.place(train, device), device, processes)
     architecture = {
         **{name: getattr(settings, name) for name in ("model", "width", "hidden", "batchnorm")},
@@ -71,7 +72,7 @@ def build_run(settings: Settings, device: torch.device) -> Run:
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(settings.seed)
         bounded = _bounded(settings, build_network(architecture).to(device), dataset.in_shape)
-        initialize_(bounded, settings.init)
+        initialization.initialize_(bounded, settings.init)
     if settings.sync_batchnorm:
         bounded.join_ranks()
     objective = _objective(settings, bounded, input_range, len(train_batches), processes)
@@ -94,13 +95,6 @@ def build_run(settings: Settings, device: torch.device) -> Run:
     )
 
 
-def _placed(input_range: InputRange | None, device: torch.device) -> InputRange | None:
-    if input_range is None:
-        return None
-    low, high = (end.to(device) if isinstance(end, torch.Tensor) else end for end in input_range)
-    return low, high
-
-
 def _training_samples(settings: Settings, dataset: data.Dataset) -> tuple[data.Split, data.Split | None]:
     samples = dataset.train
     if settings.data_limit is not None:
@@ -116,7 +110,7 @@ def _training_batches(settings: Settings, samples: data.Split, device: torch.dev
                 f"inputs of shape {tuple(samples.images.shape[1:])} are no images, which --flip and --crop-padding "
                 "augment: add --no-flip --crop-padding 0, or start from the preset custom"
             )
-        generator = data.generator_of(settings.seed, _AUGMENTATION)
+        generator = torch.Generator().manual_seed(seed_of(settings.seed, _AUGMENTATION))
         augment = data.Augmentation(flip=settings.flip, crop_padding=settings.crop_padding, generator=generator)
     return data.Batches(
         samples,
@@ -159,8 +153,8 @@ def _objective(
     )
 
 
-def _loss(settings: Settings) -> Loss:
-    kind = LOSSES[settings.loss]
+def _loss(settings: Settings) -> losses.Loss:
+    kind = losses.LOSSES[settings.loss]
     if settings.loss not in NEEDED:
         return kind()
     attack = PGD(

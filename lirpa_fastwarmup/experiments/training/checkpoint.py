@@ -6,10 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lirpa_fastwarmup.distributed import world
-from lirpa_fastwarmup.experiments.training.build import Run
-from lirpa_fastwarmup.experiments.training.loop import Position
-from lirpa_fastwarmup.experiments.training.network import load_weights, read_format
-from lirpa_fastwarmup.experiments.training.settings import Settings
+from lirpa_fastwarmup.experiments.training import build, loop, network, settings
 from lirpa_fastwarmup.storage import is_leftover, locked, make_folder, refused, write_tensors
 from lirpa_fastwarmup.verification.folder import WRITTEN as CERTIFICATES
 
@@ -48,7 +45,7 @@ def remove(folder: Path, *patterns: str) -> None:
             path.unlink()
 
 
-def save(folder: Path, run: Run, position: Position, *, fresh: bool) -> None:
+def save(folder: Path, run: build.Run, position: loop.Position, *, fresh: bool) -> None:
     """Write the state of ``run``, on rank 0; every process must call this. ``fresh``: replace an earlier run."""
     content = {
         "format": _FORMATS[-1],
@@ -75,17 +72,17 @@ def read(path: Path) -> dict[str, Any]:
             f"{path.parent} holds no checkpoint ({path.name}) to resume from: a run writes one when it finishes its "
             "first epoch, or is interrupted. Start one there first, without --resume"
         )
-    content = read_format(path, _FORMATS)
+    content = network.read_format(path, _FORMATS)
     problem = f"this version of lirpa_fastwarmup cannot read the settings in {path}"
     with refused(problem, *_MISFITS, advice=". Use the version that wrote it, or retrain"):
-        content["settings"] = Settings.from_dict(content["settings"])
+        content["settings"] = settings.Settings.from_dict(content["settings"])
     missing = _ENTRIES - content.keys()
     if missing:
         raise ValueError(f"{path} is not the checkpoint of a run: it lacks {', '.join(sorted(missing))}")
     return content
 
 
-def restore(content: dict[str, Any], run: Run, position: Position, path: Path) -> None:
+def restore(content: dict[str, Any], run: build.Run, position: loop.Position, path: Path) -> None:
     """Restore a run from the checkpoint in ``path``; raise ValueError if its network or data differ."""
     samples = len(run.train_batches.split)
     if content["train_samples"] != samples:
@@ -93,7 +90,7 @@ def restore(content: dict[str, Any], run: Run, position: Position, path: Path) -
             f"{path} is from a run on {content['train_samples']} training samples, and {run.dataset_name} has "
             f"{samples} now: use the same data"
         )
-    load_weights(run.objective, content["objective"], path)
+    network.load_weights(run.objective, content["objective"], path)
     problem = f"{path} does not fit the run that its settings describe"
     with refused(problem, *_MISFITS, RuntimeError, advice=". Retrain"):
         run.optimizer.load_state_dict(content["optimizer"])
@@ -103,4 +100,4 @@ def restore(content: dict[str, Any], run: Run, position: Position, path: Path) -
         for name, value in saved.items():
             setattr(position, name, value)
     if run.average is not None:
-        load_weights(run.average, content["average"], path)
+        network.load_weights(run.average, content["average"], path)

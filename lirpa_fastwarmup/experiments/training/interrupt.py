@@ -14,16 +14,14 @@ class TrainingInterrupted(KeyboardInterrupt):
     def __init__(self, signal_number: int, out: Path) -> None:
         name = signal.Signals(signal_number).name
         super().__init__(f"{name} stopped the run; its state is in {out}, from which it can be resumed")
-        self.signal_number = signal_number
-        self.out = out
+        self.signal_number, self.out = signal_number, out
 
 
 class StopRequest:
     """The signal that asked the run in ``out`` to stop, 0 for none; two methods are signal handlers."""
 
     def __init__(self, out: Path) -> None:
-        self._out = out
-        self.signal_number = 0
+        self._out, self.signal_number = out, 0
 
     def defer(self, signal_number: int, frame: FrameType | None) -> None:
         """Record the signal, and let a second SIGINT interrupt at once."""

@@ -8,13 +8,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel
 
 from lirpa_fastwarmup.distributed import all_reduce
 from lirpa_fastwarmup.engine.precision import products_in_tf32
-from lirpa_fastwarmup.experiments import data
-from lirpa_fastwarmup.experiments.training.build import Run
-from lirpa_fastwarmup.experiments.training.interrupt import StopRequest
+from lirpa_fastwarmup.experiments.data.dataset import seed_of
+from lirpa_fastwarmup.experiments.training import build, interrupt
 from lirpa_fastwarmup.experiments.training.progress import EpochMeans, Progress
 from lirpa_fastwarmup.experiments.training.settings import Settings
 from lirpa_fastwarmup.recipe.objective import NonFiniteLossError, StepLoss
@@ -47,7 +45,7 @@ def learning_rate(settings: Settings, epoch: int) -> float:
     return rate
 
 
-def train_epoch(run: Run, position: Position, progress: Progress, stop: StopRequest) -> None:
+def train_epoch(run: build.Run, position: Position, progress: Progress, stop: interrupt.StopRequest) -> None:
     """Run the remaining steps of the current epoch, until a stop is asked for."""
     started = time.perf_counter() - position.seconds
     run.objective.train()
@@ -80,7 +78,7 @@ def train_epoch(run: Run, position: Position, progress: Progress, stop: StopRequ
         _require_finite(run)
 
 
-def _take_step(run: Run, position: Position, x: Tensor, y: Tensor) -> StepLoss:
+def _take_step(run: build.Run, position: Position, x: Tensor, y: Tensor) -> StepLoss:
     """Update the weights; the gradients of the micro-batches add up to that of the batch's mean loss."""
     # BatchNorm needs two samples in each.
     count = max(1, min(run.settings.accumulate, len(y) // 2 if run.settings.batchnorm else len(y)))
@@ -91,7 +89,7 @@ def _take_step(run: Run, position: Position, x: Tensor, y: Tensor) -> StepLoss:
         last = number == count
         if generator is not None:  # A run that resumes draws the same.
             parts = (run.settings.seed, _ATTACK, run.objective.steps_done, number, run.world.rank)
-            generator.manual_seed(data.seed_of(*parts))
+            generator.manual_seed(seed_of(*parts))
         with run.trained.no_sync() if isinstance(run.trained, DistributedDataParallel) and not last else nullcontext():
             with torch.autocast(run.device.type, torch.bfloat16, enabled=run.settings.precision == "bf16"):
                 step: StepLoss = run.trained(micro_x, micro_y)
@@ -103,20 +101,16 @@ def _take_step(run: Run, position: Position, x: Tensor, y: Tensor) -> StepLoss:
     run.optimizer.zero_grad(set_to_none=True)
     run.objective.step()
     if run.average is not None:
-        _update_average(run, run.average, position.epoch)
+        early = position.epoch < (run.settings.swa_start or 0)
+        if early or run.settings.swa_start is None or run.objective.steps_done % _SWA_INTERVAL == 1:
+            run.average.update_parameters(run.objective.model)
+        if early:
+            run.average.n_averaged.zero_()  # Until then it is a copy.
     return step
 
 
-def _update_average(run: Run, average: AveragedModel, epoch: int) -> None:
-    swa_start = run.settings.swa_start
-    if swa_start is None or epoch < swa_start or run.objective.steps_done % _SWA_INTERVAL == 1:
-        average.update_parameters(run.objective.model)
-    if swa_start is not None and epoch < swa_start:
-        average.n_averaged.zero_()  # Until then it is a copy.
-
-
 @torch.no_grad()
-def _require_finite(run: Run) -> None:
+def _require_finite(run: build.Run) -> None:
     """Check the network after the last step of an epoch, whose effect no later loss shows."""
     bounded = run.objective.bounded.eval()
     x, _ = next(iter(run.test_batches))

@@ -48,15 +48,13 @@ def load_model(path: Path | str, *, trust: bool = False, content: Mapping[str, A
 
     Args:
         path: the run's ``model.pt``.
-        trust: import and call the factory that the file names, if the network is not one of this package. This runs
-            the code of the named module: leave it off for files from strangers.
+        trust: import and call the factory that the file names: its code runs, so leave it off for strangers' files.
         content: what :func:`read_model` returned for this file, to avoid reading it again.
 
     Raises:
         OSError: the file cannot be read.
         UntrustedError: the file names a factory, and ``trust`` is off.
-        ValueError: the file is not a model, is damaged, has an unknown format, or does not fit the network that its
-            factory makes now.
+        ValueError: the file is not a model, is damaged, has an unknown format, or does not fit its network now.
     """
     path = Path(path)
     content = content or read_model(path)

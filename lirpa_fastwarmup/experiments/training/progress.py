@@ -60,6 +60,5 @@ class EpochMeans:
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Continue from the sums in ``state``, which rank 0 takes over."""
-        weight = 1.0 if world().is_rank_zero else 0.0
-        self._sums.copy_(state["sums"] * weight)
-        self._counts.copy_(state["counts"] * weight)
+        for mine, sums in ((self._sums, state["sums"]), (self._counts, state["counts"])):
+            mine.copy_(sums * world().is_rank_zero)

@@ -9,22 +9,18 @@ from typing import Any
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from lirpa_fastwarmup.distributed import all_gather, broadcast, world
+from lirpa_fastwarmup import distributed, storage, version
 from lirpa_fastwarmup.engine.compat import ENGINE_VERSION
-from lirpa_fastwarmup.experiments.training import checkpoint
+from lirpa_fastwarmup.experiments.training import checkpoint, interrupt, network
 from lirpa_fastwarmup.experiments.training.build import Run, build_run
 from lirpa_fastwarmup.experiments.training.checkpoint import CHECKPOINT, CURVES, HISTORY, MODEL, SUMMARY
-from lirpa_fastwarmup.experiments.training.interrupt import StopRequest, handled_by
 from lirpa_fastwarmup.experiments.training.loop import Position, train_epoch
-from lirpa_fastwarmup.experiments.training.network import require_trust, save_model
 from lirpa_fastwarmup.experiments.training.progress import ADVERSARIAL, EpochMeans, Progress
 from lirpa_fastwarmup.experiments.training.settings import Settings
 from lirpa_fastwarmup.experiments.training.summary import draw_curves, history_row, summarise
 from lirpa_fastwarmup.recipe.losses import MTLIBP
 from lirpa_fastwarmup.recipe.objective import NonFiniteLossError
-from lirpa_fastwarmup.storage import file_sum, read_json, write_csv, write_json
 from lirpa_fastwarmup.verification.folder import WRITTEN as CERTIFICATES
-from lirpa_fastwarmup.version import __version__
 
 logger = logging.getLogger(__name__)
 
@@ -39,26 +35,22 @@ def train(
     device: str | torch.device = "cpu",
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Train and evaluate one network; write ``summary.json``, ``history.csv``, ``model.pt`` and ``curves.png``.
+    """Train and evaluate one network; write its files, and return the content of ``summary.json``.
 
     Every epoch rewrites ``model.pt``, ``history.csv`` and ``checkpoint.pt``, from which :func:`resume` continues. On
     SIGINT or SIGTERM, the run finishes the step, writes the checkpoint and raises :class:`TrainingInterrupted`.
 
     Args:
         settings: what to run.
-        out: folder of the files; made if absent.
+        out: folder of these files, ``summary.json`` and ``curves.png``; made if absent.
         overwrite: replace an earlier run in ``out``.
         device: where to train.
         progress: shows the progress.
 
-    Returns:
-        The content of ``summary.json``.
-
     Raises:
         OutputExistsError: ``out`` is not empty, and ``overwrite`` is off.
         OSError: data files are missing or unreadable, or ``out`` cannot be written to.
-        ValueError, TypeError, ImportError, NotImplementedError: a name in the settings is unknown, or they do not fit
-            together.
+        ValueError, TypeError, ImportError, NotImplementedError: a setting is unknown, or contradicts others.
         NonFiniteLossError: the loss became NaN or infinite; ``model.pt`` holds the last whole epoch.
         TrainingInterrupted: a signal stopped the run.
     """
@@ -83,7 +75,7 @@ def resume(
     progress: Progress | None = None,
     trust: bool = False,
 ) -> dict[str, Any]:
-    """Resume the run in ``out`` from its checkpoint; a finished run stays as it is.
+    """Resume the run in ``out`` from its checkpoint; a finished run stays as it is. Returns what :func:`train` does.
 
     On the CPU, with the same number of threads, weights and history equal those of an uninterrupted run bit for bit.
 
@@ -93,27 +85,23 @@ def resume(
         device, progress: as for :func:`train`.
         trust: import and call the factories of network and dataset that the checkpoint names.
 
-    Returns:
-        The content of ``summary.json``.
-
     Raises:
         FileNotFoundError: ``out`` holds no checkpoint.
         UntrustedError: the checkpoint names a factory, and ``trust`` is off.
-        ValueError: the checkpoint is damaged, from another version, or does not fit the network or the data that its
-            settings give now.
+        ValueError: the checkpoint is damaged, from another version, or does not fit the current network or data.
         Exception: as :func:`train`.
     """
     started = time.perf_counter()
     path = out / CHECKPOINT
     with checkpoint.claimed(out, overwrite=True):
         found: Any = None
-        if world().is_rank_zero:
-            found = checkpoint.read(path), read_json(out / SUMMARY) if (out / SUMMARY).is_file() else None
-        content, summary = broadcast(found)
+        if distributed.world().is_rank_zero:
+            found = checkpoint.read(path), storage.read_json(out / SUMMARY) if (out / SUMMARY).is_file() else None
+        content, summary = distributed.broadcast(found)
         if summary is not None:
             return dict(summary)
         settings: Settings = content["settings"]
-        require_trust(path, settings.model, settings.dataset, trust=trust)
+        network.require_trust(path, settings.model, settings.dataset, trust=trust)
         run = build_run(settings if data_dir is None else settings.replace(data_dir=data_dir), torch.device(device))
         join_ranks(run)
         position = Position(_no_means(run))
@@ -134,12 +122,12 @@ def join_ranks(run: Run) -> None:
         return
     samples = run.train_batches.split
     own = {
-        "versions": f"{__version__}, auto_LiRPA {ENGINE_VERSION}, torch {torch.__version__}",
+        "versions": f"{version.__version__}, auto_LiRPA {ENGINE_VERSION}, torch {torch.__version__}",
         "settings": json.dumps({**run.settings.as_dict(), "data_dir": None}),
         "data": f"{run.dataset_name}, {len(samples)} training samples, labels {int(samples.labels.long().sum())}",
         "network": str({name: tuple(value.shape) for name, value in run.objective.model.state_dict().items()}),
     }
-    first, *others = all_gather(own)
+    first, *others = distributed.all_gather(own)
     for rank, other in enumerate(others, 1):
         for name, value in other.items():
             if value != first[name]:
@@ -159,8 +147,8 @@ def _run_to_end(
     run: Run, position: Position, out: Path, progress: Progress, started: float, *, fresh: bool
 ) -> dict[str, Any]:
     started -= position.elapsed
-    stop = StopRequest(out)
-    with handled_by(stop.defer):
+    stop = interrupt.StopRequest(out)
+    with interrupt.handled_by(stop.defer):
         while position.epoch <= run.settings.epochs:
             try:
                 train_epoch(run, position, progress, stop)
@@ -176,12 +164,12 @@ def _run_to_end(
             fresh = False
             if stop.signal_number:
                 stop.interrupt(stop.signal_number)
-    with handled_by(stop.interrupt):  # The checkpoint holds all that the summary is computed from.
+    with interrupt.handled_by(stop.interrupt):  # The checkpoint holds all that the summary is computed from.
         summary = summarise(run, position, out, started)
         if run.world.is_rank_zero:
             draw_curves(position.history, run.settings, out / CURVES)
-            summary["files"] = {HISTORY: file_sum(out / HISTORY)}
-            write_json(out / SUMMARY, summary)  # Last: a run with a summary is complete.
+            summary["files"] = {HISTORY: storage.file_sum(out / HISTORY)}
+            storage.write_json(out / SUMMARY, summary)  # Last: a run with a summary is complete.
     return summary
 
 
@@ -205,5 +193,5 @@ def _write_results(run: Run, position: Position, out: Path) -> None:
         return
     if position.best is None or position.best[1] == epoch:
         checkpoint.remove(out, *CERTIFICATES)
-        save_model(out / MODEL, run.evaluated.wrapped, run.architecture, run.settings, epoch)
-    write_csv(out / HISTORY, position.history)
+        network.save_model(out / MODEL, run.evaluated.wrapped, run.architecture, run.settings, epoch)
+    storage.write_csv(out / HISTORY, position.history)

@@ -64,6 +64,7 @@ _RANGES: list[tuple[str, str, Callable[[Any], bool]]] = [
     ("average_decay alpha", "from 0 to 1", lambda value: 0 <= value <= 1),
     ("ratio relu_shrinkage", "above 0 and at most 1", lambda value: 0 < value <= 1),
     ("kappa", "two weights from 0 to 1", lambda value: len(value) == 2 and all(0 <= one <= 1 for one in value)),
+    ("input_range", "the lowest and the highest valid input", lambda value: len(value) == 2 and value[0] < value[1]),
     ("seed", "from 0 to 2^63 − 1", lambda value: 0 <= value < 2**63),
 ]
 
@@ -183,22 +184,18 @@ class Settings:
                 value = getattr(self, name)
                 if value is not None and not holds(value):
                     raise ValueError(f"{name} must be {condition}; found {value}")
-        self._check_radius()
-        if self.select == "validation" and not self.validation:
-            raise ValueError("choosing the best epoch on held-out samples needs some: give their number as validation")
-        if self.average_decay is not None and self.swa_start is not None:
-            raise ValueError("average_decay and swa_start are two averages of the weights, of which one can be kept")
+        self._check_combinations()
         self._check_loss()
-        if self.select == "test" and self.evaluate_test == "end":
-            raise ValueError("choosing the best epoch on the test set needs its errors after every epoch")
 
-    def _check_radius(self) -> None:
+    def _check_combinations(self) -> None:
         if self.eps > 1 and self.input_range is None and self.dataset in _PIXELS:
             raise ValueError(f"eps must be at most 1, the width of the range of pixels, [0, 1]; found {self.eps}")
-        if self.input_range is not None and not (
-            len(self.input_range) == 2 and self.input_range[0] < self.input_range[1]
-        ):
-            raise ValueError(f"input_range must be the lowest and the highest valid input; found {self.input_range}")
+        if self.select == "validation" and not self.validation:
+            raise ValueError("choosing the best epoch on held-out samples needs some: give their number as validation")
+        if self.select == "test" and self.evaluate_test == "end":
+            raise ValueError("choosing the best epoch on the test set needs its errors after every epoch")
+        if self.average_decay is not None and self.swa_start is not None:
+            raise ValueError("average_decay and swa_start are two averages of the weights, of which one can be kept")
 
     def _check_loss(self) -> None:
         needed, text = NEEDED.get(self.loss, (None, ""))
@@ -221,12 +218,7 @@ class Settings:
     def with_method(self, method: str, **changes: Any) -> Settings:
         """Return a copy whose objective is that of ``method``, with published settings of its loss where it needs any.
 
-        Args:
-            method: the name of a method.
-            changes: other settings to change, which take precedence.
-
-        Raises:
-            ValueError: ``method`` is unknown, or nobody published settings that ``changes`` does not give.
+        ``changes`` take precedence. Raises ValueError if ``method`` is unknown, or they lack what nobody published.
         """
         if method not in METHODS:
             raise ValueError(f"unknown method {method!r}; known are {', '.join(METHODS)}")

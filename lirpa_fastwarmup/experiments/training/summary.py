@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.optim.swa_utils import update_bn
 
-from lirpa_fastwarmup.distributed import broadcast, broadcast_buffers
+from lirpa_fastwarmup import distributed, storage, version
 from lirpa_fastwarmup.engine.compat import ENGINE_VERSION
 from lirpa_fastwarmup.experiments import data
 from lirpa_fastwarmup.experiments.training.build import Run
@@ -21,9 +21,7 @@ from lirpa_fastwarmup.experiments.training.settings import Settings
 from lirpa_fastwarmup.inspection.layers import inspect
 from lirpa_fastwarmup.inspection.plots import save_training_curves
 from lirpa_fastwarmup.inspection.statistics import history_columns
-from lirpa_fastwarmup.storage import weights_sum
 from lirpa_fastwarmup.verification import evaluate
-from lirpa_fastwarmup.version import __version__
 
 logger = logging.getLogger(__name__)
 
@@ -45,46 +43,33 @@ def draw_curves(history: list[dict[str, float]], settings: Settings, path: Path)
 
 
 def history_row(run: Run, position: Position) -> dict[str, float]:
-    """The row of ``history.csv`` for the epoch that just ended."""
+    """The row of ``history.csv`` for the epoch that just ended, with errors on test and held-out samples.
+
+    Bounds are checked in the first epoch, and before the summary.
+    """
     means = position.means.read()
     row = {
         "epoch": position.epoch,
         "eps": position.eps,
         "lr": learning_rate(run.settings, position.epoch),
         **{f"train_{name}" if name.endswith("error") else name: value for name, value in means.items()},
-        **_errors(run, position),
+        "standard_error": math.nan,
+        "verified_error": math.nan,
     }
-    layers = inspect(run.evaluated.eval(), run.inspected, run.settings.eps, input_range=run.input_range)
-    return {**row, "dead": layers.dead, "input_half_width": layers.input_half_width, **history_columns(layers.relus)}
-
-
-def _errors(run: Run, position: Position) -> dict[str, float]:
-    """Errors on the test set and on held-out samples; bounds are checked in the first epoch and before the summary."""
     _recompute_statistics(run)
     check, eps = position.epoch == 1, run.settings.eps
     options: dict[str, Any] = {"restarts": 0, "input_range": run.input_range}
-    row = {"standard_error": math.nan, "verified_error": math.nan}
     if run.settings.evaluate_test == "every-epoch":
         found = evaluate(run.evaluated, run.test_batches, eps, **options, check=check, over_ranks=True)
-        row = {"standard_error": found.standard_error.value, "verified_error": found.verified_error.value}
+        row |= {"standard_error": found.standard_error.value, "verified_error": found.verified_error.value}
     elif check:
         evaluate(run.evaluated, next(iter(run.test_batches)), eps, **options)
     if run.validation_batches is not None:
         found = evaluate(run.evaluated, run.validation_batches, eps, **options, check=False, over_ranks=True)
         row["validation_standard_error"] = found.standard_error.value
         row["validation_verified_error"] = found.verified_error.value
-    return row
-
-
-def _load_selected_weights(run: Run, position: Position, out: Path) -> int:
-    """Load the weights that the run keeps into the evaluated network; return their epoch."""
-    epoch = len(position.history) if position.best is None else position.best[1]
-    network = run.evaluated.wrapped
-    if run.settings.select != "last":
-        if run.world.is_rank_zero:
-            load_weights(network, read_model(out / MODEL)["state_dict"], out / MODEL)
-        network.load_state_dict(broadcast(network.state_dict()))
-    return epoch
+    layers = inspect(run.evaluated.eval(), run.inspected, eps, input_range=run.input_range)
+    return {**row, "dead": layers.dead, "input_half_width": layers.input_half_width, **history_columns(layers.relus)}
 
 
 def _recompute_statistics(run: Run) -> None:
@@ -92,13 +77,16 @@ def _recompute_statistics(run: Run) -> None:
     if run.settings.precise_bn or run.settings.swa_start is not None:  # A mean of weights has no statistics of its own.
         samples = run.train_batches.split
         update_bn(data.Batches(samples, _PRECISE_BATCH, drop_single=True, device=run.device), run.evaluated.wrapped)
-    broadcast_buffers(run.evaluated.wrapped)
+    distributed.broadcast_buffers(run.evaluated.wrapped)
 
 
 def summarise(run: Run, position: Position, out: Path, started: float) -> dict[str, Any]:
     """Select the weights, compute their errors, and return the content of ``summary.json``."""
     settings, network = run.settings, run.evaluated.wrapped
-    epoch = _load_selected_weights(run, position, out)
+    if settings.select != "last":
+        if run.world.is_rank_zero:
+            load_weights(network, read_model(out / MODEL)["state_dict"], out / MODEL)
+        network.load_state_dict(distributed.broadcast(network.state_dict()))
     options: dict[str, Any] = {"pgd_steps": settings.pgd_steps, "restarts": settings.pgd_restarts}
     options |= {"input_range": run.input_range, "seed": settings.seed, "over_ranks": True}
     errors = evaluate(run.evaluated, run.test_batches, settings.eps, **options)
@@ -109,7 +97,7 @@ def summarise(run: Run, position: Position, out: Path, started: float) -> dict[s
         "validation_samples": settings.validation,
         "test_samples": len(run.test_batches.split),
         "processes": run.world.size,
-        "selected_epoch": epoch,
+        "selected_epoch": len(position.history) if position.best is None else position.best[1],
         "selected_by": _SELECTION[settings.select],
         "standard_error": errors.standard_error.value,
         "pgd_error": None if errors.pgd_error is None else errors.pgd_error.value,
@@ -117,13 +105,13 @@ def summarise(run: Run, position: Position, out: Path, started: float) -> dict[s
         "seconds": time.perf_counter() - started,
         "train_seconds_per_epoch": sum(position.epoch_seconds) / len(position.epoch_seconds),
         "device": str(run.device),
-        "package": __version__,
+        "package": version.__version__,
         "engine": f"auto_LiRPA {ENGINE_VERSION}",
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "git": _commit(),
         "untested": list(run.evaluated.untested),
-        "weights": weights_sum(network.state_dict()),
+        "weights": storage.weights_sum(network.state_dict()),
         "settings": settings.as_dict(),
     }
 
