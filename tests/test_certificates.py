@@ -17,7 +17,7 @@ from torch import nn
 import lirpa_fastwarmup as fw
 from lirpa_fastwarmup import memory, verification
 from lirpa_fastwarmup.engine import precision
-from lirpa_fastwarmup.engine.bounds import MarginBounds, ibp_margins
+from lirpa_fastwarmup.engine.bounds import ClosedClamps, MarginBounds, ibp_margins
 from lirpa_fastwarmup.engine.compat import engine
 from lirpa_fastwarmup.recipe.losses import LOSSES
 from lirpa_fastwarmup.verification import METHODS, Journal, UnsoundBoundError, certify
@@ -161,6 +161,19 @@ def test_alpha_crown_is_tighter_than_crown():
     lower = {method: network.lower(fw.input_box(x, 0.1), y, method) for method in ("CROWN-IBP", "CROWN", "alpha-CROWN")}
     assert bool((lower["alpha-CROWN"] >= lower["CROWN"] - 1e-4).all())
     assert float(lower["alpha-CROWN"].mean()) > float(lower["CROWN"].mean()) + 1e-3
+
+
+def test_closed_clamps_have_a_gradient_at_their_ends():
+    """Without one, which PyTorch 2.15 took away, alpha-CROWN stays at CROWN's slopes, which are 0 and 1."""
+    x = torch.tensor([-0.5, 0.0, 0.3, 1.0, 1.5, math.nan], requires_grad=True)
+    for ends in ({"min": 0.0, "max": 1.0}, {"min": 0.0}, {"max": 1.0}, {"min": torch.zeros(6), "max": torch.ones(6)}):
+        for clamp in (torch.clamp, torch.Tensor.clamp):
+            with ClosedClamps():
+                found = clamp(x, **ends)
+            assert torch.allclose(found.detach(), torch.clamp(x, **ends).detach(), rtol=0, atol=0, equal_nan=True)
+            (gradient,) = torch.autograd.grad(found.sum(), x)
+            inside = (x >= ends.get("min", -math.inf)) & (x <= ends.get("max", math.inf)) | x.isnan()
+            assert torch.equal(gradient, inside.to(x.dtype))
 
 
 def test_wilson_intervals():

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from lirpa_fastwarmup.boxes import box_ends, check_eps, check_pair, inputs_error, inputs_fit
 from lirpa_fastwarmup.engine.compat import engine
@@ -170,6 +171,20 @@ def _crown(bounded: Any, box: Any, labels: Tensor, classes: int) -> Tensor:
     return bounded.compute_bounds(x=(box,), C=matrix, method="CROWN", bound_upper=False)[0]
 
 
+class ClosedClamps(TorchFunctionMode):
+    """Clamps with gradient 1 at their ends too, as before PyTorch 2.15: slopes start there, and would stay."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in (torch.clamp, Tensor.clamp):
+            return func(*args, **(kwargs or {}))
+        return self._clamp(*args, **(kwargs or {}))
+
+    @staticmethod
+    def _clamp(x: Tensor, min: Any = None, max: Any = None) -> Tensor:  # noqa: A002 (as torch.clamp calls them)
+        above = x if min is None else torch.where(x < min, min, x)
+        return above if max is None else torch.where(above > max, max, above)
+
+
 def _alpha_crown(bounded: Any, box: Any, labels: Tensor, classes: int) -> Tensor:
     """Optimises the slopes of the margins' own pass, over the intersection of IBP's and CROWN's intermediate bounds.
 
@@ -183,7 +198,7 @@ def _alpha_crown(bounded: Any, box: Any, labels: Tensor, classes: int) -> Tensor
             return crown
         both = {name: _intersection(ends, by_ibp[name]) for name, ends in _intermediate_bounds(bounded).items()}
     matrix = margin_matrix(labels, classes, box.dtype)
-    with torch.enable_grad(), redirect_stdout(io.StringIO()):  # 0.7 prints.
+    with torch.enable_grad(), ClosedClamps(), redirect_stdout(io.StringIO()):  # 0.7 prints.
         options: dict[str, Any] = {"method": "alpha-CROWN", "bound_upper": False, _INTERMEDIATE: both}
         optimized = bounded.compute_bounds(x=(box,), C=matrix, **options)[0]
     for node in bounded._modules.values():
