@@ -279,6 +279,14 @@ def test_no_false_certificate_in_ten_thousand():
             for corner in itertools.product(*ends):
                 value, _ = exact(model, fractions_of(torch.stack(corner)), (2,))
                 assert value[0] > value[1]
+                if statement == "float32":
+                    point = torch.stack(corner).float()
+                    within = (point.double() >= boxes.lower[place]) & (point.double() <= boxes.upper[place])
+                    point = torch.where(within, point, point.nextafter(x[place]))
+                    found, _ = shuffled(model, point.numpy(), (2,), generator)
+                    assert found[0] > found[1]
+                    logits = model(point.unsqueeze(0))[0]
+                    assert logits[0] > logits[1]
     assert total == 10_000
     assert min(counts.values()) > 50
 

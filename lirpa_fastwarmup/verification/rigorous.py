@@ -143,6 +143,14 @@ class _Arithmetic:
         spread = spread * (1 + 8 * own) * _SLACK + (2 * terms + 2) * self.tiny
         return self.widened(_outward(value - spread, value + spread), 0.0)
 
+    def rounding(self, x: Interval, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The network's own rounding of each output of a linear layer, (batch, outputs)."""
+        size = _sizes(x) @ weight.abs() + (0.0 if bias is None else bias.abs())
+        if self.unit and not bool((size < _LARGEST).all()):
+            raise ArithmeticError("a value may overflow in float32")
+        terms = len(weight) + 1
+        return self.errors(terms) * size * (1 + 8 * _gamma(terms, _U64)) + (2 * terms) * self.tiny
+
     def addmm(self, function: Any, args: Any, kwargs: Any) -> Any:
         bias, x, weight = args
         if kwargs or isinstance(weight, Interval):
@@ -297,29 +305,35 @@ class RigorousMargins:
     def proved(self, inputs: Sequence[Interval | Tensor], y: Tensor, arithmetic: str) -> Tensor:
         """Whether class y is that of every point of each box, (batch,)."""
         try:
-            # Exactly, a difference of two outputs is one product; float32 computes each of them.
-            found = self.bounds(inputs, arithmetic, before_last=arithmetic == "exact")
+            found = self.bounds(inputs, arithmetic, before_last=True)
+            if isinstance(found, Interval):
+                own, others = found.lower.gather(1, y.unsqueeze(1)), found.upper
+            else:
+                bias, x, weight = found
+                own, others = torch.zeros(len(y), 1), self._differences(bias, x, weight, y, arithmetic)
         except ArithmeticError as error:
             logger.info("nothing is proved in %s arithmetic: %s", arithmetic, error)
             return torch.zeros_like(y).bool()
-        if isinstance(found, Interval):
-            others = found.upper.scatter(1, y.unsqueeze(1), -torch.inf)
-            return (found.lower.gather(1, y.unsqueeze(1)) > others).all(1)
-        bias, x, weight = found
+        return (own > others.scatter(1, y.unsqueeze(1), -torch.inf)).all(1)
+
+    def _differences(self, bias: Any, x: Any, weight: Any, y: Tensor, arithmetic: str) -> Tensor:
+        """Upper bounds on z_j − z_y, (batch, classes), of the last layer's outputs z.
+
+        Both read the same x, so that their exact difference is one product; each is rounded by itself.
+        """
         if isinstance(weight, Interval) or isinstance(bias, Interval) or not isinstance(x, Interval):
             raise intervals.UnknownOperatorError("no interval rule covers a last linear layer whose weight is computed")
-        differences = weight.t()[y].unsqueeze(2) - weight
-        shifts = None if bias is None else bias[y].unsqueeze(1) - bias
+        differences = weight - weight.t()[y].unsqueeze(2)
+        shifts = None if bias is None else bias - bias[y].unsqueeze(1)
         product = partial(torch.einsum, "bi,bic->bc")
         # One more term for the rounding of the differences.
-        margins = self._arithmetics[arithmetic].affine(product, x, differences, shifts, len(weight) + 1)
-        return (margins.lower.scatter(1, y.unsqueeze(1), torch.inf) > 0).all(1)
+        exactly = self._arithmetics["exact"].affine(product, x, differences, shifts, len(weight) + 1)
+        errors = self._arithmetics[arithmetic].rounding(x, weight, bias)
+        return self._arithmetics[arithmetic].widened(exactly, errors + errors.gather(1, y.unsqueeze(1))).upper
 
     def statements(self, inputs: Sequence[Interval | Tensor], y: Tensor) -> list[Statement | None]:
         """The strongest statement that is proved for each box: "float32", "exact" or ``None``."""
-        found: list[Statement | None] = [None] * len(y)
-        names: tuple[Statement, ...] = ("exact", "float32") if self.is_float32 else ("exact",)
-        for name in names:
-            for place in self.proved(inputs, y, name).nonzero().flatten().tolist():
-                found[place] = name
-        return found
+        computed = self.proved(inputs, y, "float32") if self.is_float32 else torch.zeros_like(y).bool()
+        exact = computed if bool(computed.all()) else self.proved(inputs, y, "exact")
+        pairs = zip(computed.tolist(), exact.tolist(), strict=True)
+        return ["float32" if one else "exact" if other else None for one, other in pairs]
