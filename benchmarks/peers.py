@@ -186,28 +186,29 @@ def _result(step: Step, model: nn.Module) -> tuple[Tensor, Tensor]:
 
 
 def time_steps(setup: measure.Setup, steps: int, rounds: int) -> None:
-    """Print milliseconds of steps that alternate, and the peers' over those of this package."""
+    """Print milliseconds of steps that alternate, and each peer's over those with its BatchNorm policy."""
     hand_over(setup)
     print(f"{setup}, attack of {steps} steps")
-    print(f"{'':<24} {'loss, ms':>9} {'over compiled':>14} {'over eager':>11} {'attack, ms':>11}")
-    codes: dict[str, Peer] = {"compiled": partial(ours, compile=True), "eager": ours}
-    codes |= {"CTBench": ctbench, "CTRAIN": ctrain}
+    print(f"{'':<26} {'loss, ms':>9} {'over compiled':>14} {'over eager':>11} {'attack, ms':>11}")
     for kind in ("SABR", "MTL-IBP"):
-        timed: dict[str, measure.Step] = {"clean": measure.clean_step(setup)}
-        for name, make in codes.items():
-            for part, points in (("loss", POINTS), ("whole", None)):
-                timed[f"{name}, {part}"] = whole(*make(kind, setup, points, steps))
-        times = measure.seconds_of(timed, rounds, setup.device)
-        print(f"{kind:<8} {'clean step':<15} {1e3 * median(times['clean']):>9.0f}")
-        for name in codes:
-            loss, both = times[f"{name}, loss"], times[f"{name}, whole"]
-            attack = median(one - other for one, other in zip(both, loss, strict=True))
-            ratios = [measure.ratio(loss, times[f"{base}, loss"]) for base in ("compiled", "eager")]
-            print(
-                f"{kind:<8} {name:<15} {1e3 * median(loss):>9.0f} {ratios[0]:>14.2f} {ratios[1]:>11.2f} "
-                f"{1e3 * attack:>11.0f}",
-                flush=True,
-            )
+        for policy, name, theirs in (("clean", "CTBench", ctbench), ("adversarial", "CTRAIN", ctrain)):
+            own = partial(ours, policy=policy, scalar=policy == "adversarial")
+            codes: dict[str, Peer] = {"compiled": partial(own, compile=True), "eager": own, name: theirs}
+            timed: dict[str, measure.Step] = {"clean": measure.clean_step(setup)}
+            for code, make in codes.items():
+                for part, points in (("loss", POINTS), ("whole", None)):
+                    timed[f"{code}, {part}"] = whole(*make(kind, setup, points, steps))
+            times = measure.seconds_of(timed, rounds, setup.device)
+            print(f"{kind}, {policy}, clean step {1e3 * median(times['clean']):.0f} ms")
+            for code in codes:
+                loss, both = times[f"{code}, loss"], times[f"{code}, whole"]
+                attack = median(one - other for one, other in zip(both, loss, strict=True))
+                ratios = [measure.ratio(loss, times[f"{base}, loss"]) for base in ("compiled", "eager")]
+                print(
+                    f"  {code:<24} {1e3 * median(loss):>9.0f} {ratios[0]:>14.2f} {ratios[1]:>11.2f} "
+                    f"{1e3 * attack:>11.0f}",
+                    flush=True,
+                )
 
 
 def whole(step: Step, model: nn.Module) -> measure.Step:
