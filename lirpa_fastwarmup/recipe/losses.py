@@ -75,14 +75,11 @@ class LossStep:
         ends = box_ends(self.x, self.eps * attack.scale, self.input_range)
         starts = attack.starts(self.x) if self.starts is None else self.starts
         with normalized_by(self.bounded, "last" if batchnorm == "clean" else "running"):
-            points = attack.points(self.bounded, self.y, *ends, starts)
-        if batchnorm == "adversarial":
-            self.bounded(points)  # Later passes use its statistics.
-        return points
+            return attack.points(self.bounded, self.y, *ends, starts)
 
-    def logits_at(self, points: Tensor) -> Tensor:
-        """The logits at ``points``, normalised by the statistics that the bounds use."""
-        with normalized_by(self.bounded, "last"):
+    def logits_at(self, points: Tensor, batchnorm: BatchNormPolicy = "clean") -> Tensor:
+        """The logits at ``points``; with the policy "adversarial", later passes use their statistics."""
+        with normalized_by(self.bounded, "batch" if batchnorm == "adversarial" else "last"):
             logits: Tensor = self.bounded(points)
         return logits
 
@@ -180,6 +177,8 @@ class SABR:
 
     def __call__(self, step: LossStep) -> LossValue:
         points = step.attacked(self.attack, self.batchnorm)
+        if self.batchnorm == "adversarial":
+            step.logits_at(points, self.batchnorm)  # For their statistics.
         box = inputs.with_ends(step.box, *self.small_box(step, points))
         with bounds.shrunk_relus(step.bounded, self.relu_shrinkage):
             lower = step.ibp_margins(box)
@@ -214,7 +213,7 @@ class MTLIBP:
         _check_policy(self.batchnorm)
 
     def __call__(self, step: LossStep) -> LossValue:
-        logits = step.logits_at(step.attacked(self.attack, self.batchnorm))
+        logits = step.logits_at(step.attacked(self.attack, self.batchnorm), self.batchnorm)
         lower = step.ibp_margins()
         adversarial = F.cross_entropy(logits, step.y)
         robust = bounds.log_sum_exp(-lower).mean()
