@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
 from torch import nn
 
 import lirpa_fastwarmup as fw
@@ -190,3 +191,14 @@ def test_without_matplotlib_the_error_names_the_extra():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "ImportError: plots need matplotlib: pip install 'lirpa_fastwarmup[plots]'" in done.stderr
+
+
+def test_losses_are_those_that_the_run_has():
+    rows = [{"epoch": epoch, "loss": 2.0, "clean_loss": 1.0, "adversarial_loss": 1.5} for epoch in (1, 2)]
+    for more, expected in (({}, False), ({"robust_loss": 3.0}, True), ({"robust_loss": math.nan}, False)):
+        axes = Figure().subplots()
+        plots.draw_losses(axes, [{**row, **more} for row in rows])
+        labels = axes.get_legend_handles_labels()[1]
+        assert "adversarial cross-entropy" in labels
+        assert ("robust cross-entropy" in labels) is expected
+        assert not {"tightness", "ReLU balance"} & set(labels)

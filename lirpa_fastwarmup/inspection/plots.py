@@ -36,6 +36,7 @@ _LOSSES = (
     ("loss", "objective", _BLACK, "-"),
     ("robust_loss", "robust cross-entropy", _ORANGE, "--"),
     ("clean_loss", "clean cross-entropy", _BLUE, ":"),
+    ("adversarial_loss", "adversarial cross-entropy", _GREEN, "-."),
 )
 _REGULARISERS = (("tightness", "tightness", _GREEN, "-o"), ("relu_balance", "ReLU balance", _PURPLE, "-s"))
 _VERIFIED = ("verified_error", "verified error (IBP, at the target ε)", _ORANGE, "--")
@@ -131,9 +132,9 @@ def draw_growth_over_training(axes: Axes, history: History) -> None:
 
 def draw_losses(axes: Axes, history: History) -> None:
     """Draw the losses over the epochs, and the regularisers that were on."""
-    _draw_columns(axes, history, _LOSSES)
-    known = [column for column in _REGULARISERS if not all(map(math.isnan, _column(history, column[0])))]
-    _draw_columns(axes, history, known, markersize=3, linewidth=0.8)
+    for columns, style in ((_LOSSES, {}), (_REGULARISERS, {"markersize": 3, "linewidth": 0.8})):
+        known = [column for column in columns if not all(map(math.isnan, _column(history, column[0])))]
+        _draw_columns(axes, history, known, **style)
     _finish(axes, xlabel="epoch", ylabel="mean over the training set", ylim=(-0.02, None))
 
 

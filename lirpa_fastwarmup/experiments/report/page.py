@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _Picture = dict[str, Any]  # Its source, a data URL, its caption, and whether it is two columns wide.
 _MODEL = {"model": "", "width": "width ", "hidden": "hidden "}
+_LOSS = {"loss": "", "alpha": "α = ", "ratio": "ratio "}
 
 
 def render(records: Sequence[RunRecord]) -> str:
@@ -58,6 +59,7 @@ def _facts(record: RunRecord) -> list[tuple[str, str]]:
     facts = {
         "method": settings.get("method"),
         "model": ", ".join(f"{text}{settings[name]}" for name, text in _MODEL.items() if settings.get(name)),
+        "loss": ", ".join(f"{text}{settings[name]}" for name, text in _LOSS.items() if settings.get(name) is not None),
         "dataset": summary.get("dataset", settings.get("dataset")),
         "ε": _radius(settings.get("eps")),
         "epochs": finished if record.summary else f"not finished: {len(record.history)} of {epochs} epochs",
