@@ -55,8 +55,8 @@ def notebook_path(request):
     return request.param
 
 
-def test_there_are_five_notebooks():
-    assert len(NOTEBOOKS) == 5
+def test_there_are_six_notebooks():
+    assert len(NOTEBOOKS) == 6
 
 
 def test_notebook_is_committed_as_it_ran(notebook_path):

@@ -112,9 +112,9 @@ class BoundConvNd(_Windowed):
 
     def __init__(self, attr: Any, inputs: Any, output_index: int, options: Any, *, transposed: bool) -> None:
         super().__init__(attr, inputs, output_index, options)
-        self.patches_start = False
+        self.patches_start, self.transposed, self.groups = False, transposed, attr["group"]
         output_padding = attr.get("output_padding", [0] * self.rank)
-        self.arguments = (self.stride, self.padding, self.dilation, transposed, output_padding, attr["group"])
+        self.arguments = (self.stride, self.padding, self.dilation, transposed, output_padding, self.groups)
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return torch.convolution(x, weight, bias, *self.arguments)
