@@ -230,7 +230,7 @@ def test_an_external_model(run_dir, tmp_path, capsys, monkeypatch):
     named = ("--model", "external_networks:small", "--weights", weights)
     assert run(capsys, "verify", *named, *common, "--out", "b")[0] == 0
     assert run(capsys, "verify", "--model", "network.onnx", *common, "--out", "c")[0] == 0
-    torch.save({"state_dict": torch.load(weights), "epoch": 3}, tmp_path / "checkpoint.pt")
+    torch.save({"state_dict": torch.load(weights, weights_only=True), "epoch": 3}, tmp_path / "checkpoint.pt")
     named = ("--model", "external_networks:small", "--weights", "checkpoint.pt", "--mean", 0, "--std", 1)
     assert run(capsys, "verify", *named, *common, "--out", "d")[0] == 0
     named = ("--model", "external_networks.py:small", "--weights", weights)

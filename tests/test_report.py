@@ -208,7 +208,7 @@ def test_certificates_are_shown_without_the_data_too(run_dir, capsys):
 
 
 def test_certificates_of_an_earlier_network_go_when_training_goes_on(crashed, capsys):
-    state = torch.load(crashed / "checkpoint.pt")
+    state = torch.load(crashed / "checkpoint.pt", weights_only=True)
     state["position"]["epoch"], state["position"]["history"] = 3, state["position"]["history"][:2]
     write_tensors(crashed / "checkpoint.pt", state)
     assert run(capsys, "verify", crashed, "--pgd-steps", 1, "--pgd-restarts", 1, "--limit", 20)[0] == 0

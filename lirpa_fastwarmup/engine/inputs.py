@@ -71,7 +71,7 @@ class Layout:
         if self.is_single:
             return (packed,)
         perturbation = getattr(packed, "ptb", None)
-        parts: list[Any] = self._split(packed.as_subclass(Tensor))
+        parts: list[Any] = self._split(packed)
         if perturbation is not None:
             each = zip(parts, self._split(perturbation.x_L), self._split(perturbation.x_U), strict=True)
             parts = [bounded_tensor(*part) if part[0].is_floating_point() else part[0] for part in each]
