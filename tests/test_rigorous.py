@@ -332,6 +332,8 @@ REFUSED = {
     "exp": lambda x, w: torch.exp(x @ w.t()),
     "gelu": lambda x, w: F.gelu(x @ w.t()),
     "a computed weight": lambda x, w: x @ (w * 0.1).t(),
+    "a factor in a sum": lambda x, w: torch.add(x, x, alpha=3) @ w.t(),
+    "a divisor below 0": lambda x, w: F.avg_pool2d(x.view(-1, 1, 1, 3), 1, divisor_override=-2).flatten(1) @ w.t(),
     "half precision inside": lambda x, w: x.half().to(w.dtype) @ w.t(),
 }
 

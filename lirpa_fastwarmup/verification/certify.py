@@ -112,12 +112,7 @@ class Certifier:
     """
 
     def __init__(
-        self,
-        bounds: Sequence[MarginBounds],
-        plan: Plan,
-        network: BoundedModule,
-        *,
-        check: bool = True,
+        self, bounds: Sequence[MarginBounds], plan: Plan, network: BoundedModule, *, check: bool = True
     ) -> None:
         self.plan, self._bounds, self._untested = plan, tuple(bounds), bool(network.untested)
         self._layout = network.layout

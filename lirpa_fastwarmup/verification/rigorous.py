@@ -113,8 +113,8 @@ class _Arithmetic:
         return applied
 
     def sum(self, function: Any, args: Any, kwargs: Any) -> Any:
-        """Sums and differences; a constant that is a Python number is rounded to float32 first."""
-        if kwargs:
+        """Sums and differences, without a factor; a Python number is rounded to float32 first."""
+        if kwargs or len(args) > 2:
             return NotImplemented
         found = monotone(function, args, kwargs)
         found = _outward(found.lower, found.upper)
@@ -180,6 +180,8 @@ class _Arithmetic:
             if kwargs.get("dtype") is not None or not isinstance(x, Interval):
                 return NotImplemented
             lower, upper, size = (function(end, *args[1:], **kwargs) for end in (x.lower, x.upper, _sizes(x)))
+            if not bool((size >= 0).all()):  # A divisor below 0.
+                return NotImplemented
             terms = terms_of(x.lower, args, lower) + 2
             own, tiny = _gamma(terms, _U64) * size * 2, 2 * terms * self.tiny
             return self.widened(_outward(lower - own, upper + own), self.errors(terms) * size + tiny)
