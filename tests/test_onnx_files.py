@@ -27,6 +27,7 @@ def draw(*shape, scale=0.5):
 C, CB = draw(2, 1, 3, 3), draw(2)  # (1, 6, 6) -> (2, 4, 4).
 W, B = draw(CLASSES, 32), draw(CLASSES)
 V, VB, U, UB = draw(8, 5), draw(8), draw(CLASSES, 8), draw(CLASSES)
+G = torch.tensor([0.7, 1.6])
 MEAN = torch.tensor([0.5, 0.1, -0.2, 0.0, 1.0])
 
 
@@ -53,7 +54,14 @@ def linear(weight, bias):
     return with_values(nn.Linear(*weight.shape[::-1]), weight, bias)
 
 
+def same_everywhere(value):
+    norm = with_values(nn.BatchNorm2d(len(value)), value, value)
+    norm.running_mean, norm.running_var = value.clone(), value.clone()
+    return norm
+
+
 conv_net = nn.Sequential(*convolution(), nn.Flatten(), linear(W, B))
+normalized_net = nn.Sequential(convolution()[0], same_everywhere(G), nn.ReLU(), nn.Flatten(), linear(W, B)).eval()
 pooled_net = nn.Sequential(*convolution(), Pool(), linear(W[:, :2], B))
 vector_net = nn.Sequential(Shift(), linear(V, VB), nn.ReLU(), linear(U, UB))
 CONV = [("Conv", ["x", C, CB]), ("Relu", ["h0"])]
@@ -134,6 +142,22 @@ FILES = {
         VECTOR,
         [("Sub", ["x", MEAN]), ("Reshape", [None, [1, 5]]), *GEMMS],
         vector_net,
+        True,
+    ),
+    # As the TorchScript exporter writes weights that are equal: here the statistics and weights of a BatchNorm.
+    "one constant under several names": (
+        (1, *IMAGE),
+        IMAGE,
+        [
+            ("Identity", [G]),
+            ("Identity", ["h0"]),
+            ("Conv", ["x", C, CB]),
+            ("BatchNormalization", [None, "h0", G, "h1", G]),
+            ("Relu", [None]),
+            ("Flatten", [None]),
+            ("Gemm", [None, W, B], {"transB": 1}),
+        ],
+        normalized_net,
         True,
     ),
     "vectors of a file for images": (

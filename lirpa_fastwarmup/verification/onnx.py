@@ -188,7 +188,24 @@ def _loaded(path: Path) -> Any:
             )
         for mode in modes:
             node.attribute.remove(mode)
+    _copy_shared_constants(content.graph)
     return content
+
+
+def _copy_shared_constants(graph: Any) -> None:
+    """Give every name of a constant its own copy of the value.
+
+    The TorchScript exporter writes equal weights, such as those of two new BatchNorms, once, and an Identity for each
+    other name, which the converter takes for a layer.
+    """
+    constants = {constant.name: constant for constant in graph.initializer}
+    for node in list(graph.node):
+        if node.op_type == "Identity" and node.input[0] in constants:
+            copied = graph.initializer.add()
+            copied.CopyFrom(constants[node.input[0]])
+            copied.name = node.output[0]
+            constants[copied.name] = copied
+            graph.node.remove(node)
 
 
 def _inputs_of(content: Any) -> list[Any]:
