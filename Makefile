@@ -10,7 +10,7 @@ INSTALLED = $(VENV)/.installed
 # tests in one process, which shares their fixtures, until another process runs out of tests.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
-.PHONY: demo test test-all test-engine test-torch lint docs results-cifar10 results-mnist clean
+.PHONY: demo test test-all test-engine test-torch test-abcrown lint docs results-cifar10 results-mnist clean
 
 demo: $(INSTALLED)
 	$(BIN)/lirpa-fastwarmup train mnist5k --out $(OUT) --overwrite $(ARGS)
@@ -27,6 +27,11 @@ test-engine: $(INSTALLED)
 	@test -n "$(ENGINE)" || { echo "Pass the engine's checkout: make test-engine ENGINE=DIR" >&2; exit 2; }
 	@test -f "$(ENGINE)/auto_LiRPA/__init__.py" || { echo "$(ENGINE) is no checkout of auto_LiRPA: it has no auto_LiRPA/__init__.py" >&2; exit 2; }
 	PYTHONPATH="$$(cd "$(ENGINE)" && pwd)" $(PYTEST) $(ARGS)
+
+# α,β-CROWN itself, on five samples: ABCROWN names its checkout, and ABCROWN_PYTHON the interpreter of its environment.
+test-abcrown: $(INSTALLED)
+	@test -n "$(ABCROWN)" || { echo "Pass the checkout of alpha-beta-CROWN: make test-abcrown ABCROWN=DIR" >&2; exit 2; }
+	ABCROWN="$(ABCROWN)" ABCROWN_PYTHON="$(or $(ABCROWN_PYTHON),python3)" $(BIN)/python -m pytest tests/test_complete.py -k real
 
 # The tests with another PyTorch, in an environment of its own; with ENGINE, a checkout of auto_LiRPA, with both.
 test-torch:

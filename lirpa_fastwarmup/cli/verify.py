@@ -1,6 +1,7 @@
 """``lirpa-fastwarmup verify``: certificates for the test samples of a trained network."""
 
 import argparse
+import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -17,8 +18,8 @@ from lirpa_fastwarmup.cli.options import device_named, number
 from lirpa_fastwarmup.cli.subject import Subject, add_arguments, check_named, subject_of
 from lirpa_fastwarmup.distributed import World, local_device, process_group, rank_zero_first
 from lirpa_fastwarmup.experiments.data import Batches
-from lirpa_fastwarmup.verification import METHODS, Journal, UnsoundBoundError, certified_radii, verify
-from lirpa_fastwarmup.verification.certify import method_named
+from lirpa_fastwarmup.verification import ABCrown, Journal, UnsoundBoundError, certified_radii, verify
+from lirpa_fastwarmup.verification.certify import NAMES, method_named
 from lirpa_fastwarmup.verification.folder import JOURNAL, results_folder, write_results
 from lirpa_fastwarmup.verification.result import radii_entry
 
@@ -35,9 +36,14 @@ def add_to(command: argparse.ArgumentParser) -> None:
     what.add_argument("--limit", type=int, metavar="N", help="only N samples, evenly spaced over the test set")
     what.add_argument("--eps", type=number, nargs="+", help="radii in units of the inputs; by default the run's")
     what.add_argument("--radius", action="store_true", help="the largest certified radius of each sample instead")
-    methods: dict[str, Any] = {"type": method_named, "choices": METHODS, "metavar": "METHOD", "nargs": "+"}
-    text = f"any of {', '.join(METHODS)} (default: IBP CROWN-IBP)"
+    methods: dict[str, Any] = {"type": method_named, "choices": NAMES, "metavar": "METHOD", "nargs": "+"}
+    text = f"any of {', '.join(NAMES)} (default: IBP CROWN-IBP)"
     what.add_argument("--methods", default=["IBP", "CROWN-IBP"], help=text, **methods)
+    what.add_argument("--abcrown", type=Path, metavar="DIR", help="checkout of alpha-beta-CROWN, for that method")
+    text = "interpreter of its environment (default: this one)"
+    what.add_argument("--abcrown-python", default=sys.executable, metavar="PYTHON", help=text)
+    text = "seconds that it may take for a sample (default: 100)"
+    what.add_argument("--time-limit", type=number, default=100.0, metavar="S", help=text)
     what.add_argument("--pgd-steps", type=int, default=50, help="steps of the attack (default: 50)")
     what.add_argument("--pgd-restarts", type=int, default=5, help="its random starts; 0 for no attack (default: 5)")
     what.add_argument("--restarts", dest="pgd_restarts", type=int, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
@@ -87,6 +93,9 @@ def _run(
     low, high = (x.min(), x.max()) if ends is None else map(torch.as_tensor, ends)
     largest = float((high - low).max()) or 1.0
     tolerance = _TOLERANCE * largest
+    abcrown = None
+    if options.abcrown is not None:
+        abcrown = ABCrown(options.abcrown, options.abcrown_python, float(options.time_limit), device.type)
     started, contradictions = time.perf_counter(), list[str]()
 
     def computed(title: str, compute: Callable[..., _R], text: Callable[[_R], str]) -> _R:
@@ -109,7 +118,7 @@ def _run(
         return text.format(count=len(found), **radii_entry(found, tolerance))
 
     try:
-        at = partial(verify, bounded, samples, float64=options.float64, rigorous=options.rigorous)
+        at = partial(verify, bounded, samples, float64=options.float64, rigorous=options.rigorous, abcrown=abcrown)
         verifications = [computed(f"eps {eps}", partial(at, eps), str) for eps in radii]
         search = partial(certified_radii, bounded, samples, largest=largest, tolerance=tolerance)
         certified = computed("radius", search, summary) if options.radius else None

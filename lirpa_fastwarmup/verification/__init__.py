@@ -4,6 +4,7 @@ from lirpa_fastwarmup.attacks import Attack, attack, pgd
 from lirpa_fastwarmup.engine.bounds import METHODS
 from lirpa_fastwarmup.engine.soundness import UnsoundBoundError
 from lirpa_fastwarmup.memory import OutOfMemoryError
+from lirpa_fastwarmup.verification.complete import ABCrown, WorkerError
 from lirpa_fastwarmup.verification.evaluate import evaluate, verify
 from lirpa_fastwarmup.verification.handover import export
 from lirpa_fastwarmup.verification.journal import Journal
@@ -14,6 +15,7 @@ from lirpa_fastwarmup.verification.vnnlib import robustness_property
 
 __all__ = [
     "METHODS",
+    "ABCrown",
     "Attack",
     "Certificate",
     "ErrorRate",
@@ -21,6 +23,7 @@ __all__ = [
     "OutOfMemoryError",
     "Radius",
     "Stage",
+    "WorkerError",
 ]
 __all__ += ["UnsoundBoundError", "Verification", "attack", "certified_radii", "evaluate", "export", "pgd", "read_onnx"]
 __all__ += ["robustness_property", "verify", "write_onnx"]

@@ -17,12 +17,14 @@ from lirpa_fastwarmup.engine.module import BoundedModule
 from lirpa_fastwarmup.engine.precision import exact_arithmetic
 from lirpa_fastwarmup.engine.soundness import Finding, per_sample
 from lirpa_fastwarmup.memory import MicroBatches
+from lirpa_fastwarmup.verification.complete import CompleteVerifier
 from lirpa_fastwarmup.verification.intervals import Interval, interval_bounds
-from lirpa_fastwarmup.verification.result import ATTACK, RIGOROUS, BatchResult, Certificate, Stage
+from lirpa_fastwarmup.verification.result import ATTACK, COMPLETE, RIGOROUS, BatchResult, Certificate, Stage
 from lirpa_fastwarmup.verification.rigorous import RigorousMargins, box_around
 
 logger = logging.getLogger(__name__)
 
+NAMES = (*METHODS, COMPLETE)  # Cheapest first.
 _VERDICT = {True: "verified", False: "not verified"}
 
 
@@ -38,6 +40,7 @@ class Plan:
     batch_size: int
     seed: int
     rigorous: bool = False
+    complete: str = ""  # The settings of the method "abcrown".
 
     def micro_batches(self) -> dict[str, MicroBatches]:
         """One for the attack and one for each method, which differ in the memory they need."""
@@ -45,18 +48,18 @@ class Plan:
 
 
 def method_named(name: str) -> str:
-    """The name in :data:`METHODS` that equals ``name`` up to case, otherwise ``name``."""
-    return {method.lower(): method for method in METHODS}.get(str(name).lower(), name)
+    """The name in :data:`NAMES` that equals ``name`` up to case, otherwise ``name``."""
+    return {method.lower(): method for method in NAMES}.get(str(name).lower(), name)
 
 
 def ordered(methods: Sequence[str]) -> tuple[str, ...]:
     """``methods``, in any case, each once, cheapest first."""
     names = [] if isinstance(methods, str) else [method_named(method) for method in methods]
-    unknown = [name for name in names if name not in METHODS]
+    unknown = [name for name in names if name not in NAMES]
     if unknown or not names:
         found = f"unknown method {unknown[0]!r}" if unknown else f"methods={methods!r}"
-        raise ValueError(f"{found}; name at least one of {', '.join(METHODS)}, as a sequence")
-    return tuple(method for method in METHODS if method in names)
+        raise ValueError(f"{found}; name at least one of {', '.join(NAMES)}, as a sequence")
+    return tuple(method for method in NAMES if method in names)
 
 
 def attack_samples(
@@ -97,7 +100,8 @@ class _Batch:
         self.attained = [soundness.class_margins(one, y) for one in logits]
         self.predictions = logits[0].argmax(1)
         self.falsified = torch.stack([one.argmax(1) != y for one in logits]).any(0)
-        self.method = torch.full_like(y, -1)  # The place in METHODS of the cheapest proof; −1 without one.
+        self.method = torch.full_like(y, -1)  # The place in NAMES of the cheapest proof; −1 without one.
+        self.outcomes: dict[int, str] = {}  # Of complete verification, by the samples' places.
         self.margin = self.x.new_full(y.shape, torch.nan)  # The largest lower bound on the smallest margin.
 
     def contradiction(self, index: int, text: str) -> Finding:
@@ -108,14 +112,20 @@ class Certifier:
     """Certifies batches by one plan, in exact arithmetic; of ``bounds`` in several precisions, it reports the first.
 
     With ``check``, it checks the bounds of each method on the first samples that it runs on. If the plan asks for it,
-    it proves rigorous statements of ``network`` too.
+    it proves rigorous statements of ``network`` too. ``complete`` runs the method "abcrown".
     """
 
     def __init__(
-        self, bounds: Sequence[MarginBounds], plan: Plan, network: BoundedModule, *, check: bool = True
+        self,
+        bounds: Sequence[MarginBounds],
+        plan: Plan,
+        network: BoundedModule,
+        *,
+        complete: CompleteVerifier | None = None,
+        check: bool = True,
     ) -> None:
         self.plan, self._bounds, self._untested = plan, tuple(bounds), bool(network.untested)
-        self._layout = network.layout
+        self._layout, self._complete = network.layout, complete
         self._rigorous = RigorousMargins(network.wrapped) if plan.rigorous else None
         self._unchecked = {(method, one.dtype) for method in plan.methods for one in bounds} if check else set()
         self._micro_batches = plan.micro_batches()
@@ -164,13 +174,30 @@ class Certifier:
         """Bound ``batch`` by every method; stages and contradictions are added to ``result``."""
         for place, method in enumerate(self.plan.methods):
             # The cheapest method also bounds falsified samples: if it proves one, its bounds are unsound.
-            left = _all(batch.y) if place == 0 else ((batch.method < 0) & ~batch.falsified).nonzero().squeeze(1)
-            if len(left):
+            every = place == 0 and method != COMPLETE
+            left = _all(batch.y) if every else ((batch.method < 0) & ~batch.falsified).nonzero().squeeze(1)
+            if len(left) and method == COMPLETE:
+                self._decide(batch, left, result)
+            elif len(left):
                 self._bound(batch, method, left, result)
         for index in ((batch.method >= 0) & batch.falsified).nonzero().flatten().tolist():
-            text = f"is proved by {METHODS[int(batch.method[index])]} and yet misclassified at a point of its box"
+            text = f"is proved by {NAMES[int(batch.method[index])]} and yet misclassified at a point of its box"
             result.contradictions.append(batch.contradiction(index, text))
         return batch
+
+    def _decide(self, batch: _Batch, samples: Tensor, result: BatchResult[Certificate]) -> None:
+        """Let α,β-CROWN decide ``samples``."""
+        assert self._complete is not None
+        started = time.perf_counter()
+        lower, upper = box_ends(batch.x[samples], batch.radii(samples), self.plan.input_range)
+        for place, index in enumerate(samples.tolist()):
+            box = lower[place].cpu(), upper[place].cpu()
+            found = self._complete.outcome(*box, int(batch.y[index]), batch.network.classes)
+            batch.outcomes[index], batch.falsified[index] = found, found == "falsified"
+            if found == "certified":
+                batch.method[index] = NAMES.index(COMPLETE)
+        hits = int((batch.method[samples] >= 0).sum())
+        result.stages[COMPLETE] = Stage(len(samples), hits, time.perf_counter() - started)
 
     def _bound(self, batch: _Batch, method: str, samples: Tensor, result: BatchResult[Certificate]) -> None:
         """Bound the margins of ``samples`` by ``method``, and record what that proves or contradicts."""
@@ -215,12 +242,13 @@ class Certifier:
                 label=labels[index],
                 prediction=predictions[index],
                 verified=place >= 0,
-                method=METHODS[place] if place >= 0 else None,
+                method=NAMES[place] if place >= 0 else None,
                 margin=float(first.margin[index]),
-                falsified=falsified[index] if self.plan.restarts else None,
+                falsified=falsified[index] if self.plan.restarts or self._complete else None,
                 float64=None if second is None else _changes(first, second, index),
                 untested=self._untested,
                 eps=radii[index],
+                complete=first.outcomes.get(index),
             )
             for index, place in enumerate(places.tolist())
         ]

@@ -2,9 +2,10 @@
 
 import dataclasses
 import itertools
+import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -19,10 +20,11 @@ from lirpa_fastwarmup.engine.inputs import Inputs, Layout
 from lirpa_fastwarmup.engine.module import BoundedModule
 from lirpa_fastwarmup.engine.plain import view_of
 from lirpa_fastwarmup.engine.soundness import UnsoundBoundError, per_sample
-from lirpa_fastwarmup.engine.tracing import unchanged
+from lirpa_fastwarmup.engine.tracing import copy_of, unchanged
 from lirpa_fastwarmup.verification.certify import Certifier, Plan, ordered
+from lirpa_fastwarmup.verification.complete import ABCrown, CompleteVerifier
 from lirpa_fastwarmup.verification.journal import Journal, digest
-from lirpa_fastwarmup.verification.result import BatchResult, Certificate, Result, Verification
+from lirpa_fastwarmup.verification.result import COMPLETE, BatchResult, Certificate, Result, Verification
 from lirpa_fastwarmup.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -96,6 +98,7 @@ def verify(
     input_range: Any = (0.0, 1.0),
     float64: bool = False,
     rigorous: bool = False,
+    abcrown: ABCrown | None = None,
     batch_size: int = 100,
     seed: int = 0,
     indices: Sequence[int] | None = None,
@@ -116,13 +119,15 @@ def verify(
         eps: radius of the boxes, in units of the input: a number, one per channel, a tensor of the input's shape, or
             one value per sample, shape (samples, 1, …). For several inputs also a tuple, one for each; 0 for an
             unperturbed input. ``None`` if every batch has its own.
-        methods: any of IBP, CROWN-IBP, CROWN and alpha-CROWN, in any order and case.
+        methods: any of IBP, CROWN-IBP, CROWN, alpha-CROWN and abcrown, in any order and case.
         pgd_steps: steps of the attack, each of length eps/10.
         restarts: random starts of the attack; 0 for no attack.
         input_range: lowest and highest valid input, to clip boxes to, or ``None``; for several inputs also a tuple.
         float64: repeat the verdicts in double precision, and record changes.
         rigorous: of the certified samples, also prove what holds in spite of rounding, by an interval arithmetic that
             bounds all rounding errors, on the CPU (:mod:`lirpa_fastwarmup.verification.rigorous`).
+        abcrown: where α,β-CROWN is, for the method "abcrown", which decides what the other methods leave open, on a
+            network of one input. It runs in processes of its own; the certificates tell its outcomes, also a failure.
         batch_size: samples per batch, unless ``samples`` are batches.
         seed: of the attack's starts.
         indices: a number for each sample, such as its index in the test set; by default its place.
@@ -142,6 +147,7 @@ def verify(
         NotImplementedError: the engine has no such bounds for the network.
         OutOfMemoryError: a method does not fit into memory, for one sample.
         UnsoundBoundError: a point of a box contradicts its bounds; the error's ``result`` is the verification.
+        WorkerError: α,β-CROWN does not start.
 
     Example:
         >>> bounded = fw.BoundedModule(model, x).eval()
@@ -158,11 +164,30 @@ def verify(
         text = "pgd_steps and restarts must be at least 0 and batch_size at least 1"
         raise ValueError(f"{text}; found {pgd_steps}, {restarts} and {batch_size}")
     packed_range = bounded.layout.pack_range(input_range)
-    plan = Plan(ordered(methods), pgd_steps, restarts, packed_range, float64, batch_size, seed, rigorous)
+    _check_complete(bounded, abcrown, ordered(methods), float64=float64)
+    settings = "" if abcrown is None else json.dumps(abcrown.configuration(), sort_keys=True, default=str)
+    plan = Plan(ordered(methods), pgd_steps, restarts, packed_range, float64, batch_size, seed, rigorous, settings)
     dtypes = (torch.float32, torch.float64) if float64 else (torch.float32,)
-    certifier = Certifier([MarginBounds(bounded, dtype) for dtype in dtypes], plan, bounded)
     options = {"indices": indices, "journal": journal, "progress": progress, "over_ranks": over_ranks}
-    return _verification(bounded, samples, eps, packed, certifier, warn=True, **options)
+    with ExitStack() as stack:
+        complete = None
+        if abcrown is not None:
+            plain = copy_of(bounded.wrapped).float().cpu().eval()
+            complete = CompleteVerifier(abcrown, plain, journal, fingerprint(bounded))
+            stack.callback(complete.close)
+        certifier = Certifier([MarginBounds(bounded, dtype) for dtype in dtypes], plan, bounded, complete=complete)
+        return _verification(bounded, samples, eps, packed, certifier, warn=True, **options)
+
+
+def _check_complete(bounded: BoundedModule, abcrown: ABCrown | None, methods: Sequence[str], *, float64: bool) -> None:
+    if (COMPLETE in methods) != (abcrown is not None):
+        raise ValueError(
+            f"the method {COMPLETE!r} and the argument abcrown need each other: pass methods=(..., {COMPLETE!r}) and "
+            f"abcrown=verification.ABCrown(checkout); found methods={methods} and abcrown={abcrown}"
+        )
+    if abcrown is not None and (float64 or not bounded.layout.is_single):
+        what = "in one precision" if float64 else "on networks of one input"
+        raise NotImplementedError(f"α,β-CROWN is run {what} only: leave {COMPLETE!r} out")
 
 
 def evaluate(

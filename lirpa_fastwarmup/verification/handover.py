@@ -58,7 +58,7 @@ def export(
     check_batch(x, y, classes, input_range)
     lower, upper = box_ends(x, eps, input_range)
     instances = []
-    written, note = _without_inserted_batchnorm(model)
+    written, note = without_inserted_batchnorm(model)
     with make_folder(out / PROPERTIES):
         write_onnx(written, x.shape[1:], out / NETWORK, original=model)
         for place, index in enumerate(range(len(x)) if indices is None else indices):
@@ -73,7 +73,7 @@ def export(
     return note
 
 
-def _without_inserted_batchnorm(model: nn.Module) -> tuple[nn.Module, str]:
+def without_inserted_batchnorm(model: nn.Module) -> tuple[nn.Module, str]:
     """The network to write, and a sentence that says whether inserted BatchNorm was folded."""
     try:
         folded = fold_batchnorm(model)

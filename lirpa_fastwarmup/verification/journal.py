@@ -12,6 +12,8 @@ from typing import Any, Self
 from lirpa_fastwarmup.distributed import all_gather, world
 from lirpa_fastwarmup.storage import add_to_hash, parse_json, write_atomically
 
+PART = "part:"  # Begins the key of a result that is part of another.
+
 
 class Journal:
     """Results by a digest of their inputs, one line of JSON each; reads the journals of other processes beside it."""
@@ -43,9 +45,10 @@ class Journal:
             os.fsync(file.fileno())
 
     def forget(self, keys: Collection[str]) -> None:
-        """Remove the results of ``keys`` from the journals of all processes, and files that become empty."""
+        """Remove ``keys``, and results that are parts of others, from all processes' journals, and empty journals."""
         for path in _journals_beside(self.path):
-            left = [_line(key, value) for key, value in _read(path).items() if key not in keys]
+            known = {key: value for key, value in _read(path).items() if not key.startswith(PART)}
+            left = [_line(key, value) for key, value in known.items() if key not in keys]
             if left:
                 write_atomically(path, "".join(left).encode())
             else:

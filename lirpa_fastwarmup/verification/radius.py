@@ -14,7 +14,7 @@ from lirpa_fastwarmup.engine.soundness import UnsoundBoundError, find_contradict
 from lirpa_fastwarmup.verification.certify import Plan, attack_samples, ordered
 from lirpa_fastwarmup.verification.evaluate import Samples, check_network, over_batches
 from lirpa_fastwarmup.verification.journal import Journal
-from lirpa_fastwarmup.verification.result import ATTACK, BatchResult, Radius
+from lirpa_fastwarmup.verification.result import ATTACK, COMPLETE, BatchResult, Radius
 
 
 def certified_radii(
@@ -57,6 +57,8 @@ def certified_radii(
             "the search runs from 0 to largest, to within tolerance, and needs 0 < tolerance < largest; found "
             f"tolerance {tolerance} and largest {largest}"
         )
+    if COMPLETE in ordered(methods):
+        raise ValueError(f"radii are searched by bounds alone, not by {COMPLETE}: verify the radii of interest with it")
     plan = Plan(ordered(methods), pgd_steps, restarts, bounded.layout.pack_range(input_range), False, batch_size, seed)
     search = _Search(MarginBounds(bounded, torch.float32), plan, largest, tolerance, untested=bool(bounded.untested))
     conditions = {"largest": largest, "tolerance": tolerance}

@@ -6,11 +6,12 @@ import html
 import math
 import operator
 import statistics
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass, field, replace
 from typing import Any, Generic, TypeVar
 
-ATTACK, RIGOROUS = "PGD", "rigorous"  # Their names among the stages.
+ATTACK, COMPLETE, RIGOROUS = "PGD", "abcrown", "rigorous"  # Their names among the stages.
 _Z = 1.959963984540054  # The normal distribution's 97.5 % quantile.
 _DIGITS = len("sha256:") + 16  # Of a digest, in tables.
 
@@ -33,6 +34,8 @@ class Certificate:
         rigorous: what was proved in spite of rounding: "exact", that exact arithmetic gives every real point of the box
             its label; "float32", that PyTorch's float32 arithmetic does too, at every float32 point; ``None`` for
             neither, or without ``rigorous``.
+        complete: the outcome of α,β-CROWN: "certified", "falsified", "timeout", or "error: " and why; ``None`` if it
+            did not run.
     """
 
     index: int
@@ -46,6 +49,7 @@ class Certificate:
     untested: bool = False
     eps: float | None = None
     rigorous: str | None = None
+    complete: str | None = None
 
     @property
     def correct(self) -> bool:
@@ -218,6 +222,7 @@ class Verification:
             own = self.eps if sample.eps is None else sample.eps
             row["eps"] = own if isinstance(own, list) else float(own)
             row |= {} if sample.float64 is None else {"float64": sample.float64}
+            row |= {"complete": sample.complete or ""} if COMPLETE in self.stages else {}
             row |= {"rigorous": sample.rigorous or ""} if RIGOROUS in self.stages else {}
             row |= {"untested": 1} if sample.untested else {}
             yield {**row, "weights": weights[:_DIGITS]}
@@ -238,6 +243,8 @@ class Verification:
         }
         if self.untested:
             entry["untested"] = list(self.untested)
+        if COMPLETE in self.stages:
+            entry["outcomes"] = self.outcomes()
         if RIGOROUS in self.stages:
             entry["rigorous"] = {name: self.rigorous(name) for name in ("exact", "float32")}
         if self._has_float64():
@@ -247,6 +254,11 @@ class Verification:
     def rigorous(self, *statements: str) -> int:
         """The number of samples of which one of ``statements``, "exact" and "float32", was proved."""
         return sum(sample.rigorous in statements for sample in self.certificates)
+
+    def outcomes(self) -> dict[str, int]:
+        """The number of samples by α,β-CROWN's outcome."""
+        words = Counter(one.complete.partition(":")[0] for one in self.certificates if one.complete)
+        return {name: words[name] for name in ("certified", "falsified", "timeout", "error")}
 
     def _has_float64(self) -> bool:
         return any(sample.float64 is not None for sample in self.certificates)
@@ -262,6 +274,13 @@ class Verification:
         lines.append("stage        samples  decided  s per sample")
         for name, one in self.stages.items():
             lines.append(f"{name:<11} {one.samples:>8,} {one.hits:>8,}  {one.per_sample:.4f}")
+        if COMPLETE in self.stages:
+            lines.append(", ".join(f"{count:,} {name}" for name, count in self.outcomes().items()) + f" by {COMPLETE}")
+        lines += [
+            f"  sample {one.index}: {one.complete}"
+            for one in self.certificates
+            if (one.complete or "").startswith("error")
+        ]
         if RIGOROUS in self.stages:
             both, exact = self.rigorous("float32"), self.rigorous("exact", "float32")
             lines.append(f"in spite of rounding: {exact:,} in exact arithmetic, {both:,} also as computed in float32")

@@ -1,0 +1,230 @@
+"""Complete verification: α,β-CROWN, driven in processes of its own environment, on what other methods leave open.
+
+A sample is certified, falsified with a counterexample that the plain network confirms, timed out, or an error: a
+process that crashes, hangs or answers nonsense costs its sample alone.
+"""
+
+import json
+import queue
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor, nn
+
+from lirpa_fastwarmup.storage import write_atomically
+from lirpa_fastwarmup.verification import abcrown_worker
+from lirpa_fastwarmup.verification.handover import without_inserted_batchnorm
+from lirpa_fastwarmup.verification.journal import PART, Journal, digest
+from lirpa_fastwarmup.verification.vnnlib import robustness_property
+
+_START = 300.0  # Seconds within which the process must be ready.
+_GRACE = 60.0  # Seconds beyond twice the time limit, which α,β-CROWN reads between its stages: then it hangs.
+# By the first word of α,β-CROWN's status, such as safe-incomplete.
+_OUTCOMES = {"safe": "certified", "verified": "certified", "unsafe": "falsified"}
+_OUTCOMES |= {"unknown": "timeout", "timeout": "timeout"}
+
+
+@dataclass(frozen=True)
+class ABCrown:
+    """α,β-CROWN for :func:`lirpa_fastwarmup.verify`, which runs it as the method "abcrown".
+
+    Attributes:
+        checkout: folder of its repository, with auto_LiRPA in it.
+        python: the interpreter of its environment, by default this one. It needs neither this package nor its version
+            of PyTorch, but must be able to load the network: its classes are imported from where they are here.
+        time_limit: seconds for each sample.
+        device: "cpu" or "cuda".
+        settings: further settings of α,β-CROWN, by section, as in its YAML files.
+
+    Example:
+        >>> abcrown = fw.verification.ABCrown("../alpha-beta-CROWN", python="../abcrown-env/bin/python")
+        >>> fw.verify(bounded, (x, y), eps=0.1, methods=("IBP", "CROWN-IBP", "abcrown"), abcrown=abcrown)
+    """
+
+    checkout: Path | str
+    python: Path | str = sys.executable
+    time_limit: float = 100.0
+    device: str = "cpu"
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        script = Path(self.checkout, "complete_verifier", "api.py")
+        if not script.is_file():
+            raise FileNotFoundError(
+                f"{self.checkout} is no checkout of alpha-beta-CROWN: it has no {script.relative_to(self.checkout)}. "
+                "Clone its repository with --recursive (docs/verification.md)"
+            )
+        if not self.time_limit > 0:
+            raise ValueError(f"time_limit, seconds for each sample, must be above 0; found {self.time_limit}")
+
+    def configuration(self) -> dict[str, Any]:
+        """Its settings: those of ``settings``, the time limit and the device."""
+        sections = {name: dict(value) for name, value in self.settings.items()}
+        sections["general"] = {"device": self.device, **sections.get("general", {})}
+        sections["bab"] = {"timeout": self.time_limit, **sections.get("bab", {})}
+        return sections
+
+
+class WorkerError(RuntimeError):
+    """A process of α,β-CROWN failed; the message says how."""
+
+
+class _Process:
+    """One worker; raises :class:`WorkerError` if it does not start."""
+
+    def __init__(self, command: list[str], start: dict[str, Any], log: IO[bytes]) -> None:
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": log, "text": True}
+        self._process = subprocess.Popen(command, **pipes)
+        self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        try:
+            self.ask(start, _START)
+        except WorkerError:
+            self.close()
+            raise
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            self._lines.put(line)
+        self._lines.put("")
+
+    def ask(self, content: dict[str, Any], limit: float) -> dict[str, Any]:
+        """The answer to ``content`` within ``limit`` seconds; raises :class:`WorkerError`."""
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps(content) + "\n")
+            self._process.stdin.flush()
+            line = self._lines.get(timeout=limit)
+            answer = json.loads(line) if line else None
+        except queue.Empty:
+            raise WorkerError(f"no answer within {limit:.0f} s") from None
+        except (OSError, ValueError) as error:
+            raise WorkerError(str(error)) from error
+        if answer is None:
+            raise WorkerError(f"its process ended with status {self._process.wait()}")
+        if not isinstance(answer, dict):
+            raise WorkerError(f"its process answered {line.strip()!r}")
+        return answer
+
+    def close(self) -> None:
+        """End the process, whatever it does."""
+        self._process.kill()
+        self._process.wait()
+        self._reader.join()
+        for pipe in (self._process.stdin, self._process.stdout):
+            with suppress(OSError):  # What was not read is lost.
+                pipe.close()  # type: ignore[union-attr]
+
+
+class CompleteVerifier:
+    """α,β-CROWN on a plain network, for any number of batches; close it in the end.
+
+    ``journal`` keeps its verdicts, errors excepted, under keys with the digest ``network``.
+
+    Raises:
+        ValueError: another process could not import the classes of ``model``.
+        WorkerError: α,β-CROWN does not start.
+    """
+
+    def __init__(self, abcrown: ABCrown, model: nn.Module, journal: Journal | None = None, network: str = "") -> None:
+        self._abcrown, self._model, self._journal, self._digest = abcrown, model, journal, network
+        folded, _ = without_inserted_batchnorm(model)
+        sources = _sources(folded)
+        with ExitStack() as stack:
+            self._folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            self._log = stack.enter_context((self._folder / "log").open("w+b"))
+            self._start: dict[str, Any] = {
+                "checkout": str(Path(abcrown.checkout).resolve()),
+                "network": str(self._folder / "network.pt"),
+                "paths": sorted({str(_root(name, Path(file))) for name, file in sources.items()}),
+                "sources": sources,
+                "settings": abcrown.configuration(),
+            }
+            torch.save(folded, self._folder / "network.pt")
+            try:
+                self._process: _Process | None = self._started()
+            except (WorkerError, OSError) as error:
+                raise WorkerError(
+                    f"α,β-CROWN does not start with {abcrown.python}: {error}{self._last_words()}. See that this "
+                    "interpreter has what complete_verifier/requirements.txt lists (docs/verification.md)"
+                ) from error
+            self._stack = stack.pop_all()
+
+    def _started(self) -> _Process:
+        return _Process([str(self._abcrown.python), abcrown_worker.__file__], self._start, self._log)
+
+    def close(self) -> None:
+        """End the process."""
+        if self._process is not None:
+            self._process.close()
+        self._stack.close()
+
+    def outcome(self, lower: Tensor, upper: Tensor, label: int, classes: int) -> str:
+        """The outcome for a box of float32 ends: certified, falsified, timeout, or error with its reason."""
+        about = {"network": self._digest, "lower": lower, "upper": upper, "label": label}
+        key = PART + digest({**about, "settings": json.dumps(self._start["settings"], sort_keys=True)})
+        stored = self._journal.get(key) if self._journal else None
+        if stored is not None:
+            return str(stored)
+        path = self._folder / "property.vnnlib"
+        write_atomically(path, robustness_property(lower, upper, label, classes).encode())
+        try:
+            self._process = self._process or self._started()
+            task = {"property": str(path), "shape": list(lower.shape)}
+            answer = self._process.ask(task, 2 * self._abcrown.time_limit + _GRACE)
+        except (WorkerError, OSError) as error:  # Another process takes the next sample.
+            if self._process is not None:
+                self._process.close()
+            self._process = None
+            return f"error: {error}{self._last_words()}"
+        status = str(answer.get("status"))
+        found = _OUTCOMES.get(status.partition("-")[0].partition(" ")[0])
+        if found is None:
+            return f"error: α,β-CROWN answered {status!r}"
+        if found == "falsified" and not self._is_counterexample(answer.get("points") or [], lower, upper, label):
+            return f"error: {status}, without a counterexample that holds"
+        if self._journal:
+            self._journal.put(key, found)
+        return found
+
+    @torch.no_grad()
+    def _is_counterexample(self, points: Sequence[Any], lower: Tensor, upper: Tensor, label: int) -> bool:
+        """Whether the network itself misclassifies one of ``points`` in the box."""
+        if not points:
+            return False
+        found = torch.tensor(points, dtype=lower.dtype).view(-1, *lower.shape)
+        return bool((self._model(torch.min(torch.max(found, lower), upper)).argmax(1) != label).any())
+
+    def _last_words(self) -> str:
+        lines = Path(self._log.name).read_text(errors="replace").strip().splitlines()
+        return f" ({lines[-1].strip()})" if lines else ""
+
+
+def _sources(model: nn.Module) -> dict[str, str]:
+    """The files of the modules that define the classes of ``model``."""
+    found = {}
+    for name in sorted({type(module).__module__ for module in model.modules()}):
+        file = getattr(sys.modules[name], "__file__", None)
+        if name == "__main__":
+            raise ValueError(
+                "α,β-CROWN runs in another process, which cannot import classes of a script or a notebook: define "
+                "the network in a module of its own, and import it"
+            )
+        if file is not None and not name.startswith("torch."):
+            found[name] = file
+    return found
+
+
+def _root(name: str, file: Path) -> Path:
+    """The folder from which the module ``name`` in ``file`` is imported."""
+    return file.resolve().parents[name.count(".") + (file.stem == "__init__")]
