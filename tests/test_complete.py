@@ -25,8 +25,17 @@ import os, sys, time
 import arguments
 import torch
 
-def default_config():
-    return {"general": {"device": "cuda"}, "bab": {"timeout": 360}}
+class ConfigBuilder:
+    def __init__(self):
+        self.config = {"general": {"device": "cuda"}, "bab": {"timeout": 360}}
+
+    def update(self, changes):
+        for name, section in changes.items():
+            self.config.setdefault(name, {}).update(section)
+        return self
+
+    def to_dict(self):
+        return self.config
 
 class VerificationSpec:
     @classmethod

@@ -5,14 +5,13 @@ process that crashes, hangs or answers nonsense costs its sample alone.
 """
 
 import json
-import queue
 import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from multiprocessing import Pipe
 from pathlib import Path
 from typing import IO, Any
 
@@ -81,49 +80,32 @@ class _Process:
     """One worker; raises :class:`WorkerError` if it does not start."""
 
     def __init__(self, command: list[str], start: dict[str, Any], log: IO[bytes]) -> None:
-        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": log, "text": True}
-        self._process = subprocess.Popen(command, **pipes)
-        self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
+        self._pipe, other = Pipe()
+        with other:
+            files: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
+            self._process = subprocess.Popen([*command, str(other.fileno())], pass_fds=[other.fileno()], **files)
         try:
             self.ask(start, _START)
         except WorkerError:
             self.close()
             raise
 
-    def _read(self) -> None:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            self._lines.put(line)
-        self._lines.put("")
-
     def ask(self, content: dict[str, Any], limit: float) -> dict[str, Any]:
         """The answer to ``content`` within ``limit`` seconds; raises :class:`WorkerError`."""
-        assert self._process.stdin is not None
         try:
-            self._process.stdin.write(json.dumps(content) + "\n")
-            self._process.stdin.flush()
-            line = self._lines.get(timeout=limit)
-            answer = json.loads(line) if line else None
-        except queue.Empty:
-            raise WorkerError(f"no answer within {limit:.0f} s") from None
-        except (OSError, ValueError) as error:
-            raise WorkerError(str(error)) from error
-        if answer is None:
-            raise WorkerError(f"its process ended with status {self._process.wait()}")
-        if not isinstance(answer, dict):
-            raise WorkerError(f"its process answered {line.strip()!r}")
+            self._pipe.send(content)
+            if not self._pipe.poll(limit):
+                raise WorkerError(f"no answer within {limit:.0f} s")
+            answer: dict[str, Any] = self._pipe.recv()
+        except (EOFError, OSError):
+            raise WorkerError(f"its process ended with status {self._process.wait()}") from None
         return answer
 
     def close(self) -> None:
         """End the process, whatever it does."""
         self._process.kill()
         self._process.wait()
-        self._reader.join()
-        for pipe in (self._process.stdin, self._process.stdout):
-            with suppress(OSError):  # What was not read is lost.
-                pipe.close()  # type: ignore[union-attr]
+        self._pipe.close()
 
 
 class CompleteVerifier:
