@@ -346,6 +346,6 @@ def test_the_real_one_agrees_on_five_samples():
 
 def test_the_settings_are_those_of_the_exported_file(checkout):
     assert dataclasses.replace(ABCrown(checkout), time_limit=30.0).configuration() == {
-        "general": {"device": "cpu"},
+        "general": {"device": "cpu", "complete_verifier": "bab"},  # The command line's own default.
         "bab": {"timeout": 30.0},
     }

@@ -65,9 +65,11 @@ class ABCrown:
             raise ValueError(f"time_limit, seconds for each sample, must be above 0; found {self.time_limit}")
 
     def configuration(self) -> dict[str, Any]:
-        """Its settings: those of ``settings``, the time limit and the device."""
+        """Its settings: those of ``settings``, the time limit, the device, and its command line's kind of search."""
         sections = {name: dict(value) for name, value in self.settings.items()}
-        sections["general"] = {"device": self.device, **sections.get("general", {})}
+        # Its API chooses mixed-integer programs, which need a licence, for networks without convolutions.
+        general = {"device": self.device, "complete_verifier": "bab"}
+        sections["general"] = general | sections.get("general", {})
         sections["bab"] = {"timeout": self.time_limit, **sections.get("bab", {})}
         return sections
 
