@@ -48,7 +48,7 @@ def trained_digits():
 @pytest.mark.parametrize("eps", [0.02, 0.05, 0.1, 0.18])
 def test_certificates_of_a_classifier_whose_margins_are_known(eps, method):
     # z_y − z_j is 2 y w·x − 2·3ε at the worst corner, and every method is exact on a linear network.
-    found = fw.verify(bounded_classifier(), (POINTS, LABELS), eps, [method], input_range=None)
+    found = fw.verify(bounded_classifier(), (POINTS, LABELS), eps, [method], input_range=None)  # Attacks all of them.
     products = torch.tensor([0.5, 0.2, -0.6, 0.05]) * torch.tensor([1, 1, -1, -1])
     for sample, product in zip(found.certificates, products.tolist(), strict=True):
         margin = 2 * product - 6 * eps
@@ -64,8 +64,10 @@ def test_certificates_of_a_classifier_whose_margins_are_known(eps, method):
 def test_methods_run_cheapest_first_and_see_what_is_open():
     bounded, x, y = trained_digits()
     found = fw.verify(bounded, (x, y), 0.015, ("alpha-CROWN", "CROWN", "IBP", "CROWN-IBP"), batch_size=7)
-    assert list(found.stages) == ["PGD", *METHODS]
-    assert found.stages["PGD"].samples == found.stages["IBP"].samples == len(x)
+    assert list(found.stages) == ["IBP", "PGD", *METHODS[1:]]
+    assert found.stages["IBP"].samples == len(x)
+    attacked = [one for one in found.certificates if one.correct and one.falsified is not None]
+    assert found.stages["PGD"].samples == len(attacked) >= found.checked
     falsified = {sample.index for sample in found.certificates if sample.falsified}
     assert falsified >= set(range(0, 24, 8))
     left = len(x) - len(falsified)
@@ -105,7 +107,10 @@ def test_a_verification_prints_as_a_table():
     assert [line.split()[:3] for line in lines[5:8]] == [
         [name, str(stage.samples), str(stage.hits)] for name, stage in found.stages.items()
     ]
-    assert lines[8:] == ["  float64 changes the verdicts of 0 samples"]
+    assert lines[8:] == [
+        f"  {found.checked} of the samples that PGD attacked are proved",
+        "  float64 changes the verdicts of 0 samples",
+    ]
     assert found._repr_html_() == f"<pre>{found}</pre>"
 
 
@@ -121,7 +126,7 @@ def test_indices_name_samples(tmp_path):
         journal=journal,
         progress=lambda done: seen.extend(done),
     )
-    assert [one.index for one in found.certificates] == [one.index for one in seen] == numbers
+    assert [one.index for one in found.certificates] == sorted(one.index for one in seen) == numbers
     # The journal depends on the samples, not on their numbers.
     resumed = fw.verify(bounded, (x, y), 0.015, batch_size=7, journal=Journal(journal.path))
     assert [one.index for one in resumed.certificates] == list(range(24))
@@ -345,13 +350,22 @@ def test_an_interrupted_verification_goes_on(torn, tmp_path, monkeypatch):
     if torn:
         path.write_bytes(path.read_bytes()[:-20])
     calls = []
-    original = certify.Certifier.certify
-    monkeypatch.setattr(
-        certify.Certifier, "certify", lambda self, x, *rest: (calls.append(len(x)), original(self, x, *rest))[1]
-    )
+    for name in ("screen", "certify"):
+
+        def noted(self, x, *rest, original=getattr(certify.Certifier, name)):
+            calls.append(len(x))
+            return original(self, x, *rest)
+
+        monkeypatch.setattr(certify.Certifier, name, noted)
+    fw.verify(bounded, (x, y), 0.004, **given)
+    all_calls = calls.copy()
+    assert sum(all_calls) > len(x)
+    calls.clear()
     journal = Journal(path)
     resumed = fw.verify(bounded, (x, y), 0.004, **given, journal=journal)
-    assert calls == ([5] if torn else []) + [5, 4]
+    done = len(journal._known) - len(calls)
+    assert calls == all_calls[done:]
+    assert done == 3 - torn
     assert resumed.certificates == unbroken.certificates
     assert {name: stage.samples for name, stage in resumed.stages.items()} == {
         name: stage.samples for name, stage in unbroken.stages.items()
@@ -363,11 +377,11 @@ def test_an_interrupted_verification_goes_on(torn, tmp_path, monkeypatch):
     with torch.no_grad():
         bounded.wrapped[0].weight[0, 0, 0, 0] += 1e-6
     fw.verify(bounded, (x, y), 0.004, **given, journal=Journal(path))
-    assert calls == 3 * [5, 5, 5, 5, 4]
+    assert len(calls) >= 3 * 5
     # What a finished verification used is taken out, and no more.
     before = len(path.read_text().split("\n{"))
     journal.forget(journal.used)
-    assert len(path.read_text().split("\n{")) == before - 5 - torn
+    assert len(path.read_text().split("\n{")) == before - len(all_calls) - torn
 
 
 def test_a_journal_goes_with_its_last_line(tmp_path):
@@ -613,7 +627,7 @@ def test_attacks_do_not_depend_on_how_a_batch_was_split(monkeypatch):
     monkeypatch.setattr(memory, "free_memory", lambda: 100_000)
     parts = fw.verify(bounded, (x, y), 0.05, ("IBP",), pgd_steps=5)
     assert [one.falsified for one in whole.certificates] == [one.falsified for one in parts.certificates]
-    assert len(begun) == 24
+    assert len(begun) == whole.stages["PGD"].samples >= 10
     for starts in begun.values():
         assert all(torch.equal(start, starts[0]) for start in starts)
 

@@ -95,7 +95,10 @@ def test_files_of_a_verification_agree_with_one_another_and_the_library(run_dir,
             assert (row["method"] != "") == (row["verified"] == "1")
             assert (float(row["margin_lower_bound"]) > 0) == (row["verified"] == "1")
         assert result["changed_in_float64"] == {row["index"]: row["float64"] for row in part if row["float64"]}
-        assert result["stages"]["PGD"]["samples"] == 1000
+        attacked = [row for row in part if row["falsified"] and row["label"] == row["prediction"]]
+        assert result["stages"]["PGD"]["samples"] == len(attacked) < 1000
+        checked = [row for row in attacked if row["verified"] == "1"]
+        assert result["proved_and_attacked"] == len(checked) >= 10 * 10
         assert f"verified error  {unverified / 1000:.2%} [" in out
     assert wrong < falsified  # At the larger ε.
     assert summary["results"][0]["verified_error"]["count"] < summary["results"][1]["verified_error"]["count"]
@@ -167,15 +170,15 @@ def test_networks_are_checked_before_data_is_loaded(name, tmp_path, capsys, monk
 def test_an_interrupted_command_goes_on(run_dir, capsys, monkeypatch):
     arguments = ("verify", run_dir, *QUICK, "--limit", 90, "--batch-size", 30, "--eps", 0.005, 0.01)
     assert run(capsys, *arguments, "--out", run_dir.parent / "unbroken")[0] == 0
-    certify, calls = verification.certify.Certifier.certify, []
+    screen, calls = verification.certify.Certifier.screen, []
 
     def stopping(self, *rest):
         calls.append(1)
         if len(calls) == 5:  # The second batch at the second radius.
             raise KeyboardInterrupt
-        return certify(self, *rest)
+        return screen(self, *rest)
 
-    monkeypatch.setattr(verification.certify.Certifier, "certify", stopping)
+    monkeypatch.setattr(verification.certify.Certifier, "screen", stopping)
     status, _, err = run(capsys, *arguments)
     assert status == 130
     assert "the same command resumes" in err

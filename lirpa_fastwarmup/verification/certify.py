@@ -1,6 +1,7 @@
-"""Certifies one batch: the attack first, then each bounding method on the samples that are still undecided."""
+"""Certifies batches: IBP alone first, then the attack and each further method on what is still undecided."""
 
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -25,6 +26,8 @@ from lirpa_fastwarmup.verification.rigorous import RigorousMargins, box_around
 logger = logging.getLogger(__name__)
 
 NAMES = (*METHODS, COMPLETE)  # Cheapest first.
+# The fraction, and the least number in a batch, of samples proved before the attack that are attacked nevertheless.
+_CHECKED, _FEWEST = 0.05, 10
 _VERDICT = {True: "verified", False: "not verified"}
 
 
@@ -41,6 +44,11 @@ class Plan:
     seed: int
     rigorous: bool = False
     complete: str = ""  # The settings of the method "abcrown".
+
+    @property
+    def screens(self) -> bool:
+        """Whether the first method is cheap, and decides samples before anything else runs."""
+        return self.methods[0] == "IBP" and (self.restarts > 0 or len(self.methods) > 1)
 
     def micro_batches(self) -> dict[str, MicroBatches]:
         """One for the attack and one for each method, which differ in the memory they need."""
@@ -111,8 +119,8 @@ class _Batch:
 class Certifier:
     """Certifies batches by one plan, in exact arithmetic; of ``bounds`` in several precisions, it reports the first.
 
-    With ``check``, it checks the bounds of each method on the first samples that it runs on. If the plan asks for it,
-    it proves rigorous statements of ``network`` too. ``complete`` runs the method "abcrown".
+    With ``check``, it checks the bounds of each method on the first samples that it runs on, attacked or not. If the
+    plan asks for it, it proves rigorous statements of ``network`` too. ``complete`` runs the method "abcrown".
     """
 
     def __init__(
@@ -127,37 +135,72 @@ class Certifier:
         self.plan, self._bounds, self._untested = plan, tuple(bounds), bool(network.untested)
         self._layout, self._complete = network.layout, complete
         self._rigorous = RigorousMargins(network.wrapped) if plan.rigorous else None
-        self._unchecked = {(method, one.dtype) for method in plan.methods for one in bounds} if check else set()
+        self._checks = check
+        self._checked: set[tuple[str, torch.dtype, bool]] = set()  # By method, precision, and whether attacked.
         self._micro_batches = plan.micro_batches()
+
+    @torch.no_grad()
+    def screen(self, x: Tensor, y: Tensor, eps: Epsilon) -> BatchResult[Certificate]:
+        """Certificates of the samples that the first method proves or that are misclassified, attacking none.
+
+        A seeded subset of the proved ones is left out, so that :meth:`certify` attacks them too, as a check.
+        """
+        result: BatchResult[Certificate] = BatchResult()
+        with exact_arithmetic(x.device):
+            batches = self._batches(x, y, eps, None, self.plan.methods[:1], result)
+            certificates = self._certificates(batches, eps)
+        proved = [one for one in certificates if one.verified]
+        generator = torch.Generator().manual_seed(self.plan.seed)
+        count = max(_FEWEST, math.ceil(_CHECKED * len(proved))) if self.plan.restarts else 0
+        attacked = {proved[place].index for place in torch.randperm(len(proved), generator=generator)[:count].tolist()}
+        result.certificates = [
+            one
+            for one in certificates
+            if (one.verified or not one.correct) and not one.float64 and one.index not in attacked
+        ]
+        self._state(x, eps, result)
+        return result
 
     @torch.no_grad()
     def certify(self, x: Tensor, y: Tensor, eps: Epsilon) -> BatchResult[Certificate]:
         """Attack and bound the samples ``x`` with labels ``y`` in their boxes of radius ``eps``."""
         result: BatchResult[Certificate] = BatchResult()
-        # Of a second precision, only contradictions are reported.
-        results: list[BatchResult[Certificate]] = [result, BatchResult(contradictions=result.contradictions)]
         with exact_arithmetic(x.device):
             points = self._attack(x.to(self._bounds[0].dtype), y, eps, result) if self.plan.restarts else None
-            batches = (_Batch(network, x, y, eps, self.plan, points) for network in self._bounds)
-            first, *second = map(self._bound_all, batches, results)
-            radii = eps.flatten(1).amax(1).expand(len(x)).tolist() if is_per_sample(eps, x) else [None] * len(x)
-            result.certificates = self._certificates(first, second[0] if second else None, radii)
-        if self._rigorous is not None:
-            self._state(self._rigorous, x, eps, result)
+            result.certificates = self._certificates(self._batches(x, y, eps, points, self.plan.methods, result), eps)
+        if self.plan.screens:  # These samples count already.
+            result.stages["IBP"] = Stage(seconds=result.stages["IBP"].seconds)
+        self._state(x, eps, result)
         return result
 
-    def _state(self, rigorous: RigorousMargins, x: Tensor, eps: Epsilon, result: BatchResult[Certificate]) -> None:
-        """Add to the certificates what holds in spite of rounding."""
+    def _batches(
+        self,
+        x: Tensor,
+        y: Tensor,
+        eps: Epsilon,
+        points: Tensor | None,
+        methods: Sequence[str],
+        result: BatchResult[Certificate],
+    ) -> list[_Batch]:
+        """The verdicts in each precision; of a second one, only contradictions are added to ``result``."""
+        results: list[BatchResult[Certificate]] = [result, BatchResult(contradictions=result.contradictions)]
+        batches = (_Batch(network, x, y, eps, self.plan, points) for network in self._bounds)
+        return [self._bound_all(batch, methods, one) for batch, one in zip(batches, results, strict=False)]
+
+    def _state(self, x: Tensor, eps: Epsilon, result: BatchResult[Certificate]) -> None:
+        """Add to the certificates what holds in spite of rounding, if the plan asks for it."""
+        if self._rigorous is None:
+            return
         started = time.perf_counter()
-        proved = [one.index for one in result.certificates if one.verified]
-        some = torch.tensor(proved, dtype=torch.int64, device=x.device)
+        proved = [place for place, one in enumerate(result.certificates) if one.verified]
+        some = torch.tensor([result.certificates[place].index for place in proved], dtype=torch.int64, device=x.device)
         box = box_around(x[some], per_sample(eps, x)(some), self.plan.input_range)
         ends = zip(self._layout.unpack(box.lower), self._layout.unpack(box.upper), strict=True)
         inputs = [Interval(low, high) if low.is_floating_point() else low for low, high in ends]
-        y = torch.tensor([result.certificates[index].label for index in proved], dtype=torch.int64)
-        statements = rigorous.statements(inputs, y) if proved else []
-        for index, statement in zip(proved, statements, strict=True):
-            result.certificates[index] = replace(result.certificates[index], rigorous=statement)
+        y = torch.tensor([result.certificates[place].label for place in proved], dtype=torch.int64)
+        statements = self._rigorous.statements(inputs, y) if proved else []
+        for place, statement in zip(proved, statements, strict=True):
+            result.certificates[place] = replace(result.certificates[place], rigorous=statement)
         hits = sum(statement is not None for statement in statements)
         result.stages[RIGOROUS] = Stage(len(proved), hits, time.perf_counter() - started)
 
@@ -170,9 +213,9 @@ class Certifier:
         result.stages[ATTACK] = Stage(len(y), hits, time.perf_counter() - started)
         return points
 
-    def _bound_all(self, batch: _Batch, result: BatchResult[Certificate]) -> _Batch:
-        """Bound ``batch`` by every method; stages and contradictions are added to ``result``."""
-        for place, method in enumerate(self.plan.methods):
+    def _bound_all(self, batch: _Batch, methods: Sequence[str], result: BatchResult[Certificate]) -> _Batch:
+        """Bound ``batch`` by ``methods``; stages and contradictions are added to ``result``."""
+        for place, method in enumerate(methods):
             # The cheapest method also bounds falsified samples: if it proves one, its bounds are unsound.
             every = place == 0 and method != COMPLETE
             left = _all(batch.y) if every else ((batch.method < 0) & ~batch.falsified).nonzero().squeeze(1)
@@ -215,8 +258,9 @@ class Certifier:
         wrong = torch.stack([soundness.contradicted(lower, margins[samples]) for margins in batch.attained]).any(0)
         text = f"has a smaller margin at a point of its box than {method}'s lower bound"
         result.contradictions += [batch.contradiction(index, text) for index in samples[wrong].tolist()]
-        if (method, x.dtype) in self._unchecked:
-            self._unchecked.remove((method, x.dtype))
+        key = method, x.dtype, batch.points is not None
+        if self._checks and key not in self._checked:
+            self._checked.add(key)
             found = dict(self._check(batch, method, samples))
             result.contradictions += [batch.contradiction(int(samples[at]), text) for at, text in found.items()]
 
@@ -231,11 +275,19 @@ class Certifier:
             found += beyond_intervals(network.bounded(method), x[some], per_sample(eps, x)(some), input_range)
         return found
 
-    def _certificates(self, first: _Batch, second: _Batch | None, radii: Sequence[float | None]) -> list[Certificate]:
-        places = first.method
-        if second is not None:  # A proof needs both precisions.
-            places = torch.where(second.method >= 0, first.method, second.method)
-        labels, predictions, falsified = first.y.tolist(), first.predictions.tolist(), first.falsified.tolist()
+    def _certificates(self, batches: Sequence[_Batch], eps: Epsilon) -> list[Certificate]:
+        first, second = batches[0], batches[-1] if len(batches) > 1 else None
+        # A proof needs both precisions.
+        places = first.method if second is None else torch.where(second.method >= 0, first.method, second.method)
+        labels, predictions, found = first.y.tolist(), first.predictions.tolist(), first.falsified.tolist()
+        radii = eps.flatten(1).amax(1).expand(len(labels)).tolist() if is_per_sample(eps, first.x) else None
+        searches = self.plan.restarts > 0 or self._complete is not None
+
+        def falsified(index: int) -> bool | None:
+            if not searches or found[index]:
+                return True if searches else None
+            return False if first.points is not None or index in first.outcomes else None
+
         return [
             Certificate(
                 index=index,
@@ -244,10 +296,10 @@ class Certifier:
                 verified=place >= 0,
                 method=NAMES[place] if place >= 0 else None,
                 margin=float(first.margin[index]),
-                falsified=falsified[index] if self.plan.restarts or self._complete else None,
+                falsified=falsified(index),
                 float64=None if second is None else _changes(first, second, index),
                 untested=self._untested,
-                eps=radii[index],
+                eps=None if radii is None else radii[index],
                 complete=first.outcomes.get(index),
             )
             for index, place in enumerate(places.tolist())

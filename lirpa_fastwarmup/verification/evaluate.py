@@ -1,90 +1,28 @@
-"""Errors and certificates over many batches: the loop with journal, processes and progress that all of them share."""
+"""Certificates and errors of a network on samples: for users, and during training."""
 
-import dataclasses
-import itertools
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lirpa_fastwarmup.boxes import check_batch, check_positive, check_shapes, is_per_sample
-from lirpa_fastwarmup.distributed import SINGLE, all_gather, patient_group, world
+from lirpa_fastwarmup.boxes import check_positive
 from lirpa_fastwarmup.engine.bounds import MarginBounds, class_count
-from lirpa_fastwarmup.engine.compat import ENGINE_VERSION
 from lirpa_fastwarmup.engine.graph import fingerprint
-from lirpa_fastwarmup.engine.inputs import Inputs, Layout
 from lirpa_fastwarmup.engine.module import BoundedModule
 from lirpa_fastwarmup.engine.plain import view_of
-from lirpa_fastwarmup.engine.soundness import UnsoundBoundError, per_sample
+from lirpa_fastwarmup.engine.soundness import UnsoundBoundError
 from lirpa_fastwarmup.engine.tracing import copy_of, unchanged
 from lirpa_fastwarmup.verification.certify import Certifier, Plan, ordered
 from lirpa_fastwarmup.verification.complete import ABCrown, CompleteVerifier
-from lirpa_fastwarmup.verification.journal import Journal, digest
-from lirpa_fastwarmup.verification.result import COMPLETE, BatchResult, Certificate, Result, Verification
-from lirpa_fastwarmup.version import __version__
+from lirpa_fastwarmup.verification.journal import Journal
+from lirpa_fastwarmup.verification.pipeline import Samples, over_batches
+from lirpa_fastwarmup.verification.result import COMPLETE, Certificate, Verification
 
 logger = logging.getLogger(__name__)
-
-Samples = tuple[Inputs, Tensor] | Iterable[tuple[Inputs, Tensor] | tuple[Inputs, Tensor, Any]]
-Batch = tuple[Tensor, Tensor, Any]  # Packed inputs, labels, and their radius.
-
-
-def over_batches(
-    bounded: BoundedModule,
-    samples: Samples,
-    compute: Callable[[Tensor, Tensor, Any], BatchResult[Result]],
-    kind: type[Result],
-    plan: Plan,
-    conditions: Mapping[str, object],
-    *,
-    eps: Any = None,
-    indices: Sequence[int] | None = None,
-    journal: Journal | None = None,
-    progress: Callable[[Sequence[Result]], None] | None = None,
-    over_ranks: bool = False,
-) -> BatchResult[Result]:
-    """The results, of class ``kind``, that ``compute`` gives for x and y, on the network's device, and their radius.
-
-    ``conditions`` are what they depend on besides network, plan and batch, for the journal. ``eps`` is packed.
-    """
-    ranks = world() if over_ranks else SINGLE
-    device, classes = bounded.example[0].device, class_count(bounded)
-    described: dict[str, object] = {}
-    if journal:
-        software = {"package": __version__, "engine": ENGINE_VERSION, "torch": torch.__version__}
-        network = {"network": fingerprint(bounded), "options": bounded.given_options, "untested": bounded.untested}
-        described = {**software, **network, "plan": dataclasses.astuple(plan), **conditions}
-    own: list[BatchResult[Result]] = []
-    count = first = 0
-    with patient_group() if ranks.size > 1 else nullcontext() as group:
-        for x, y, radius in batches_of(samples, plan.batch_size if bounded.any_batch else 1, bounded.layout, eps):
-            numbers = range(first, first + len(y)) if indices is None else indices[first : first + len(y)]
-            if len(numbers) != len(y):  # Checked on every rank, so that none waits for another.
-                raise ValueError(f"pass one index per sample; found only {len(indices or ())} indices")
-            if count % ranks.size == ranks.rank:
-                check_batch(x, y, classes, plan.input_range)
-                key = digest({**described, "x": x, "y": y, "eps": radius}) if journal else ""
-                stored = journal.get(key) if journal else None
-                result = BatchResult.from_dict(kind, stored) if stored else compute(x.to(device), y.to(device), radius)
-                if journal and stored is None:
-                    journal.put(key, dataclasses.asdict(result))
-                own.append(result.numbered(numbers))
-                if progress:
-                    progress(own[-1].certificates)
-            count, first = count + 1, first + len(y)
-        if count == 0:
-            raise ValueError("there are no samples")
-        if indices is not None and len(indices) != first:
-            raise ValueError(f"pass one index per sample; found {len(indices)} indices for {first} samples")
-        by_rank = all_gather(own, group) if ranks.size > 1 else [own]
-    total: BatchResult[Result] = BatchResult()
-    for one in filter(None, itertools.chain.from_iterable(itertools.zip_longest(*by_rank))):
-        total.add(one)
-    return total
 
 
 def verify(
@@ -108,9 +46,10 @@ def verify(
 ) -> Verification:
     """Certify each sample by any of ``methods``, and attack it.
 
-    PGD attacks every batch first. The cheapest method then bounds all samples, and each further method the samples
-    that are neither proved nor falsified. Everything runs in float32, eager, without autocast and TF32, on a copy of
-    the network, in micro-batches where a batch does not fit into memory.
+    The cheapest method bounds all samples. PGD attacks those that IBP leaves open, and some of those that it proves, as
+    a check (a seeded 5 %, at least 10 in a batch); without IBP, all samples. Each further method bounds the samples that are neither proved nor
+    falsified, in batches of ``batch_size`` gathered from all of them. Everything runs in float32, eager, without
+    autocast and TF32, on a copy of the network, in micro-batches where a batch does not fit into memory.
 
     Args:
         bounded: the network, in evaluation mode: a BoundedModule of this package, or the engine's own.
@@ -226,7 +165,9 @@ def evaluate(
 def _verification(
     bounded: BoundedModule, samples: Samples, eps: Any, packed: Any, certifier: Certifier, warn: bool, **options: Any
 ) -> Verification:
-    total = over_batches(bounded, samples, certifier.certify, Certificate, certifier.plan, {}, eps=packed, **options)
+    screen = certifier.screen if certifier.plan.screens else None
+    options |= {"screen": screen, "eps": packed}
+    total = over_batches(bounded, samples, certifier.certify, Certificate, certifier.plan, {}, **options)
     unseen = sorted(set(range(class_count(bounded))) - {sample.label for sample in total.certificates})
     if unseen and warn:
         some = ", ".join(map(str, unseen[:10])) + (", …" if len(unseen) > 10 else "")
@@ -263,49 +204,3 @@ def check_network(bounded: Any) -> BoundedModule:
             "its first dimension open, x.view(len(x), …)"
         )
     return bounded
-
-
-def batches_of(samples: Samples, size: int, layout: Layout, eps: Any) -> Iterator[Batch]:
-    """Checked, packed batches and their radii: the given ones (split if ``size`` is 1), or of ``size`` from tensors."""
-    is_whole = isinstance(samples, tuple | list) and bool(samples) and isinstance(samples[-1], Tensor)
-    first = 0
-    for batch in [samples] if is_whole else samples:
-        x, y, own = _batch(batch, layout)
-        radius = _rows(eps, x, first) if own is None else _rows(own, x, 0)
-        step = size if is_whole or size == 1 else len(x)
-        for start in range(0, len(x), step):
-            part = slice(start, start + step)
-            yield x[part], y[part], per_sample(radius, x)(part)
-        first += len(x)
-    if isinstance(eps, Tensor) and eps.ndim == 1 + len(layout.packed_shape) and len(eps) not in (1, first):
-        raise ValueError(f"eps has a radius for each of {len(eps)} samples; found {first} samples")
-
-
-def _rows(eps: Any, x: Tensor, first: int) -> Any:
-    """The radii of the samples ``x``, from number ``first`` on, where ``eps`` has one per sample."""
-    if eps is None:
-        raise ValueError("there is no radius: pass eps, or batches (x, y, eps)")
-    if not is_per_sample(eps, x):
-        return eps
-    rows = eps if len(eps) == 1 else eps[first : first + len(x)]
-    if len(rows) not in (1, len(x)):
-        raise ValueError(f"eps has radii for {len(eps)} samples only: pass one value, or one per sample")
-    if not bool((rows.flatten(1).amax(1) > 0).all()):
-        raise ValueError("eps is 0 for some samples: their boxes are the samples themselves. Leave these samples out")
-    return rows
-
-
-def _batch(batch: Any, layout: Layout) -> Batch:
-    parts = list(batch) if isinstance(batch, tuple | list) else []
-    inputs = parts[0] if parts and isinstance(parts[0], tuple | list) else parts[:1]
-    if not (len(parts) in (2, 3) and all(isinstance(one, Tensor) for one in (*inputs, parts[1])) and len(inputs)):
-        found = [type(part).__name__ for part in parts] if parts else type(batch).__name__
-        raise TypeError(
-            f"expected inputs and labels, tensors (x, y), found {found}: labels are needed, because a certificate "
-            "states that a sample's own class wins everywhere in its box; for arrays, pass torch.from_numpy(x)"
-        )
-    for x, example in zip(inputs, layout.example, strict=False):
-        if example.is_floating_point() and not x.is_floating_point():
-            raise TypeError(f"inputs must be floating-point numbers, found {x.dtype}: for bytes, pass x.float() / 255")
-    check_shapes(inputs[0], parts[1])
-    return layout.pack(inputs), parts[1], layout.pack_eps(parts[2]) if len(parts) == 3 else None

@@ -12,8 +12,9 @@ from lirpa_fastwarmup.engine.bounds import MarginBounds, input_box, proved
 from lirpa_fastwarmup.engine.precision import exact_arithmetic
 from lirpa_fastwarmup.engine.soundness import UnsoundBoundError, find_contradictions
 from lirpa_fastwarmup.verification.certify import Plan, attack_samples, ordered
-from lirpa_fastwarmup.verification.evaluate import Samples, check_network, over_batches
+from lirpa_fastwarmup.verification.evaluate import check_network
 from lirpa_fastwarmup.verification.journal import Journal
+from lirpa_fastwarmup.verification.pipeline import Samples, over_batches
 from lirpa_fastwarmup.verification.result import ATTACK, COMPLETE, BatchResult, Radius
 
 

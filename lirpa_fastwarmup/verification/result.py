@@ -27,7 +27,8 @@ class Certificate:
             both precisions.
         method: the cheapest method that proved it; ``None`` without a proof.
         margin: the largest lower bound on min_j z_y − z_j over the box that any method computed; NaN without one.
-        falsified: whether a misclassified point of the box was found; ``None`` without an attack.
+        falsified: whether a misclassified point of the box was found; ``None`` if nothing searched for one, without an
+            attack or because IBP had proved that there is none.
         float64: how double precision changes the verdicts, "" for no change; ``None`` without ``float64``.
         untested: whether the certificate relies on bounds that have not been tested.
         eps: its own radius (the largest of its elements), where samples differ; otherwise ``None``.
@@ -144,6 +145,11 @@ class BatchResult(Generic[Result]):
     stages: dict[str, Stage] = field(default_factory=dict)
     contradictions: list[tuple[int, str]] = field(default_factory=list)
 
+    @property
+    def is_final(self) -> bool:
+        """Whether no outcome is an error, which another attempt may avoid."""
+        return not any(str(getattr(one, "complete", "")).startswith("error") for one in self.certificates)
+
     def numbered(self, numbers: Sequence[int]) -> BatchResult[Result]:
         """The same with ``numbers`` in place of the indices 0, 1, ..."""
         certificates = [replace(sample, index=numbers[sample.index]) for sample in self.certificates]
@@ -176,7 +182,7 @@ class Verification:
     Attributes:
         eps: the radius in units of the input: a number, or lists of one value per input, channel, element or sample.
         certificates: one per sample, in order.
-        stages: "PGD" and the methods, in the order in which they ran.
+        stages: IBP, "PGD" and further methods, in the order in which they ran.
         contradictions: findings that are impossible if all bounds are sound, one sentence each.
         untested: operators of the network whose bounds have not been tested; every certificate relies on them.
     """
@@ -195,8 +201,13 @@ class Verification:
     @property
     def pgd_error(self) -> ErrorRate | None:
         """Falsified samples; ``None`` without an attack."""
-        found = [sample.falsified for sample in self.certificates if sample.falsified is not None]
-        return _rate(found) if found else None
+        found = [sample.falsified for sample in self.certificates]
+        return None if found.count(None) == len(found) else _rate([one is True for one in found])
+
+    @property
+    def checked(self) -> int:
+        """The number of samples that were proved and attacked nevertheless, as a check of the bounds."""
+        return sum(sample.verified and sample.falsified is not None for sample in self.certificates)
 
     @property
     def verified_error(self) -> ErrorRate:
@@ -239,6 +250,7 @@ class Verification:
             "pgd_error": self.pgd_error.as_dict() if self.pgd_error else None,
             "verified_error": self.verified_error.as_dict(),
             "stages": stages,
+            "proved_and_attacked": self.checked,
             "contradictions": self.contradictions,
         }
         if self.untested:
@@ -274,6 +286,8 @@ class Verification:
         lines.append("stage        samples  decided  s per sample")
         for name, one in self.stages.items():
             lines.append(f"{name:<11} {one.samples:>8,} {one.hits:>8,}  {one.per_sample:.4f}")
+        if ATTACK in self.stages:
+            lines.append(f"{self.checked:,} of the samples that {ATTACK} attacked are proved")
         if COMPLETE in self.stages:
             lines.append(", ".join(f"{count:,} {name}" for name, count in self.outcomes().items()) + f" by {COMPLETE}")
         lines += [
