@@ -1,11 +1,7 @@
-"""Node classes that replace the engine's, for operators that it lacks or bounds incorrectly.
+"""Node classes that replace the engine's, for operators that it lacks or bounds incorrectly (see docs/engines.md).
 
-Release 0.3 supports two-dimensional convolutions only, and transposed ones only without padding; 0.7 adds
-one-dimensional ones. Both pool in two dimensions only, with wrong or missing bounds if windows overlap, are padded or
-do not cover the input. The classes here support one to three dimensions, with CROWN's coefficients as matrices.
-
-Both releases treat an operand as constant only if its node is a leaf. If the constant is computed (a reshaped buffer),
-0.3's bounds are wrong; if it is broadcast, CROWN of both is wrong or fails (see :class:`BoundConstantArithmetic`).
+Convolutions and pooling support one to three dimensions, with CROWN's coefficients as matrices. The engine treats an
+operand as constant only if its node is a leaf: :class:`BoundConstantArithmetic` also has computed and broadcast ones.
 """
 
 import contextlib
@@ -13,7 +9,7 @@ import functools
 import inspect
 import math
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +19,6 @@ from lirpa_fastwarmup.engine.batchnorm import ViewedBatchNorm, adopt_batchnorm
 from lirpa_fastwarmup.engine.compat import engine, node_classes
 
 _engine: Any = engine.bound_general
-Bound: Any = _engine.Bound
 
 _INPUT = node_classes("Input")
 _STATE = node_classes("Params", "Buffers")
@@ -59,7 +54,6 @@ def reached_from_inputs(nodes: list[Any], *, through_shapes: bool) -> set[int]:
 
 
 def _leave_one_input(node: Any, argument: Any) -> None:
-    """Remove all inputs of ``node`` except ``argument`` from the engine's graph."""
     for source in node.inputs:
         if source is not argument:
             source.output_name.remove(node.name)
@@ -79,16 +73,13 @@ def require_matrix(coefficients: Any, node: Any) -> Tensor:
 
 
 def _both_sides(one_side: Callable[[Any, bool], Any], last_lA: Any, last_uA: Any, constants: int = 0) -> Any:
-    """The result of ``bound_backward`` of a node whose further inputs are ``constants``, which get no coefficients.
-
-    ``one_side`` maps one side's coefficients, and whether it is the lower side, to those of the first input and a bias.
-    """
+    """What ``bound_backward`` returns; ``one_side(coefficients, is_lower)`` gives the first input's, and a bias."""
     lA, lower_bias = (None, 0) if last_lA is None else one_side(last_lA, True)
     uA, upper_bias = (None, 0) if last_uA is None else one_side(last_uA, False)
     return [(lA, uA), *[(None, None)] * constants], lower_bias, upper_bias
 
 
-class _Windowed(Bound):
+class _Windowed(_engine.Bound):
     """An operator on windows over one, two or three spatial dimensions, with the attributes of ONNX."""
 
     def __init__(self, attr: Any, inputs: Any, output_index: int, options: Any) -> None:
@@ -101,10 +92,6 @@ class _Windowed(Bound):
         self.padding: list[int] = pads[: self.rank]
         self.stride: list[int] = attr.get("strides", [1] * self.rank)
         self.dilation: list[int] = attr.get("dilations", [1] * self.rank)
-
-    def function(self, name: str) -> Callable[..., Tensor]:
-        """PyTorch's ``name`` for this number of dimensions, such as F.conv2d."""
-        return getattr(F, f"{name}{self.rank}d")
 
 
 class BoundConvNd(_Windowed):
@@ -122,8 +109,7 @@ class BoundConvNd(_Windowed):
     def interval_propagate(self, *v: Any) -> tuple[Tensor, Tensor]:
         if self.is_input_perturbed(1):
             raise NotImplementedError("bounds over perturbed convolution weights")
-        lower, upper = v[0]
-        weight = v[1][0]
+        (lower, upper), weight = v[0], v[1][0]
         centre = self.forward((lower + upper) / 2, weight, v[2][0] if len(v) == 3 else None)
         radius = self.forward((upper - lower) / 2, weight.abs())
         return centre - radius, centre + radius
@@ -134,36 +120,30 @@ class BoundConvNd(_Windowed):
             zeros = rows.new_zeros(len(rows), *self.input_shape[1:])
             given = (rows, zeros, x[1].lower, None, *self.arguments, (True, False, False))
             next_A = torch.ops.aten.convolution_backward(*given)[0].unflatten(0, last_A.shape[:2])
-            bias = last_A.flatten(3).sum(3).matmul(x[2].lower) if len(x) == 3 else 0
-            return next_A, bias
+            return next_A, last_A.flatten(3).sum(3).matmul(x[2].lower) if len(x) == 3 else 0
 
         return _both_sides(one_side, last_lA, last_uA, len(x) - 1)
 
 
 def _padding_of_same(attr: Any) -> list[int]:
     """The padding that ``padding="same"`` stands for, which neither release computes."""
-    rank = len(attr["kernel_shape"])
     if attr.get("auto_pad") not in ("SAME_UPPER", b"SAME_UPPER"):
-        return [0] * (2 * rank)
+        return [0] * (2 * len(attr["kernel_shape"]))
     # "same" requires stride 1; with an even kernel the total is odd, and the far end gets one more.
     totals = [d * (k - 1) for d, k in zip(attr["dilations"], attr["kernel_shape"], strict=True)]
     return [total // 2 for total in totals] + [total - total // 2 for total in totals]
 
 
-def _engine_first(engine_operator: Any, *, transposed: bool) -> Callable[..., Any]:
-    """An operator factory: the engine's own node if it supports the attributes, otherwise ours."""
-
-    def build(attr: Any, inputs: Any, output_index: int, options: Any) -> Any:
-        attr = {"pads": _padding_of_same(attr), **attr}
-        # 0.7 accepts a three-dimensional convolution, and then runs conv2d; the adjoint of its dilated transposed
-        # convolutions has another shape than their input. 0.3's convolutions have a single dilation.
-        one_dilation = len(set(attr["dilations"])) == 1 and not (transposed and max(attr["dilations"]) > 1)
-        if len(attr["kernel_shape"]) < 3 and one_dilation:
-            with contextlib.suppress(AssertionError, IndexError):
-                return engine_operator(attr, inputs, output_index, options)
-        return BoundConvNd(attr, inputs, output_index, options, transposed=transposed)
-
-    return build
+def _convolution(transposed: bool, attr: Any, *arguments: Any) -> Any:
+    """The engine's own node if it supports the attributes, otherwise ours."""
+    attr = {"pads": _padding_of_same(attr), **attr}
+    # 0.7 accepts a three-dimensional convolution, and then runs conv2d; the adjoint of its dilated transposed
+    # convolutions has another shape than their input. 0.3's convolutions have a single dilation.
+    one_dilation = len(set(attr["dilations"])) == 1 and not (transposed and max(attr["dilations"]) > 1)
+    if len(attr["kernel_shape"]) < 3 and one_dilation:
+        with contextlib.suppress(AssertionError, IndexError):
+            return (_engine.BoundConvTranspose if transposed else _engine.BoundConv)(attr, *arguments)
+    return BoundConvNd(attr, *arguments, transposed=transposed)
 
 
 class MonotoneIntervals:
@@ -176,8 +156,6 @@ class MonotoneIntervals:
 
 class AdjointBounds(MonotoneIntervals):
     """Mixin: bounds of a linear map with coefficients ≥ 0; CROWN multiplies by the derivative of its ``forward``."""
-
-    input_shape: Any
 
     def bound_backward(self: Any, last_lA: Any, last_uA: Any, *x: Any, **kwargs: Any) -> Any:
         constants = [value_of(source) for source in x[1:]]
@@ -196,7 +174,7 @@ class BoundMeanPool(AdjointBounds, _Windowed):
 
     def forward(self, x: Tensor) -> Tensor:
         flags = (bool(self.attr.get(name, 0)) for name in ("ceil_mode", "count_include_pad"))
-        return self.function("avg_pool")(x, self.attr["kernel_shape"], self.stride, self.padding, *flags)
+        return getattr(F, f"avg_pool{self.rank}d")(x, self.attr["kernel_shape"], self.stride, self.padding, *flags)
 
 
 class GlobalMean(AdjointBounds, _engine.BoundGlobalAveragePool):
@@ -206,7 +184,7 @@ class GlobalMean(AdjointBounds, _engine.BoundGlobalAveragePool):
         return x.mean(tuple(range(2, x.ndim)), keepdim=True)
 
 
-class ConstantPad(AdjointBounds, Bound):
+class ConstantPad(AdjointBounds, _engine.Bound):
     """Padding with zeros, with the edge or by reflection."""
 
     widths: list[int] | None = None
@@ -233,7 +211,7 @@ class ConstantPad(AdjointBounds, Bound):
         return F.pad(x, self.widths, self.mode)
 
 
-class PixelShuffle(AdjointBounds, Bound):
+class PixelShuffle(AdjointBounds, _engine.Bound):
     """Channels moved into space, which some of the exporter's tables convert to one operator."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -276,8 +254,6 @@ class BatchReshape(_engine.BoundReshape):
     In 0.3's trace of ``x.view(x.shape[0], -1)`` the size of the example batch, ``traced_batch``, is a constant.
     """
 
-    traced_batch: int
-
     def forward(self, x: Tensor, shape: Any) -> Any:
         shape = [int(size) for size in shape]
         if shape[0] == self.traced_batch:
@@ -298,21 +274,19 @@ class BoundMaximumPool(MonotoneIntervals, _Windowed):
 
     def forward(self, x: Tensor) -> Tensor:
         size, ceil_mode = self.attr["kernel_shape"], bool(self.attr.get("ceil_mode", 0))
-        return self.function("max_pool")(x, size, self.stride, self.padding, self.dilation, ceil_mode)
+        return getattr(F, f"max_pool{self.rank}d")(x, size, self.stride, self.padding, self.dilation, ceil_mode)
 
     def bound_backward(self, last_lA: Any, last_uA: Any, x: Any, **kwargs: Any) -> Any:
         positions, inside = self._windows(x.lower.shape[2:], x.lower.device)
-        lower, upper = (end.flatten(2)[:, :, positions] for end in (x.lower, x.upper))
-        lower, upper = (end.masked_fill(~inside, -math.inf) for end in (lower, upper))
+        lower, upper = (end.flatten(2)[:, :, positions].masked_fill(~inside, -math.inf) for end in (x.lower, x.upper))
         best, element = lower.max(-1)
         others = upper.scatter(-1, element.unsqueeze(-1), -math.inf).amax(-1)
         decided, largest = best >= others, upper.amax(-1)
         chosen = positions.expand_as(lower).gather(-1, element.unsqueeze(-1)).squeeze(-1)
 
         def one_side(last_A: Any, is_lower: bool) -> tuple[Any, Any]:
-            sign = 1 if is_lower else -1
             rows = require_matrix(last_A, self).flatten(3)
-            from_above = (sign * rows).clamp(max=0) * sign
+            from_above = rows.clamp(max=0) if is_lower else rows.clamp(min=0)
             linear = torch.where(decided, rows, rows - from_above)
             coefficients = rows.new_zeros(*rows.shape[:3], math.prod(x.lower.shape[2:]))
             coefficients = coefficients.scatter_add(-1, chosen.expand_as(rows), linear)
@@ -335,7 +309,7 @@ class BoundMaximumPool(MonotoneIntervals, _Windowed):
         return positions, inside
 
 
-class BoundClamp(MonotoneIntervals, Bound):
+class BoundClamp(MonotoneIntervals, _engine.Bound):
     """clip(a·x + b, low, high) with a > 0: ReLU6, Hardtanh, clamp and Hardsigmoid."""
 
     def __init__(self, attr: Any, inputs: Any, output_index: int, options: Any, *, sigmoid: bool = False) -> None:
@@ -381,10 +355,8 @@ class BoundClamp(MonotoneIntervals, Bound):
         return (below, below_at[1] - below * below_at[0]), (above, above_at[1] - above * above_at[0])
 
 
-class ElementwiseIntervals(Bound):
+class ElementwiseIntervals(_engine.Bound):
     """An elementwise function that is monotone on either side of 0, bounded by IBP alone."""
-
-    function: ClassVar[Callable[[Any, Tensor], Tensor]]
 
     def forward(self, x: Tensor) -> Tensor:
         return self.function(x)
@@ -442,12 +414,10 @@ def _computed(engine_class: Any) -> Any:
     return type(f"Computed{engine_class.__name__}", (ComputedConstant, engine_class), {})
 
 
-class BoundConstantArithmetic(Bound):
+class BoundConstantArithmetic(_engine.Bound):
     """x + c, x − c, c − x, x·c or x/c, where c does not depend on the network's inputs: the affine map s·x + t."""
 
-    operation: str
     constant: tuple[Any]  # The node of c, which would be registered as a child outside a tuple.
-    constant_first: bool
 
     @property
     def is_shift(self) -> bool:
@@ -519,8 +489,8 @@ ELEMENTWISE: dict[str, Any] = {
 }
 CUSTOM_OPERATORS: dict[str, Callable[..., Any]] = {
     **{f"onnx::{name}": cls for name, cls in ELEMENTWISE.items()},
-    "onnx::Conv": _engine_first(_engine.BoundConv, transposed=False),
-    "onnx::ConvTranspose": _engine_first(_engine.BoundConvTranspose, transposed=True),
+    "onnx::Conv": functools.partial(_convolution, False),
+    "onnx::ConvTranspose": functools.partial(_convolution, True),
     "onnx::AveragePool": BoundMeanPool,
     "onnx::GlobalAveragePool": GlobalMean,
     "onnx::MaxPool": BoundMaximumPool,
