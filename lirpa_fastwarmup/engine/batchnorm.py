@@ -1,11 +1,7 @@
-"""BatchNorm nodes: state shared with the model's modules, batch statistics, and intervals.
-
-The engine shares parameters with the model, but copies buffers, so that BatchNorm's running statistics diverge. The
-node classes here use the model's own modules instead.
-"""
+"""BatchNorm nodes: state shared with the model, whose buffers the engine copies, batch statistics, and intervals."""
 
 import math
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
@@ -20,8 +16,6 @@ from lirpa_fastwarmup.engine.compat import engine
 from lirpa_fastwarmup.engine.precision import temporarily
 
 _engine: Any = engine.bound_general
-BoundParams: Any = _engine.BoundParams
-BoundBuffers: Any = _engine.BoundBuffers
 BoundBatchNormalization: Any = _engine.BoundBatchNormalization
 
 
@@ -67,16 +61,14 @@ def normalize_over_ranks(
     """As :func:`normalize_by_batch`, with the statistics of the batches of all processes."""
     over = [dim for dim in range(x.ndim) if dim != 1]
     dtype, x = x.dtype, x.to(weight.dtype)  # Half precision would round the number of samples.
-    local_count = x.new_tensor([x.numel() // x.shape[1]])
-    sums = differentiable_all_reduce(torch.cat([x.sum(over), local_count]))
+    sums = differentiable_all_reduce(torch.cat([x.sum(over), x.new_tensor([x.numel() // x.shape[1]])]))
     count = sums[-1].detach()
     mean = sums[:-1] / count
     deviation = x - _per_channel(mean, x)
     var = differentiable_all_reduce(deviation.square().sum(over)) / count
     running_mean.lerp_(mean.detach(), momentum)
     running_var.lerp_(var.detach() * (count / (count - 1)), momentum)
-    scale = weight / (var + eps).sqrt()
-    return (deviation * _per_channel(scale, x) + _per_channel(bias, x)).to(dtype), mean, var
+    return (deviation * _per_channel(weight / (var + eps).sqrt(), x) + _per_channel(bias, x)).to(dtype), mean, var
 
 
 def scale_interval(lower: Tensor, upper: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
@@ -123,8 +115,6 @@ class SharedBatchNorm(BoundBatchNormalization):
     owner: tuple[_BatchNorm]  # The module, in a tuple, so that it is not registered as a child of the node.
     updates_running_stats: bool  # Whether a pass in training mode moves the running statistics.
     over_ranks: bool  # Whether batch statistics are computed over the batches of all processes.
-    eps: float
-    momentum: float
     current_mean: Tensor
     current_var: Tensor
 
@@ -132,8 +122,7 @@ class SharedBatchNorm(BoundBatchNormalization):
         if not self.training:
             return super().forward(x, w, b, m, v)
         if self.statistics != "batch":
-            is_running = self.statistics == "running"
-            mean, var = (m, v) if is_running else (self.current_mean, self.current_var)
+            mean, var = (m, v) if self.statistics == "running" else (self.current_mean, self.current_var)
             scale = w / (var + self.eps).sqrt()
             return x * _per_channel(scale, x) + _per_channel(b - mean * scale, x)
         if self.updates_running_stats:
@@ -167,8 +156,7 @@ class SharedBatchNorm(BoundBatchNormalization):
 class ViewedBatchNorm(SharedBatchNorm):
     """A SharedBatchNorm that is always in its module's mode."""
 
-    # Setting it has no effect.
-    training: Any = property(lambda self: self.owner[0].training, lambda self, mode: None)
+    training: Any = property(lambda self: self.owner[0].training, lambda self, mode: None)  # Setting has no effect.
 
 
 class ConstantParameter(_engine.BoundConstant):
@@ -177,7 +165,7 @@ class ConstantParameter(_engine.BoundConstant):
     param = property(attrgetter("value"))
 
 
-def _batchnorms(bounded: Any, kind: Any = SharedBatchNorm) -> list[Any]:
+def _nodes_of(bounded: Any, kind: Any = SharedBatchNorm) -> list[Any]:
     return [node for node in bounded._modules.values() if isinstance(node, kind)]
 
 
@@ -187,7 +175,7 @@ def adopt_batchnorm(bounded: Any, model: nn.Module, kind: type[SharedBatchNorm])
     Raises:
         NotImplementedError: ``bound_opts`` omit a part of BatchNorm.
     """
-    for node in _batchnorms(bounded, BoundBatchNormalization):
+    for node in _nodes_of(bounded, BoundBatchNormalization):
         if not (node.use_mean and node.use_var and node.use_affine):
             raise NotImplementedError(
                 "bound_opts['bn'] omits a part of BatchNorm, so that the bounded network computes another function "
@@ -205,7 +193,7 @@ def adopt_batchnorm(bounded: Any, model: nn.Module, kind: type[SharedBatchNorm])
 
 def batchnorm_over_ranks(bounded: Any) -> None:
     """In training mode, compute BatchNorm's statistics over the batches of all processes."""
-    for node in _batchnorms(bounded):
+    for node in _nodes_of(bounded):
         node.over_ranks = True
 
 
@@ -213,18 +201,18 @@ def follow_modules(bounded: Any, training: bool) -> None:
     """Put every node in the given mode; BatchNorm nodes take mode and eps from their own module."""
     for node in bounded._modules.values():
         node.training = training
-    for node in _batchnorms(bounded):
+    for node in _nodes_of(bounded):
         node.eps = node.owner[0].eps
 
 
 def frozen_running_stats(bounded: Any) -> AbstractContextManager[None]:
     """Keep passes in training mode from moving the running statistics."""
-    return temporarily(_batchnorms(bounded), "updates_running_stats", False)
+    return temporarily(_nodes_of(bounded), "updates_running_stats", False)
 
 
 def normalized_by(bounded: Any, statistics: str) -> AbstractContextManager[None]:
     """In training mode, let forward passes normalise by the statistics of the "last" batch, or the "running" ones."""
-    return temporarily(_batchnorms(bounded), "statistics", statistics)
+    return temporarily(_nodes_of(bounded), "statistics", statistics)
 
 
 @dataclass(frozen=True)
@@ -237,25 +225,23 @@ class StateLink:
 
     def refresh(self) -> None:
         """Point the node to the model's current tensor, which ``.to`` and loading may have replaced."""
-        if isinstance(self.node, BoundParams):
-            self.node._parameters["param"] = self.owner._parameters[self.attribute]
-        else:
-            self.node._buffers["buffer"] = self.owner._buffers[self.attribute]
+        kind, name = ("_parameters", "param") if isinstance(self.node, _engine.BoundParams) else ("_buffers", "buffer")
+        getattr(self.node, kind)[name] = getattr(self.owner, kind)[self.attribute]
 
 
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str] | None:
     """The module and attribute of the model's parameter or buffer ``name``, if it exists."""
     prefix, _, attribute = name.rpartition(".")
-    try:
+    with suppress(AttributeError):
         module = model.get_submodule(prefix)
-    except AttributeError:
-        return None
-    return (module, attribute) if attribute in module._parameters or attribute in module._buffers else None
+        if attribute in module._parameters or attribute in module._buffers:
+            return module, attribute
+    return None
 
 
 def state_links(bounded: Any, model: nn.Module) -> list[StateLink]:
     """The links of every parameter and buffer node of ``bounded`` to ``model``."""
-    nodes = [node for node in bounded._modules.values() if isinstance(node, BoundParams | BoundBuffers)]
+    nodes = _nodes_of(bounded, (_engine.BoundParams, _engine.BoundBuffers))
     owners = [(node, _owner(model, node.ori_name)) for node in nodes]
     return [StateLink(node, *owner) for node, owner in owners if owner is not None]
 
@@ -274,9 +260,7 @@ def share_batchnorm_state(bounded: Any, model: nn.Module) -> list[str]:
         NotImplementedError: Its ``bound_opts`` omit a part of BatchNorm.
     """
     links = {id(link.node): link for link in state_links(bounded, model)}
-    for node in bounded._modules.values():
-        if not isinstance(node, BoundParams):
-            continue
+    for node in _nodes_of(bounded, _engine.BoundParams):
         link = links.get(id(node))
         if link is None or link.owner._parameters.get(link.attribute) is not node.param:
             raise ValueError(
@@ -284,7 +268,7 @@ def share_batchnorm_state(bounded: Any, model: nn.Module) -> list[str]:
                 "nn.Module that the BoundedModule was built from, not a copy of it"
             )
     adopt_batchnorm(bounded, model, SharedBatchNorm)
-    shared = [link for link in links.values() if isinstance(link.node, BoundBuffers)]
+    shared = [link for link in links.values() if isinstance(link.node, _engine.BoundBuffers)]
     for link in shared:
         link.refresh()
     return [link.node.ori_name for link in shared]
