@@ -25,17 +25,12 @@ _inputs: Callable[[Any], Iterable[Any]] = operator.attrgetter("inputs")
 _CONTAINERS = (nn.Sequential.forward, nn.Module.forward)  # nn.ModuleList and nn.ModuleDict define none of their own.
 _PARAMETER = node_classes("Params")
 _CONVOLUTION = (*node_classes("Conv", "ConvTranspose"), nodes.BoundConvNd)
-_TRANSPOSED = node_classes("ConvTranspose")
-_TRANSPOSE = node_classes("Transpose")
 _AFFINE: Any = (*_CONVOLUTION, *node_classes("Linear"))
-_RELU = node_classes("Relu")
-_OTHER_PIECEWISE = node_classes("LeakyRelu")
 _BATCHNORM = node_classes("BatchNormalization")
 _SUM = node_classes("Add", "Sub")
 _PRODUCT = node_classes("Mul")
 _ACTIVATION = (*node_classes("Activation"), nodes.BoundClamp, nodes.ElementwiseIntervals)
 _NO_ACTIVATION = (*_AFFINE, *_PRODUCT, *node_classes("MatMul"))  # 0.7 derives them from its activations.
-_DIVISION = node_classes("Div")
 _RESHAPING = node_classes(
     *("Flatten", "Reshape", "ATenUnflatten", "Squeeze", "Unsqueeze", "Transpose", "Identity", "Cast", "Dropout")
 )
@@ -104,14 +99,11 @@ class NetworkGraph:
         self.relus = list(zip(self._names_at([relu.inputs[0] for relu in relus]), relus, strict=True))
         read = self._pre_activations()
         self.activations = list(zip(self._names_at(read), read, strict=True))
-        first = {id(layer.source): layer.source for layer in self.affine if not self.read_by(layer)}
-        self.first_sources = list(first.values())
+        self.first_sources = list(dict.fromkeys(layer.source for layer in self.affine if not self.read_by(layer)))
 
     def _affine_layer(self, node: Any) -> AffineLayer | None:
-        if not isinstance(node, _AFFINE):
-            return None
         sources = [source for source in node.inputs[:2] if id(source) in self._data]
-        if len(sources) != 1:
+        if not isinstance(node, _AFFINE) or len(sources) != 1:
             return None  # A product of two activations, or of two constants.
         factor = next(source for source in node.inputs[:2] if source is not sources[0])
         # The first parameter, if the factor is computed from several.
@@ -121,16 +113,17 @@ class NetworkGraph:
         module = weight.ori_name.rpartition(".")[0]
         module = module.removesuffix(f".parametrizations.{module.rpartition('.')[2]}")
         fan_in = _fan_in(node, weight, sources[0])
-        while isinstance(factor, _TRANSPOSE):
+        while isinstance(factor, node_classes("Transpose")):
             factor = factor.inputs[0]
         return AffineLayer(module, weight.ori_name, fan_in, factor is weight, node, sources[0], weight)
 
     def _is_relu(self, node: Any) -> bool:
-        return isinstance(node, _RELU) and not isinstance(node, _OTHER_PIECEWISE) and id(node) in self._data
+        is_relu = isinstance(node, node_classes("Relu")) and not isinstance(node, node_classes("LeakyRelu"))
+        return is_relu and id(node) in self._data
 
     def _passes_linearly(self, node: Any) -> bool:
         data = [id(source) in self._data for source in node.inputs]
-        if isinstance(node, _DIVISION):
+        if isinstance(node, node_classes("Div")):
             return data == [True, False]
         if isinstance(node, (*_PRODUCT, *_AFFINE)):  # By a constant, or by a matrix that is not trained.
             return sum(data) == 1
@@ -187,10 +180,9 @@ class NetworkGraph:
         return found
 
     def _is_activation(self, node: Any) -> bool:
-        if not isinstance(node, _ACTIVATION) or isinstance(node, _NO_ACTIVATION):
-            return False
         data = [source for source in node.inputs if id(source) in self._data]
-        return len(data) == 1 and data[0].output_shape == node.output_shape
+        is_activation = isinstance(node, _ACTIVATION) and not isinstance(node, _NO_ACTIVATION)
+        return is_activation and len(data) == 1 and data[0].output_shape == node.output_shape
 
     def _gate(self, product: Any) -> list[tuple[Any, Any]]:
         """The nodes of x·g(x), as SiLU, GELU and Mish are converted, each with x; none if ``product`` is another."""
@@ -208,7 +200,6 @@ class NetworkGraph:
         return []
 
     def _elementwise_inputs(self, node: Any) -> list[Any]:
-        """The inputs of an elementwise operator; none if ``node`` is another one."""
         is_elementwise = isinstance(node, (BoundConstantArithmetic, *_SUM, *_PRODUCT)) or self._is_activation(node)
         return [source for source in node.inputs if id(source) in self._data] if is_elementwise else []
 
@@ -216,8 +207,7 @@ class NetworkGraph:
         """``node`` if it is a residual sum, or the sum before BatchNorm."""
         while isinstance(node, _BATCHNORM):
             node = node.inputs[0]
-        is_residual = isinstance(node, _SUM) and sum(id(source) in self._data for source in node.inputs) > 1
-        return node if is_residual else None
+        return node if isinstance(node, _SUM) and sum(id(source) in self._data for source in node.inputs) > 1 else None
 
     def _names_at(self, pre_activations: list[Any]) -> list[str]:
         layers, holders = [], []
@@ -296,7 +286,7 @@ def _fan_in(node: Any, weight: Any, source: Any) -> float:
     shape = weight.param.shape
     if not isinstance(node, _CONVOLUTION):
         return float(source.output_shape[-1 if source is node.inputs[0] else -2])
-    if isinstance(node, _TRANSPOSED) or getattr(node, "transposed", False):
+    if isinstance(node, node_classes("ConvTranspose")) or getattr(node, "transposed", False):
         return shape[0] * math.prod(shape[2:]) / node.groups / math.prod(node.stride)
     return float(math.prod(shape[1:]))
 
@@ -339,8 +329,7 @@ class LayerBounds:
 
 def _bounds_at(node: Any, graph: NetworkGraph) -> tuple[Tensor, Tensor]:
     lower, upper = getattr(node, "lower", None), getattr(node, "upper", None)
-    bounded = any(getattr(source, "lower", None) is not None for source in graph.inputs)
-    if bounded and lower is None and not node.perturbed:
+    if lower is None and not node.perturbed and any(getattr(x, "lower", None) is not None for x in graph.inputs):
         # Not every release visits nodes without a perturbed input: their bounds are their value.
         lower = upper = getattr(node, "forward_value", None)
     if lower is None or upper is None:
