@@ -24,8 +24,7 @@ class Operator:
     classes: tuple[Any, ...]  # Its node classes, the engine's or ours, without subclasses.
     crown: bool = True  # Whether it supports CROWN, and not only IBP.
     patches: bool = False  # Whether CROWN's coefficients may be patches when they reach it.
-    # Says which attribute of a node is not supported and what to write instead, given the node and, for each of its
-    # inputs, whether it depends on the network's inputs.
+    # Says what a node has that is not supported and what to write instead, given which inputs depend on the network's.
     objection: Callable[[Any, list[bool]], str | None] = lambda node, depends: None
 
 
@@ -55,10 +54,6 @@ def _two_operands(node: Any, _: list[bool]) -> str | None:
     return None if len(node.inputs) == 2 else "it has more than two operands"
 
 
-def _concat(node: Any, _: list[bool]) -> str | None:
-    return "it concatenates batches" if node.axis == 0 else None
-
-
 def _tested(*names: str, ours: tuple[Any, ...] = (), **properties: Any) -> dict[str, Operator]:
     """Operators with the engine's node classes, and ours."""
     return {name: Operator((*node_classes(name), *ours), **properties) for name in names}
@@ -69,7 +64,6 @@ def _replaced(**classes: Any) -> dict[str, Operator]:
     return {name: Operator((cls,)) for name, cls in classes.items()}
 
 
-_RESHAPE = (*node_classes("ATenUnflatten"), nodes.BatchReshape)
 OPERATORS: dict[str, Operator] = {
     **_tested("Conv", "Relu", "Sigmoid", "Tanh", "Flatten", "Identity", "Dropout", patches=True),
     **_tested("ConvTranspose", "Neg", "Transpose", "Squeeze", "Unsqueeze"),
@@ -83,12 +77,12 @@ OPERATORS: dict[str, Operator] = {
     **(_tested("Sqr") if node_classes("Sqr") else {}),  # x·x, which 0.3 bounds as a product.
     **_tested("Add", "Sub", patches=True, objection=_two_operands),
     **_tested("Mul", objection=_two_operands),
-    **_tested("Reshape", ours=_RESHAPE, patches=True),
+    **_tested("Reshape", ours=(*node_classes("ATenUnflatten"), nodes.BatchReshape), patches=True),
     **_replaced(MaxPool=nodes.BoundMaximumPool, AveragePool=nodes.BoundMeanPool, GlobalAveragePool=nodes.GlobalMean),
     **_replaced(Clip=nodes.BoundClamp, Pad=nodes.ConstantPad, Slice=nodes.StridedSlice),
     **_replaced(DepthToSpace=nodes.PixelShuffle),
     **{cls.__name__.removeprefix("Bound"): Operator((ours,)) for cls, ours in nodes.ADJOINT.items()},
-    "Concat": Operator((nodes.LinfConcat,), objection=_concat),
+    "Concat": Operator((nodes.LinfConcat,), objection=lambda node, _: None if node.axis else "it concatenates batches"),
     "convolution of another rank, or transposed": Operator((nodes.BoundConvNd,)),
     "arithmetic with a constant": Operator((nodes.BoundConstantArithmetic,), patches=True),
 }
@@ -130,7 +124,10 @@ def review(bounded: Any, model: nn.Module) -> Acceptance:
         place = f"in {layer}" if layer else graph.place_of(node)
         found[objection is None].append((name, place if instead or not objection else f"{place} ({objection})"))
     untested, interval_only = (tuple(by_place(entries)) for entries in found)
-    return Acceptance(untested, interval_only, "".join(advice), _needs_matrices(graph))
+    # Whether coefficients that start as patches would reach an operator that does not support them.
+    below = (other for node in graph.nodes if not _supports_patches(node) for other in graph.below(node))
+    needs_matrices = any(getattr(node, "mode", None) == "patches" and len(node.output_shape) == 4 for node in below)
+    return Acceptance(untested, interval_only, "".join(advice), needs_matrices)
 
 
 def _objection(node: Any, depends: list[bool], batch: int) -> str | None:
@@ -140,13 +137,6 @@ def _objection(node: Any, depends: list[bool], batch: int) -> str | None:
     if objection is None and tuple(node.output_shape[:1]) != (batch,):
         objection = f"its output {tuple(node.output_shape)} does not begin with the batch, of {batch}: keep it first"
     return objection
-
-
-def _needs_matrices(graph: NetworkGraph) -> bool:
-    """Whether coefficients that start as patches would reach an operator that does not support them."""
-    without_patches = (node for node in graph.nodes if not _supports_patches(node))
-    below = (other for node in without_patches for other in graph.below(node))
-    return any(getattr(node, "mode", None) == "patches" and len(node.output_shape) == 4 for node in below)
 
 
 def _supports_patches(node: Any) -> bool:
