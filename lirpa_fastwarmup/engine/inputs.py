@@ -62,8 +62,7 @@ class Layout:
             is_index = not part.is_floating_point() and part.device.type == "cpu" and part.numel() > 0
             if is_index and (largest := int(part.abs().max())) > _LARGEST:
                 raise ValueError(f"integer inputs must be at most {_LARGEST}; found {largest}")
-        dtypes = [part.dtype for part in parts if part.is_floating_point()]
-        dtype = dtypes[0] if dtypes else torch.get_default_dtype()
+        dtype = next((part.dtype for part in parts if part.is_floating_point()), torch.get_default_dtype())
         return torch.cat([part.reshape(len(part), -1).to(dtype) for part in parts], 1)
 
     def unpack(self, packed: Tensor) -> tuple[Any, ...]:
@@ -78,10 +77,9 @@ class Layout:
         return tuple(parts)
 
     def _split(self, packed: Tensor) -> list[Tensor]:
-        parts = zip(packed.split(self._sizes, 1), self.shapes, self.example, strict=True)
         return [
             (part if x.is_floating_point() else part.round().to(x.dtype)).reshape(len(part), *shape)
-            for part, shape, x in parts
+            for part, shape, x in zip(packed.split(self._sizes, 1), self.shapes, self.example, strict=True)
         ]
 
     def radii(self, eps: Any) -> list[Epsilon]:

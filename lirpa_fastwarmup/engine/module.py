@@ -15,7 +15,7 @@ from lirpa_fastwarmup.engine.compat import ENGINE_VERSION, engine
 from lirpa_fastwarmup.engine.equality import check_same_function
 from lirpa_fastwarmup.engine.inputs import Layout, Unpacked
 from lirpa_fastwarmup.engine.nodes import CUSTOM_OPERATORS, adopt
-from lirpa_fastwarmup.engine.operators import Acceptance, review
+from lirpa_fastwarmup.engine.operators import review
 from lirpa_fastwarmup.engine.precision import default_dtype, exact_arithmetic, temporarily
 
 _bound: Any = engine.bound_general
@@ -95,13 +95,8 @@ class BoundedModule(engine.BoundedModule):
     """
 
     wrapped: nn.Module
-    example: tuple[Tensor, ...]
-    layout: Layout
-    any_batch: bool
-    _options: dict[str, Any]
     over_ranks = False
     _arguments: dict[str, Any]
-    _reviewed: Acceptance
     _training, _built, _bounding = True, False, False
 
     def __init__(
@@ -123,8 +118,7 @@ class BoundedModule(engine.BoundedModule):
         self._options, operators = dict(bound_opts or {}), dict(custom_ops or {})
         # Copies are built with these, on the device that the model has then.
         self._arguments = {"verbose": verbose, "custom_ops": operators, "allow_untested": allow_untested}
-        if device == "auto":  # The engine's own choice fails without parameters.
-            device = like.device
+        device = like.device if device == "auto" else device  # The engine's own choice fails without parameters.
         exact = functools.partial(exact_arithmetic, like.device)
         # A trace would record autocast's conversions, and fails under a dispatch mode (see `memory`).
         with _disable_current_modes(), tracing.unchanged(model), exact(), default_dtype(like.dtype):
@@ -241,8 +235,7 @@ class BoundedModule(engine.BoundedModule):
         return result
 
     def _named_members(self, get_members_fn: Any, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Any]]:
-        members = self.wrapped._named_members if self._built else super()._named_members
-        return members(get_members_fn, *args, **kwargs)
+        return (self.wrapped._named_members if self._built else super()._named_members)(get_members_fn, *args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self.wrapped._apply(fn, recurse)
@@ -320,5 +313,4 @@ class BoundedModule(engine.BoundedModule):
 
 
 def _keeps_batch(node: Any) -> bool:
-    """Whether ``node`` keeps statistics or shapes of the last batch."""
     return isinstance(node, _bound.BoundShape) or (getattr(node, "bn_mode", None) == "forward" and node.training)
