@@ -113,9 +113,7 @@ class _AllReduce(torch.autograd.Function):
     def forward(ctx: Any, values: Tensor) -> Tensor:
         return all_reduce(values)
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return all_reduce(grad)
+    backward = forward
 
 
 def broadcast(value: _T) -> _T:

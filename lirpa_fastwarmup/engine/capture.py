@@ -13,7 +13,7 @@ from torch.func import functional_call
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from lirpa_fastwarmup.boxes import Epsilon, InputRange, box_ends
 from lirpa_fastwarmup.engine import batchnorm
@@ -44,7 +44,7 @@ class _Reads(TorchFunctionMode):
                     return func(*args, **kwargs)
         if name in _SIZED:
             with disable_proxy_modes_tracing():
-                args = (args[0], *tree_map(_as_size, args[1:]))
+                args = (args[0], *tree_map_only(Tensor, lambda x: x if _is_data(x) else x.tolist(), args[1:]))
         result = func(*args, **kwargs)
         given = tree_leaves((args, kwargs))
         if any(map(_is_data, given)):
@@ -57,10 +57,6 @@ class _Reads(TorchFunctionMode):
 def _unboxed(value: Any) -> Any:
     """The batch itself, where 0.7 passes the box through the network for what depends on shapes alone."""
     return getattr(value, "_recorded_batch", value) if isinstance(value, engine.BoundedTensor) else value
-
-
-def _as_size(value: Any) -> Any:
-    return value.tolist() if isinstance(value, Tensor) and not _is_data(value) else value
 
 
 def _mark_as_data(values: Iterable[Any]) -> None:
@@ -82,9 +78,8 @@ class RecordableBox:
 
     def around(self, x: Tensor, eps: Epsilon, input_range: InputRange | None) -> Any:
         """As :func:`lirpa_fastwarmup.input_box`, without its checks; for bounds alone."""
-        lower, upper = box_ends(x, eps, input_range)
         self._box._recorded_batch = x
-        return with_ends(self._box, lower, upper, eps=0.0)
+        return with_ends(self._box, *box_ends(x, eps, input_range), eps=0.0)
 
 
 def record(

@@ -1,8 +1,4 @@
-"""Imports the installed auto_LiRPA and makes it work on the installed PyTorch and numpy.
-
-auto_LiRPA 0.3, the newest release on PyPI, uses four names that PyTorch and numpy have since removed. Each is supplied
-only where it is missing, so later releases stay unpatched, and no file of the engine is edited.
-"""
+"""Imports the installed auto_LiRPA, with the names that 0.3 lacks on newer PyTorch and numpy (see docs/engines.md)."""
 
 import functools
 import importlib
@@ -11,7 +7,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import ModuleType
@@ -26,10 +22,8 @@ from torch import Tensor
 def _exporter_module(name: str) -> Any:
     """A module of torch's TorchScript exporter, which moved in PyTorch 2.9."""
     for package in ("torch.onnx._internal.torchscript_exporter", "torch.onnx"):
-        try:
+        with suppress(ModuleNotFoundError):
             return importlib.import_module(f"{package}.{name}")
-        except ModuleNotFoundError:
-            continue
     raise ImportError(f"torch {torch.__version__} has no TorchScript exporter, which auto_LiRPA converts networks with")
 
 
@@ -107,10 +101,8 @@ def _patch(bounded_module: Any) -> Iterator[str]:
     members = bounded_module._named_members
     if "remove_duplicate" not in members.__code__.co_varnames:
 
-        def _named_members(
-            self: Any, get_members_fn: Any, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
-        ) -> Iterator[tuple[str, Any]]:
-            return members(self, get_members_fn, prefix=prefix, recurse=recurse)
+        def _named_members(self: Any, *args: Any, remove_duplicate: bool = True, **kwargs: Any) -> Any:
+            return members(self, *args, **kwargs)
 
         bounded_module._named_members = _named_members
         yield "auto_LiRPA.BoundedModule._named_members"
@@ -144,8 +136,7 @@ def _record_models(bounded_module: Any) -> None:
         before = _cloned(model.named_buffers())
         build(self, *args, **kwargs)
         copies = _cloned((node.ori_name, node.buffer) for node in self._modules.values() if hasattr(node, "buffer"))
-        record = Record(model, dict(arguments), before, _cloned(model.named_buffers()), copies)
-        object.__setattr__(self, RECORD, record)
+        object.__setattr__(self, RECORD, Record(model, dict(arguments), before, _cloned(model.named_buffers()), copies))
 
     bounded_module.__init__ = build_and_record
 
