@@ -53,7 +53,6 @@ class MicroBatches:
         return torch.cat(results)
 
     def _fit(self, compute: Callable[[Tensor], Tensor], sample: Tensor, what: str) -> None:
-        """Choose the size that the free memory allows, from the memory of one sample."""
         self._measured = True
         free = free_memory()
         with _PeakBytes() as measured:

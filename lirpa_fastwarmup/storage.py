@@ -57,8 +57,7 @@ def is_leftover(path: Path) -> bool:
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Write ``values`` as indented JSON, with a checksum for :func:`read_json`."""
-    content = {**values, _CHECKSUM: _json_sum(values)}
-    write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
+    write_atomically(path, (json.dumps({**values, _CHECKSUM: _json_sum(values)}, indent=2) + "\n").encode())
 
 
 def read_json(path: Path) -> dict[str, Any]:

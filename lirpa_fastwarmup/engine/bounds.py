@@ -21,8 +21,6 @@ from lirpa_fastwarmup.engine.precision import temporarily
 
 logger = logging.getLogger(__name__)
 
-_Relu: Any = engine.bound_general.BoundRelu
-
 _ARGUMENTS = inspect.signature(engine.BoundedModule.compute_bounds).parameters
 _INTERMEDIATE = next(name for name in ("interm_bounds", "intermediate_layer_bounds") if name in _ARGUMENTS)  # 0.7, 0.3
 
@@ -112,10 +110,9 @@ def ibp_margin_bounds(
     """
     boxes = box if isinstance(box, tuple) else (box,)
     dtype = next(x.dtype for x in boxes if x.is_floating_point())
-    matrix = _margins(labels, classes, dtype)
     # The engine's own module always uses the statistics of the last forward pass.
     options = {"reuse_statistics": reuse_statistics} if isinstance(bounded, BoundedModule) else {}
-    lower, upper = bounded.compute_bounds(x=boxes, C=matrix, method="IBP", **options)
+    lower, upper = bounded.compute_bounds(x=boxes, C=_margins(labels, classes, dtype), method="IBP", **options)
     others = other_classes(labels, classes)
     return lower.gather(1, others), upper.gather(1, others)
 
@@ -135,15 +132,12 @@ def crown_upper(bounded: Any, directions: Tensor) -> Tensor:
     return bounded.compute_bounds(x=None, C=directions, IBP=False, method="CROWN", bound_lower=False)[1]
 
 
-class ShrunkRelu(_Relu):
+class ShrunkRelu(engine.bound_general.BoundRelu):
     """A ReLU whose IBP shrinks the upper bounds of unstable neurons: for training only, because it is not sound."""
-
-    factor: float
 
     def interval_propagate(self, *v: Any) -> tuple[Tensor, Tensor]:
         lower, upper = v[0]
-        unstable = (lower < 0) & (upper > 0)
-        return lower.relu(), torch.where(unstable, self.factor * upper, upper).relu()
+        return lower.relu(), torch.where((lower < 0) & (upper > 0), self.factor * upper, upper).relu()
 
 
 @contextmanager
@@ -175,9 +169,8 @@ class ClosedClamps(TorchFunctionMode):
     """Clamps with gradient 1 at their ends too, as before PyTorch 2.15: slopes start there, and would stay."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func not in (torch.clamp, Tensor.clamp):
-            return func(*args, **(kwargs or {}))
-        return self._clamp(*args, **(kwargs or {}))
+        called = self._clamp if func in (torch.clamp, Tensor.clamp) else func
+        return called(*args, **(kwargs or {}))
 
     @staticmethod
     def _clamp(x: Tensor, min: Any = None, max: Any = None) -> Tensor:  # noqa: A002 (as torch.clamp calls them)
@@ -197,10 +190,9 @@ def _alpha_crown(bounded: Any, box: Any, labels: Tensor, classes: int) -> Tensor
         if not bounded.optimizable_activations:  # A linear network has no slopes to optimise.
             return crown
         both = {name: _intersection(ends, by_ibp[name]) for name, ends in _intermediate_bounds(bounded).items()}
-    matrix = margin_matrix(labels, classes, box.dtype)
     with torch.enable_grad(), ClosedClamps(), redirect_stdout(io.StringIO()):  # 0.7 prints.
         options: dict[str, Any] = {"method": "alpha-CROWN", "bound_upper": False, _INTERMEDIATE: both}
-        optimized = bounded.compute_bounds(x=(box,), C=matrix, **options)[0]
+        optimized = bounded.compute_bounds(x=(box,), C=margin_matrix(labels, classes, box.dtype), **options)[0]
     for node in bounded._modules.values():
         if hasattr(node, "alpha_lookup_idx"):  # Later CROWN passes would bound only the neurons listed in it.
             node.alpha_lookup_idx = {}

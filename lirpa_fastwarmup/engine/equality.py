@@ -132,14 +132,12 @@ def _close(found: Tensor, expected: Tensor, model: nn.Module, inputs: Sequence[T
     if not torch.equal(defined, found.isfinite()):  # Also if shapes differ.
         return False
     difference = _largest(found - expected, defined)
-    scale = 1 + _largest(expected, defined)
-    if bool((difference <= _ROUNDING[expected.dtype == torch.float64] * scale).all()):
+    if bool((difference <= _ROUNDING[expected.dtype == torch.float64] * (1 + _largest(expected, defined))).all()):
         return True
     return bool((difference <= _MARGIN * _rounding_error(model, inputs)).all())
 
 
 def _largest(values: Tensor, where: Tensor) -> Tensor:
-    """The largest absolute value of each sample, ``where`` that holds."""
     values = torch.where(where, values, torch.zeros_like(values))
     return values.reshape(len(values), -1).abs().amax(1) if values.numel() else values.new_zeros(len(values))
 

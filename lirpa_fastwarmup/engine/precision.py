@@ -29,18 +29,16 @@ def _attribute(holder: Any, name: str, *values: Any) -> _Products:
 
 
 # The settings of products on the GPU, and of all products.
-_ON_GPU: tuple[_Products, ...]
-_COARSE: tuple[_Products, ...]
 if hasattr(_backends.cudnn, "conv"):  # Since PyTorch 2.9, which rejects a mixture with the older settings.
-    _ON_GPU = tuple(_attribute(one, "fp32_precision") for one in (_backends.cuda.matmul, _backends.cudnn.conv))
+    _ON_GPU = [_attribute(one, "fp32_precision") for one in (_backends.cuda.matmul, _backends.cudnn.conv)]
     _others = (_backends.cudnn.rnn, _backends.mkldnn.matmul, _backends.mkldnn.conv, _backends.mkldnn.rnn)
-    _COARSE = (*_ON_GPU, *(_attribute(one, "fp32_precision") for one in _others))
+    _COARSE = [*_ON_GPU, *(_attribute(one, "fp32_precision") for one in _others)]
 else:
     _matmul = _Products(torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "highest", "high")
-    _ON_GPU = (_matmul, _attribute(_backends.cudnn, "allow_tf32", False, True))
-    _COARSE = _ON_GPU
+    _ON_GPU = [_matmul, _attribute(_backends.cudnn, "allow_tf32", False, True)]
+    _COARSE = list(_ON_GPU)
     if getattr(_backends.mkldnn, "allow_tf32", None) is not None:  # Of Intel GPUs.
-        _COARSE = (*_ON_GPU, _attribute(_backends.mkldnn, "allow_tf32", False, True))
+        _COARSE.append(_attribute(_backends.mkldnn, "allow_tf32", False, True))
 
 
 @contextmanager

@@ -94,8 +94,7 @@ def find_contradictions(
     """
     most = min(most, _PROBED_BY.get(method, PROBED))
     some = torch.arange(0, len(y), -(-len(y) // most), device=y.device)  # Evenly spaced.
-    eps = per_sample(eps, x)(some)
-    x, y = x[some], y[some]
+    eps, x, y = per_sample(eps, x)(some), x[some], y[some]
     found = []
     for radius, given in ((eps, [] if points is None else [points[some]]), (eps * _NARROW, [])):
         margins = network.lower(input_box(x, radius, input_range), y, method)
@@ -152,7 +151,6 @@ class _BoundedNode:
 
 
 def _is_bounded(node: Any, batch: int) -> bool:
-    """Whether the last pass bounded ``node`` for every sample."""
     lower, upper = getattr(node, "lower", None), getattr(node, "upper", None)
     if not (node.perturbed and isinstance(lower, Tensor) and isinstance(upper, Tensor) and node.inputs):
         return False
@@ -217,8 +215,7 @@ def wrong_relaxations(bounded: Any, batch: int) -> list[Finding]:
     In the bounds of a whole network, the slack of the other nodes hides a relaxation that is slightly wrong. The last
     pass, over ``batch`` samples, must be CROWN-IBP or CROWN; slopes that alpha-CROWN has optimised are not checked.
     """
-    graph = read_graph(bounded)
-    generator = torch.Generator().manual_seed(0)
+    graph, generator = read_graph(bounded), torch.Generator().manual_seed(0)
     found = []
     for node in graph.nodes:
         if _is_relaxed(node, batch):

@@ -22,7 +22,6 @@ from lirpa_fastwarmup.engine.operators import operator_of
 from lirpa_fastwarmup.engine.places import Places, by_place, quiet_engine
 from lirpa_fastwarmup.memory import is_out_of_memory
 
-Bound: Any = engine.bound_general.Bound
 _OURS = ("auto_LiRPA", "lirpa_fastwarmup")
 _LIBRARIES = {"torch", *sys.stdlib_module_names} - {"__main__"}
 # Functions that read a tensor's value into Python or into a shape, which a trace cannot follow.
@@ -223,7 +222,7 @@ def _failed_operators(error: BaseException) -> tuple[list[tuple[str, str]], bool
         if isinstance(nodes, list) and isinstance(number, int) and number < len(nodes) and hasattr(nodes[number], "op"):
             found = [(_operator_in(nodes[number]), nodes[number].name)]  # Not yet a node of the engine.
         for node in (frame.f_locals.get("node"), frame.f_locals.get("self")):
-            if isinstance(node, Bound) and isinstance(vars(node).get("name"), str):
+            if isinstance(node, engine.bound_general.Bound) and isinstance(vars(node).get("name"), str):
                 found = [(operator_of(node), node.name)]
     return found, False
 
@@ -260,8 +259,7 @@ def named_failures(bounded: Any, method: str) -> Iterator[None]:
 
 def _place(bounded: Any, frames: list[FrameType]) -> str:
     nodes = {id(node) for node in bounded._modules.values()}
-    variables = (frame.f_locals.get(name) for frame in reversed(frames) for name in ("self", "l", "node"))
-    for found in variables:
-        if isinstance(found, Bound) and id(found) in nodes:
+    for found in (frame.f_locals.get(name) for frame in reversed(frames) for name in ("self", "l", "node")):
+        if isinstance(found, engine.bound_general.Bound) and id(found) in nodes:
             return f"at {operator_of(found)} {read_graph(bounded).place_of(found)}"
     return "on this network"
