@@ -4,18 +4,8 @@ from typing import Any
 
 from lirpa_fastwarmup.experiments.training.settings import Settings
 
-_CIFAR10 = Settings(
-    preset="cifar10",
-    dataset="cifar10",
-    eps=8 / 255,
-    batch_size=128,
-    epochs=160,
-    ramp_start=2,
-    ramp_length=80,
-    lr_milestones=(120, 140),
-    flip=True,
-    crop_padding=2,
-)
+_CIFAR10: dict[str, Any] = {"eps": 8 / 255, "batch_size": 128, "flip": True, "crop_padding": 2}
+_CIFAR10 |= {"epochs": 160, "ramp_start": 2, "ramp_length": 80, "lr_milestones": (120, 140)}
 _70_EPOCHS: dict[str, Any] = {"epochs": 70, "ramp_length": 20, "lr_milestones": (50, 60)}
 _20_EPOCHS: dict[str, Any] = {"epochs": 20, "ramp_length": 10, "lr_milestones": (15, 18)}
 _DIGITS: dict[str, Any] = {"ramp_start": 1, "flip": False, "crop_padding": 0}
@@ -29,7 +19,7 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "cifar10-70": {**_70_EPOCHS, "dataset": "cifar10"},
     "tiny-imagenet": {**_IMAGENET, "epochs": 80, "ramp_length": 20, "lr_milestones": (61, 71)},
 }
-PRESETS = {name: _CIFAR10.replace(**{"preset": name, "dataset": name, **some}) for name, some in _CHANGES.items()}
+PRESETS = {name: Settings(**{"preset": name, "dataset": name, **_CIFAR10, **some}) for name, some in _CHANGES.items()}
 # Settings for data that nobody has tuned any for: a start, not a recommendation. It has neither dataset nor radius.
 _CUSTOM: dict[str, Any] = {"epochs": 100, "batch_size": 128, "lr_milestones": (80, 90)}
 _CUSTOM |= {"preset": "custom", "ramp_start": 2, "ramp_length": 50}
