@@ -31,8 +31,6 @@ def add_to(command: argparse.ArgumentParser) -> None:
     mode.add_argument("--evaluation", dest="training", action="store_false", help=text)
     command.add_argument("--csv", type=Path, metavar="FILE", help="also write the statistics")
     command.add_argument("--markdown", action="store_true", help="print Markdown")
-    command.add_argument("--device", help="cpu, cuda, cuda:1 …; by default a GPU if there is one")
-    common.add_trust(command)
     common.add_settings(command)
 
 
@@ -60,8 +58,7 @@ def _of_run(options: argparse.Namespace) -> tuple[fw.BoundedModule, Tensor, floa
     if fixed := [name for name in common.given_settings(options) if name not in _ALSO_OF_RUNS]:
         text = f"{', '.join(fixed)}: the network in {folder} is already trained, with its own settings"
         raise ValueError(f"{text}. Omit these options, or name a preset to inspect a fresh network")
-    data_given = options.dataset, options.data_dir, options.input_range
-    subject = subject_of_run(folder, *data_given, trust=options.trust)
+    subject = subject_of_run(folder, options)
     samples = _inputs(subject.samples, options.samples).to(common.device_named(options.device))
     bounded = fw.BoundedModule(subject.network.to(samples.device), samples[:2], allow_untested=subject.allow_untested)
     eps = subject.eps if options.eps is None else options.eps

@@ -78,13 +78,13 @@ def add_trust(command: argparse.ArgumentParser) -> None:
 
 
 def add_settings(command: argparse.ArgumentParser) -> None:
-    """Add an option for each field of :class:`Settings`, for :func:`settings_and_origins`."""
-    groups: dict[str, Any] = {}
-    kinds = get_type_hints(Settings)
+    """Add the device, trust, and an option for each field of :class:`Settings`, for :func:`settings_and_origins`."""
+    command.add_argument("--device", help="cpu, cuda, cuda:1 …; by default a GPU if there is one")
+    add_trust(command)
+    titles = dict.fromkeys(field.metadata["group"] for field in _OPTIONS)
+    groups, kinds = {title: command.add_argument_group(title) for title in titles}, get_type_hints(Settings)
     for field in _OPTIONS:
         about = field.metadata
-        if about["group"] not in groups:
-            groups[about["group"]] = command.add_argument_group(about["group"])
         flag = f"--{(about['flag'] or field.name).replace('_', '-')}"
         text = f"{about['help']}{_default(field.name)}"
         reader = _reader(kinds[field.name], about["metavar"])

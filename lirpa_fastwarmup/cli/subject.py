@@ -1,7 +1,6 @@
 """The network that a command is about, from a run or an external one, and its test samples."""
 
 import argparse
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from lirpa_fastwarmup.experiments.training.network import load_dataset, read_mod
 from lirpa_fastwarmup.verification import read_onnx
 
 _SAVE = "save only the state dict, torch.save(model.state_dict(), FILE)"
-_EXTERNAL = ("model", "weights", "mean", "std")
 
 
 @dataclass(frozen=True)
@@ -59,7 +57,7 @@ def check_named(options: argparse.Namespace) -> None:
     """Raise ValueError unless the options name one network."""
     if (options.run is None) == (options.model is None):
         raise ValueError("name either the folder of a training run, or a network with --model")
-    given = [f"--{name}" for name in _EXTERNAL if getattr(options, name) is not None]
+    given = [f"--{name}" for name in ("weights", "mean", "std") if getattr(options, name) is not None]
     if options.run is not None and given:
         raise ValueError(f"{', '.join(given)} is for an external model, and not for the run in {options.run}")
 
@@ -70,32 +68,21 @@ def subject_of(options: argparse.Namespace, limit: int | None = None) -> Subject
     Names and files are checked before data is downloaded.
     """
     find_factories_here(options.model, options.dataset, trust=options.trust)
-    if options.run is None:
-        return _external(options, limit)
-    given = options.dataset, options.data_dir, options.input_range
-    return subject_of_run(options.run, *given, limit, trust=options.trust)
+    return _external(options, limit) if options.run is None else subject_of_run(options.run, options, limit)
 
 
-def subject_of_run(
-    folder: Path,
-    dataset: str | None = None,
-    data_dir: Path | None = None,
-    input_range: Sequence[float] | None = None,
-    limit: int | None = None,
-    *,
-    trust: bool = False,
-) -> Subject:
-    """As :func:`subject_of`, for a run; ``dataset``, its place ``data_dir`` and ``input_range`` replace the run's."""
-    path = folder / MODEL
+def subject_of_run(folder: Path, options: argparse.Namespace, limit: int | None = None) -> Subject:
+    """As :func:`subject_of`, for a run; dataset, its place ``data_dir`` and ``input_range`` replace the run's."""
+    path, input_range, trust = folder / MODEL, _input_range(options), options.trust
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no trained network ({MODEL}): name a run that finished an epoch")
     content = read_model(path)
     network, settings = load_model(path, trust=trust, content=content), content["settings"]
-    if dataset is not None:
-        loaded = data.load(dataset, data_dir, _pair(input_range))
+    if options.dataset is not None:
+        loaded = data.load(options.dataset, options.data_dir, input_range)
     else:
-        kept = settings if input_range is None else settings.replace(input_range=_pair(input_range))
-        loaded = load_dataset(kept, path, data_dir, trust=trust)
+        kept = settings if input_range is None else settings.replace(input_range=input_range)
+        loaded = load_dataset(kept, path, options.data_dir, trust=trust)
     return _subject(network, str(path), loaded, limit, settings.eps, allow_untested=settings.allow_untested)
 
 
@@ -116,7 +103,7 @@ def _external(options: argparse.Namespace, limit: int | None) -> Subject:
         if options.weights is None:
             raise ValueError(f"--model {name} has random weights: name its trained weights with --weights FILE")
         weights = _state_dict(options.weights)
-    dataset = data.load(options.dataset, options.data_dir, _pair(options.input_range))
+    dataset = data.load(options.dataset, options.data_dir, _input_range(options))
     if is_onnx:
         network = read_onnx(path, dataset.in_shape)
     else:
@@ -127,8 +114,8 @@ def _external(options: argparse.Namespace, limit: int | None) -> Subject:
     return _subject(network, name, dataset, limit, None, allow_untested=options.allow_untested)
 
 
-def _pair(values: Sequence[float] | None) -> tuple[float, float] | None:
-    return None if values is None else (float(values[0]), float(values[1]))
+def _input_range(options: argparse.Namespace) -> tuple[float, float] | None:
+    return None if options.input_range is None else (float(options.input_range[0]), float(options.input_range[1]))
 
 
 def _state_dict(path: Path) -> dict[str, Any]:

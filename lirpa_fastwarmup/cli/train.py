@@ -24,8 +24,6 @@ def add_to(command: argparse.ArgumentParser) -> None:
     command.add_argument("--resume", action="store_true", help="resume the run in DIR, with its own settings")
     command.add_argument("--overwrite", action="store_true", help="replace an earlier run in DIR")
     command.add_argument("--show", action="store_true", help="print the settings and stop")
-    command.add_argument("--device", help="cpu, cuda, cuda:1 …; by default a GPU if there is one")
-    common.add_trust(command)
     common.add_settings(command)
 
 
@@ -42,11 +40,7 @@ def _train(options: argparse.Namespace) -> int:
         from lirpa_fastwarmup.experiments.training.checkpoint import CHECKPOINT
 
         options.resume, options.overwrite = (_folder(options) / CHECKPOINT).is_file(), True
-    origins: dict[str, str] = {}
-    if options.resume:
-        settings = _resumed_settings(options)
-    else:
-        settings, origins = common.settings_and_origins(options)
+    settings, origins = (_resumed_settings if options.resume else common.settings_and_origins)(options)
     if options.show:
         print(common.table(settings, origins))
         return 0
@@ -79,8 +73,8 @@ def _run(options: argparse.Namespace, settings: Settings, out: Path, **arguments
     return train(settings, out, overwrite=options.overwrite, **arguments)
 
 
-def _resumed_settings(options: argparse.Namespace) -> Settings:
-    """The settings of the run to resume; raise ValueError if the command line gives others."""
+def _resumed_settings(options: argparse.Namespace) -> tuple[Settings, dict[str, str]]:
+    """The settings of the run to resume, of unknown origins; raise ValueError if the command line gives others."""
     from lirpa_fastwarmup.experiments.training import settings_of_run
 
     settings = settings_of_run(_folder(options))
@@ -96,7 +90,7 @@ def _resumed_settings(options: argparse.Namespace) -> Settings:
             f"{', '.join(f'{name} {saved[name]}, not {given[name]}' for name in changed)}. Leave them out, or start a "
             "new run in another folder"
         )
-    return settings
+    return settings, {}
 
 
 class _Console:
