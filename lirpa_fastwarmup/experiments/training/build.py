@@ -61,13 +61,9 @@ def build_run(settings: Settings, device: torch.device) -> Run:
     train, held_out = _training_samples(settings, dataset)
     input_range = tree_map_only(torch.Tensor, lambda end: end.to(device), dataset.input_range)
     train_batches = _training_batches(settings, data.place(train, device), device, processes)
-    architecture = {
-        **{name: getattr(settings, name) for name in ("model", "width", "hidden", "batchnorm")},
-        "in_shape": list(dataset.in_shape),
-        "classes": dataset.classes,
-        "mean": dataset.mean,
-        "std": dataset.std,
-    }
+    architecture = {name: getattr(settings, name) for name in ("model", "width", "hidden", "batchnorm")}
+    architecture |= {"in_shape": list(dataset.in_shape), "classes": dataset.classes}
+    architecture |= {"mean": dataset.mean, "std": dataset.std}
     # All random numbers depend on the seed; the caller's random state is restored.
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(settings.seed)
@@ -157,13 +153,8 @@ def _loss(settings: Settings) -> losses.Loss:
     kind = losses.LOSSES[settings.loss]
     if settings.loss not in NEEDED:
         return kind()
-    attack = PGD(
-        settings.attack_steps,
-        settings.attack_step_size,
-        settings.attack_restarts,
-        scale=settings.attack_scale,
-        return_best=settings.attack_best,
-    )
+    plan: dict[str, Any] = {"scale": settings.attack_scale, "return_best": settings.attack_best}
+    attack = PGD(settings.attack_steps, settings.attack_step_size, settings.attack_restarts, **plan)
     own: dict[str, Any] = {"alpha": settings.alpha}
     if settings.loss == "sabr":
         own = {"ratio": settings.ratio, "relu_shrinkage": settings.relu_shrinkage}

@@ -97,7 +97,6 @@ def restore(content: dict[str, Any], run: build.Run, position: loop.Position, pa
         run.train_batches.load_state_dict(content["batches"])
         saved = dict(content["position"])
         position.means.load_state_dict(saved.pop("means"))
-        for name, value in saved.items():
-            setattr(position, name, value)
+        vars(position).update(saved)
     if run.average is not None:
         network.load_weights(run.average, content["average"], path)

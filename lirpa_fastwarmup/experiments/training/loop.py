@@ -1,5 +1,6 @@
 """The training loop: the steps of an epoch, from its start or from where a run stopped in it."""
 
+import math
 import signal
 import time
 from contextlib import nullcontext
@@ -38,11 +39,8 @@ class Position:
 
 def learning_rate(settings: Settings, epoch: int) -> float:
     """The learning rate of an epoch, counted from 1."""
-    rate = settings.lr
-    for milestone in settings.lr_milestones:
-        if epoch > milestone:
-            rate *= settings.lr_factor
-    return rate
+    passed = sum(epoch > milestone for milestone in settings.lr_milestones)
+    return math.prod([settings.lr_factor] * passed, start=settings.lr)
 
 
 def train_epoch(run: build.Run, position: Position, progress: Progress, stop: interrupt.StopRequest) -> None:

@@ -34,8 +34,8 @@ class EpochMeans:
 
     def __init__(self, device: torch.device, terms: Sequence[str] = ()) -> None:
         self._terms = (*_TERMS, *(name for name in terms if name not in _TERMS))
-        self._sums = torch.zeros(len(_FIELDS) + len(self._terms), device=device, dtype=torch.float64)
-        self._counts = torch.zeros_like(self._sums)
+        # Their sums, and the counts of samples.
+        self._totals = torch.zeros(2, len(_FIELDS) + len(self._terms), device=device, dtype=torch.float64)
 
     def add(self, step: StepLoss, count: int) -> None:
         """Add a step over ``count`` samples."""
@@ -44,21 +44,18 @@ class EpochMeans:
         metrics += [getattr(step, name) if name in ADVERSARIAL else step.terms.get(name, nan) for name in self._terms]
         values = torch.stack([metric.detach() for metric in metrics]).double()
         known = ~values.isnan()
-        self._sums += torch.where(known, values * count, 0.0)
-        self._counts += known * count
+        self._totals += torch.stack([torch.where(known, values * count, 0.0), known * count])
 
     def read(self) -> dict[str, float]:
         """The means so far, over all processes. Waits for the device and the other processes."""
-        state = self.state_dict()
-        means = state["sums"] / state["counts"]
-        return dict(zip((*_FIELDS, *self._terms), means.tolist(), strict=True))
+        sums, counts = self.state_dict().values()
+        return dict(zip((*_FIELDS, *self._terms), (sums / counts).tolist(), strict=True))
 
     def state_dict(self) -> dict[str, Tensor]:
         """The sums so far, over all processes."""
-        sums, counts = all_reduce(torch.stack([self._sums, self._counts]))
+        sums, counts = all_reduce(self._totals.clone())
         return {"sums": sums, "counts": counts}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Continue from the sums in ``state``, which rank 0 takes over."""
-        for mine, sums in ((self._sums, state["sums"]), (self._counts, state["counts"])):
-            mine.copy_(sums * world().is_rank_zero)
+        self._totals.copy_(torch.stack([state["sums"], state["counts"]]) * world().is_rank_zero)

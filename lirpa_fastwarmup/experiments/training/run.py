@@ -112,8 +112,7 @@ def resume(
 
 def settings_of_run(out: Path) -> Settings:
     """Return the settings of the run in ``out``, from its checkpoint; raises FileNotFoundError or ValueError."""
-    settings: Settings = checkpoint.read(out / CHECKPOINT)["settings"]
-    return settings
+    return checkpoint.read(out / CHECKPOINT)["settings"]
 
 
 def join_ranks(run: Run) -> None:

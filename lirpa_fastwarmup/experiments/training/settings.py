@@ -55,11 +55,8 @@ _RANGES: list[tuple[str, str, Callable[[Any], bool]]] = [
     ("attack_steps attack_restarts", "at least 1", lambda value: value >= 1),
     ("attack_scale train_eps_factor", "finite and at least 1", lambda value: 1 <= value < math.inf),
     ("ramp_length validation crop_padding pgd_steps pgd_restarts", "at least 0", lambda value: value >= 0),
-    (
-        "reg_weight stability_weight l1_weight volume_weight grad_clip momentum weight_decay",
-        "finite and at least 0",
-        lambda value: 0 <= value < math.inf,
-    ),
+    ("reg_weight stability_weight l1_weight", "finite and at least 0", lambda value: 0 <= value < math.inf),
+    ("volume_weight grad_clip momentum weight_decay", "finite and at least 0", lambda value: 0 <= value < math.inf),
     ("lr lr_factor tol attack_step_size", "finite and above 0", lambda value: 0 < value < math.inf),
     ("average_decay alpha", "from 0 to 1", lambda value: 0 <= value <= 1),
     ("ratio relu_shrinkage", "above 0 and at most 1", lambda value: 0 < value <= 1),
@@ -67,6 +64,8 @@ _RANGES: list[tuple[str, str, Callable[[Any], bool]]] = [
     ("input_range", "the lowest and the highest valid input", lambda value: len(value) == 2 and value[0] < value[1]),
     ("seed", "from 0 to 2^63 − 1", lambda value: 0 <= value < 2**63),
 ]
+
+_DATASETS, _FACTORY = ", ".join(get_args(Dataset)), "package.module:factory or file.py:factory"
 
 
 def _setting(group: str, text: str, default: Any = MISSING, metavar: str | None = None, flag: str | None = None) -> Any:
@@ -98,12 +97,7 @@ class Settings:
     batchnorm: bool = _setting("method", "full BatchNorm", True, flag="bn")
     regularizers: bool = _setting("method", "the paper's two regularisers, in the warmup", True, flag="reg")
 
-    dataset: str = _setting(
-        "data",
-        f"{', '.join(get_args(Dataset))}, FILE.npz, FILE.pt, FILE.csv, a folder, package.module:factory or "
-        "file.py:factory",
-        metavar="NAME",
-    )
+    dataset: str = _setting("data", f"{_DATASETS}, FILE.npz, FILE.pt, FILE.csv, a folder, {_FACTORY}", metavar="NAME")
     data_dir: Path | None = _setting("data", "folder of the dataset's files; if unset, the user's cache", None, "DIR")
     input_range: tuple[float, float] | None = _setting(
         "data", "lowest and highest valid input, to which boxes are clipped; if unset, the dataset's", None, "X"
@@ -115,9 +109,7 @@ class Settings:
     flip: bool = _setting("data", "augmentation: mirror images at random", False)
     crop_padding: int = _setting("data", "augmentation: random crops after padding by P pixels", 0, "P")
 
-    model: str = _setting(
-        "network", f"{', '.join(get_args(Model))}, package.module:factory or file.py:factory", "cnn7", "NAME"
-    )
+    model: str = _setting("network", f"{', '.join(get_args(Model))}, {_FACTORY}", "cnn7", "NAME")
     width: int | None = _setting("network", "channels of the first stage (ResNeXt: bottleneck width)", None, "N")
     hidden: int = _setting("network", "features of the hidden linear layer", 512, "N")
     allow_untested: bool = _setting("network", "accept operators whose bounds have not been tested", False)
