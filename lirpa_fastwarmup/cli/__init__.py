@@ -22,7 +22,6 @@ _COMMANDS = {
     "compare": "a table over finished runs, mean ± standard deviation over their seeds",
     "info": "versions, active patches, and a quick check of the engine's bounds",
 }
-_BY_SIGNAL = 128  # What a shell adds to the signal's number.
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         trust = ["--trust"] if options.trust or ":" in (options.model or "") else []
         command = shlex.join([_PROGRAM, "train", "--resume", "--out", str(stopped.out), *trust])
         print(f"{_PROGRAM}: {stopped}. To resume it:\n    {command}", file=sys.stderr)
-        return _BY_SIGNAL + stopped.signal_number
+        return 128 + stopped.signal_number  # As a shell reports it.
     except KeyboardInterrupt as interrupted:
         detail = f"; {interrupted}" if str(interrupted) else ""
         print(f"{_PROGRAM}: interrupted{detail}", file=sys.stderr)
@@ -64,15 +63,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     """The parser of all commands; only the one that ``arguments`` ask for has its options."""
-    parser = argparse.ArgumentParser(
-        prog=_PROGRAM, description="Fast certified robust training with short warmup, on auto_LiRPA."
-    )
+    text = "Fast certified robust training with short warmup, on auto_LiRPA."
+    parser = argparse.ArgumentParser(prog=_PROGRAM, description=text)
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     asked_for = next((word for word in arguments if not word.startswith("-")), None)
-    for name, text in _COMMANDS.items():
-        command = commands.add_parser(name, help=text)
+    for name, about in _COMMANDS.items():
+        command = commands.add_parser(name, help=about)
         if name == asked_for:
             importlib.import_module(f"{__name__}.{name}").add_to(command)
     return parser

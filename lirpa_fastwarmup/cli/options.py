@@ -98,10 +98,9 @@ def add_settings(command: argparse.ArgumentParser) -> None:
 
 def _default(name: str) -> str:
     """The default of a setting, for its help text, if it is the same in all presets."""
-    values = {getattr(one, name) for one in presets.PRESETS.values()}
-    if len(values) > 1:
+    value, *others = {getattr(one, name) for one in presets.PRESETS.values()}
+    if others:
         return " (default: the preset's)"
-    value = values.pop()
     shown = {True: "on", False: "off"}.get(value) if isinstance(value, bool) else value
     return "" if value is None else f" (default: {shown})"
 
@@ -174,12 +173,9 @@ def _scaled(base: Settings, changes: dict[str, Any]) -> dict[str, Any]:
     def scaled(value: int) -> int:
         return max(1, (2 * value * epochs + base.epochs) // (2 * base.epochs))  # Rounded, halves up.
 
-    new: dict[str, Any] = {
-        "ramp_length": scaled(base.ramp_length),
-        "lr_milestones": tuple(map(scaled, base.lr_milestones)),
-    }
-    new |= {} if base.swa_start is None else {"swa_start": scaled(base.swa_start)}
-    new = {name: value for name, value in new.items() if name not in changes and value != getattr(base, name)}
+    milestones, swa = tuple(map(scaled, base.lr_milestones)), base.swa_start and scaled(base.swa_start)
+    every = {"ramp_length": scaled(base.ramp_length), "lr_milestones": milestones, "swa_start": swa}
+    new = {name: value for name, value in every.items() if name not in changes and value != getattr(base, name)}
     if new:
         texts = [f"{name} {getattr(base, name)} -> {value}" for name, value in new.items()]
         logger.info("epochs %d -> %d: %s", base.epochs, epochs, ", ".join(texts))

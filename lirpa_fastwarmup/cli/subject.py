@@ -144,10 +144,8 @@ def _subject(
             example = example[:1]
             outputs = network(example)
     if outputs.shape != (len(example), classes):
-        raise ValueError(
-            f"{dataset.name} has labels of {classes} classes, and the network {name} gives {tuple(outputs.shape)} for "
-            f"{len(example)} sample(s): a certificate needs one score per class"
-        )
+        found = f"{dataset.name} has labels of {classes} classes, and the network {name} gives {tuple(outputs.shape)}"
+        raise ValueError(f"{found} for {len(example)} sample(s): a certificate needs one score per class")
     indices = data.spread_indices(total, limit or total)
     samples = dataset.test if limit is None else dataset.test.take(indices)
     given = (samples, indices.tolist(), classes, dataset.input_range, eps, allow_untested)

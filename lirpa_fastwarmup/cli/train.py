@@ -78,18 +78,14 @@ def _resumed_settings(options: argparse.Namespace) -> tuple[Settings, dict[str, 
     from lirpa_fastwarmup.experiments.training import settings_of_run
 
     settings = settings_of_run(_folder(options))
-    saved = vars(settings)
-    typed = common.given_settings(options)
+    saved, typed = vars(settings), common.given_settings(options)
     given = (vars(common.settings_and_origins(options)[0]) if options.preset else saved) | typed
     # What --epochs scales was not asked for, and earlier versions did not scale it.
     free = {"data_dir", *({"ramp_length", "lr_milestones", "swa_start"} - typed.keys() if "epochs" in typed else ())}
-    changed = [name for name in saved if name not in free and given[name] != saved[name]]
-    if changed:
-        raise ValueError(
-            f"a resumed run keeps its settings, and the command line gives the run in {options.out} others: "
-            f"{', '.join(f'{name} {saved[name]}, not {given[name]}' for name in changed)}. Leave them out, or start a "
-            "new run in another folder"
-        )
+    if changed := [name for name in saved if name not in free and given[name] != saved[name]]:
+        problem = f"a resumed run keeps its settings, and the command line gives the run in {options.out} others"
+        others = ", ".join(f"{name} {saved[name]}, not {given[name]}" for name in changed)
+        raise ValueError(f"{problem}: {others}. Leave them out, or start a new run in another folder")
     return settings, {}
 
 
@@ -125,11 +121,8 @@ class _Console:
         errors = f"standard error {row['standard_error']:6.2%}  verified error {row['verified_error']:6.2%}  "
         if math.isnan(row["verified_error"]):  # Computed only at the end of the run.
             errors = ""
-        print(
-            f"epoch {row['epoch']:>{len(str(self._epochs))}}/{self._epochs}  eps {row['eps']:.4f}  "
-            f"loss {row['loss']:7.4f}  {errors}{dead}{seconds:.1f} s",
-            flush=True,
-        )
+        epoch = f"epoch {row['epoch']:>{len(str(self._epochs))}}/{self._epochs}  eps {row['eps']:.4f}"
+        print(f"{epoch}  loss {row['loss']:7.4f}  {errors}{dead}{seconds:.1f} s", flush=True)
 
 
 def _table(summary: Mapping[str, Any], eps: float | None) -> str:
