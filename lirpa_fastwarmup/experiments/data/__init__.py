@@ -47,10 +47,8 @@ def load(name: str, data_dir: Path | None = None, input_range: InputRange | None
     elif path.suffix in arrays.READERS or path.is_dir():
         dataset = arrays.load(path if data_dir is None else Path(data_dir) / path.name)
     else:
-        raise ValueError(
-            f"unknown dataset {name!r}; known are {', '.join(LOADERS)}, or name your own: FILE.npz, FILE.pt, FILE.csv, "
-            "a folder of such files, package.module:factory or path/to/file.py:factory"
-        )
+        own = "FILE.npz, FILE.pt, FILE.csv, a folder of such files, package.module:factory or path/to/file.py:factory"
+        raise ValueError(f"unknown dataset {name!r}; known are {', '.join(LOADERS)}, or name your own: {own}")
     return dataset if input_range is None else dataclasses.replace(dataset, input_range=input_range)
 
 

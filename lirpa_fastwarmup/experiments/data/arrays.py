@@ -20,10 +20,6 @@ _CHANNELS = (1, 3, 4)
 _MAX_CLASSES = 1_000_000
 _TEST_PART = 5  # A fifth of the samples of a single file.
 _KEYS = ("inputs", "images", "labels", "low", "high")
-_NEEDED = (
-    "'inputs' (numbers, a sample per row) or 'images' (uint8), and 'labels'; also both 'low' and 'high', the range of "
-    "the inputs, or neither"
-)
 
 
 def load(data_dir: Path | None = None) -> Dataset:
@@ -58,10 +54,8 @@ def from_factory(name: str) -> Dataset:
     if isinstance(made, Dataset):
         return made
     if not isinstance(made, tuple | list) or len(made) != 2:
-        raise TypeError(
-            f"the factory {name!r} returned an object of type {type(made).__name__}: return (train, test), each a "
-            "torch Dataset of (input, label) or a pair (inputs, labels)"
-        )
+        wanted = "(train, test), each a torch Dataset of (input, label) or a pair (inputs, labels)"
+        raise TypeError(f"the factory {name!r} returned an object of type {type(made).__name__}: return {wanted}")
     train, test = (_split(_arrays_of(part), name) for part in made)
     return _dataset(name.rpartition(":")[2], train, test, None)
 
@@ -107,7 +101,9 @@ def _read_pt(path: Path) -> dict[str, Any]:
 def _known(arrays: Mapping[str, Any]) -> dict[str, Any]:
     one_kind, whole_range = ("inputs" in arrays) != ("images" in arrays), ("low" in arrays) == ("high" in arrays)
     if "labels" not in arrays or not one_kind or not whole_range:
-        raise ValueError(f"it must hold {_NEEDED}; it holds {', '.join(map(repr, arrays)) or 'nothing'}")
+        needed = "'inputs' (numbers, a sample per row) or 'images' (uint8), and 'labels'"
+        needed += "; also both 'low' and 'high', the range of the inputs, or neither"
+        raise ValueError(f"it must hold {needed}; it holds {', '.join(map(repr, arrays)) or 'nothing'}")
     return {name: arrays[name] for name in _KEYS if name in arrays}
 
 
@@ -118,10 +114,8 @@ def _read_csv(path: Path) -> dict[str, Any]:
         reader = csv.reader(file, strict=True)
         columns = next(reader, [])
         if columns.count("label") != 1 or len(set(columns)) != len(columns):
-            raise ValueError(
-                f"the first line of {path} must name the columns, each once, and the one of the class numbers 'label'; "
-                f"found {', '.join(map(repr, columns)) or 'none'}"
-            )
+            needed = "must name the columns, each once, and the one of the class numbers 'label'"
+            raise ValueError(f"the first line of {path} {needed}; found {', '.join(map(repr, columns)) or 'none'}")
         for row in filter(None, reader):
             place = f"{path}, line {reader.line_num}"
             if len(row) != len(columns):
@@ -151,26 +145,23 @@ def _split(found: Mapping[str, Any], source: Path | str) -> Split:
 
 def _inputs(inputs: np.ndarray, source: Path | str) -> Tensor:
     if inputs.dtype.kind not in "fiu" or inputs.dtype == np.uint8 or inputs.ndim < 2 or inputs.size == 0:
-        raise ValueError(
-            f"inputs of {source} are {inputs.dtype} of shape {inputs.shape}: expected numbers of shape (samples, "
-            "features) or (samples, channels, …), and pixels from 0 to 255 as the array 'images'"
-        )
+        found = f"inputs of {source} are {inputs.dtype} of shape {inputs.shape}"
+        wanted = "numbers of shape (samples, features) or (samples, channels, …)"
+        raise ValueError(f"{found}: expected {wanted}, and pixels from 0 to 255 as the array 'images'")
     with np.errstate(over="ignore"):  # Numbers beyond float32 become infinite, and are refused.
         return torch.from_numpy(np.array(inputs, dtype=np.float32, order="C"))
 
 
 def _images(images: np.ndarray, source: Path | str) -> Tensor:
     """Bytes of shape (n, height, width), or with 1, 3 or 4 channels in second or last place, with channels second."""
-    found = f"{images.dtype} of shape {images.shape}"
+    found = f"images of {source} are {images.dtype} of shape {images.shape}"
     if images.ndim == 3:
         images = images[:, None]
     elif images.ndim == 4 and images.shape[1] not in _CHANNELS:
         images = images.transpose(0, 3, 1, 2)
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] not in _CHANNELS or len(images) == 0:
-        raise ValueError(
-            f"images of {source} are {found}: store pixels as uint8 of shape (n, height, width), or with 1, 3 or 4 "
-            "channels in second or last place; store numbers as 'inputs'"
-        )
+        advice = "store pixels as uint8 of shape (n, height, width), or with 1, 3 or 4 channels in second or last place"
+        raise ValueError(f"{found}: {advice}; store numbers as 'inputs'")
     return torch.from_numpy(np.ascontiguousarray(images))
 
 

@@ -31,16 +31,11 @@ class Augmentation:
         if self.flip:
             images = torch.where(draw(2).bool().view(-1, 1, 1, 1), images.flip(3), images)
         if self.crop_padding:
-            offsets = 2 * self.crop_padding + 1
-            images = self._crop(images, draw(offsets), draw(offsets))
+            (channels, height, width), offsets = images.shape[1:], 2 * self.crop_padding + 1
+            rows, columns = self._window(draw(offsets), height), self._window(draw(offsets), width)
+            index = (rows.unsqueeze(2) * width + columns.unsqueeze(1)).flatten(1)  # Of the pixels, row by row.
+            images = images.flatten(2).gather(2, index.unsqueeze(1).expand(-1, channels, -1)).view_as(images)
         return images
-
-    def _crop(self, images: Tensor, vertical: Tensor, horizontal: Tensor) -> Tensor:
-        count, channels, height, width = images.shape
-        rows, columns = self._window(vertical, height), self._window(horizontal, width)
-        index = rows.view(count, height, 1) * width + columns.view(count, 1, width)
-        index = index.view(count, 1, height * width).expand(-1, channels, -1)
-        return images.flatten(2).gather(2, index).view_as(images)
 
     def _window(self, offsets: Tensor, size: int) -> Tensor:
         """The rows (or columns) that each window reads, shape (batch, size); clamping them pads by the edge."""

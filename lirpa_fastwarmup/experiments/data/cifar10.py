@@ -2,6 +2,7 @@
 
 import math
 import pickle
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -99,12 +100,10 @@ class _ArrayUnpickler(pickle.Unpickler):
 
 
 def _read_batch(path: Path) -> Split:
+    content = BytesIO(path.read_bytes())
     try:
-        with path.open("rb") as file:
-            batch = _ArrayUnpickler(file, encoding="bytes").load()
+        batch = _ArrayUnpickler(content, encoding="bytes").load()
         labels, pixels = np.array(batch[b"labels"]), batch[b"data"].array
-    except OSError:
-        raise
     except Exception as error:  # pickle fails in many ways on damaged files.
         raise CorruptFileError(f"{path} cannot be read as a CIFAR-10 batch ({error!r}): download it again") from error
     expected = (labels.size, 3 * 32 * 32)

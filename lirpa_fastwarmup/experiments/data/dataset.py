@@ -95,13 +95,11 @@ class Dataset:
             raise ValueError(f"the {title} set of {self.name} has {self.classes} classes, but {found}")
         if images.dtype == torch.uint8 or bool(inputs_fit(images, self.input_range)):
             return
-        bad = (~images.isfinite()).nonzero().tolist()
-        if bad:
+        if bad := (~images.isfinite()).nonzero().tolist():
             row, *columns = bad[0]
-            raise ValueError(
-                f"the {title} set of {self.name} holds {float(images[row, *columns])} in row {row}, column "
-                f"{', '.join(map(str, columns))} (from 0): replace missing or infinite values, or leave the sample out"
-            )
+            place = f"in row {row}, column {', '.join(map(str, columns))} (from 0)"
+            problem = f"the {title} set of {self.name} holds {float(images[row, *columns])} {place}"
+            raise ValueError(f"{problem}: replace missing or infinite values, or leave the sample out")
         raise inputs_error(images, self.input_range)
 
     @property

@@ -55,10 +55,9 @@ def download(title: str, sources: Sequence[Source], folder: Path) -> None:
                     _download(source, folder)
     except (OSError, http.client.HTTPException) as error:
         addresses = ", ".join(source.url for source in sources)
-        raise OSError(
-            f"{title} could not be downloaded ({error}). Try again, or download {addresses} on a machine with a "
-            f"network and put the files into {folder}, or pass their folder as --data-dir"
-        ) from error
+        by_hand = f"download {addresses} on a machine with a network and put the files into {folder}"
+        text = f"{title} could not be downloaded ({error}). Try again, or {by_hand}, or pass their folder as --data-dir"
+        raise OSError(text) from error
 
 
 def _download(source: Source, folder: Path) -> None:
@@ -74,10 +73,8 @@ def _download(source: Source, folder: Path) -> None:
         # urllib does not notice when a connection ends early: only the checksum shows that the file is incomplete.
         found = file_sum(unchecked, source.checksum.partition(":")[0])
         if found != source.checksum:
-            raise CorruptFileError(
-                f"{source.url} was downloaded with checksum {found} instead of {source.checksum}, and removed: try "
-                "again, or download the file from another site"
-            )
+            problem = f"{source.url} was downloaded with checksum {found} instead of {source.checksum}, and removed"
+            raise CorruptFileError(f"{problem}: try again, or download the file from another site")
         unchecked.replace(folder / source.name)
     finally:
         unchecked.unlink(missing_ok=True)
@@ -97,15 +94,14 @@ def extracted_folder(
         candidates = (folder, folder / inside)
         return next((place for place in candidates if all((place / name).is_file() for name in required)), None)
 
-    if found := find():
-        return found
-    if data_dir is None:
-        download(title, [source], folder)
-    if not archive.is_file():
-        raise missing_files(title, [f"{inside} with {names}", f"or the archive {source.name}"], folder)
-    with locked(folder, wait=True):
-        if not find():
-            _extract(archive, folder)
+    if not find():
+        if data_dir is None:
+            download(title, [source], folder)
+        if not archive.is_file():
+            raise missing_files(title, [f"{inside} with {names}", f"or the archive {source.name}"], folder)
+        with locked(folder, wait=True):
+            if not find():
+                _extract(archive, folder)
     if found := find():
         return found
     raise CorruptFileError(f"{archive} has no {inside} with {names}: download it again")

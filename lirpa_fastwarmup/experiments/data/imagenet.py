@@ -38,8 +38,7 @@ def _training_files(folder: Path, classes: dict[str, int]) -> list[tuple[Path, i
     files: list[tuple[Path, int]] = []
     for name, number in classes.items():
         images = folder / "train" / name / "images"
-        found = sorted(images.glob("*.JPEG"))
-        if not found:
+        if not (found := sorted(images.glob("*.JPEG"))):
             raise missing_files("Tiny-ImageNet", [f"JPEG files of the class {name}"], images)
         files += [(path, number) for path in found]
     return files

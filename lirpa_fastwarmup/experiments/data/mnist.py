@@ -44,10 +44,9 @@ def _find(folder: Path, name: str) -> Path:
 def _read_split(images_path: Path, labels_path: Path) -> Split:
     images, labels = read_idx(images_path), read_idx(labels_path)
     if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels):
-        raise CorruptFileError(
-            f"expected as many images as labels; found images of shape {tuple(images.shape)} in {images_path} and "
-            f"labels of shape {tuple(labels.shape)} in {labels_path}"
-        )
+        found = f"images of shape {tuple(images.shape)} in {images_path}"
+        found += f" and labels of shape {tuple(labels.shape)} in {labels_path}"
+        raise CorruptFileError(f"expected as many images as labels; found {found}")
     return Split(images.unsqueeze(1), labels.long())
 
 
@@ -62,12 +61,10 @@ def read_idx(path: Path) -> Tensor:
     start = 4 + 4 * content[3]
     if len(content) < start:
         raise CorruptFileError(f"{path} ends within its header: download it again")
-    shape = [int(size) for size in np.frombuffer(content[4:start], dtype=">u4")]
-    if len(content) - start != math.prod(shape):
-        raise CorruptFileError(
-            f"{path} should contain an array of shape {shape} but has {len(content) - start} bytes of data: download "
-            "it again"
-        )
+    shape, size = [int(length) for length in np.frombuffer(content[4:start], dtype=">u4")], len(content) - start
+    if size != math.prod(shape):
+        problem = f"{path} should contain an array of shape {shape} but has {size} bytes of data"
+        raise CorruptFileError(f"{problem}: download it again")
     return torch.from_numpy(np.frombuffer(content, dtype=np.uint8, offset=start).reshape(shape).copy())
 
 
