@@ -38,13 +38,9 @@ def _row(group: Sequence[tuple[str, Mapping[str, Any]]], columns: Sequence[str])
 
 def _differing(summaries: Sequence[Mapping[str, Any]]) -> list[str]:
     """The settings that differ between rows and have no column of their own."""
-    names = dict.fromkeys(name for summary in summaries for name in summary["settings"])
-    return [
-        name
-        for name in names
-        if name not in (*_WITHIN_ROW, *_ALWAYS, "dataset")
-        and len({json.dumps(summary["settings"].get(name)) for summary in summaries}) > 1
-    ]
+    settings, elsewhere = [summary["settings"] for summary in summaries], {*_WITHIN_ROW, *_ALWAYS, "dataset"}
+    names = dict.fromkeys(name for one in settings for name in one if name not in elsewhere)
+    return [name for name in names if len({json.dumps(one.get(name)) for one in settings}) > 1]
 
 
 def setting_text(value: Any) -> str:

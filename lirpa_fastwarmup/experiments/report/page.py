@@ -14,9 +14,7 @@ from lirpa_fastwarmup.inspection import plots
 from lirpa_fastwarmup.version import __version__
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
 
 _Picture = dict[str, Any]  # Its source, a data URL, its caption, and whether it is two columns wide.
 _MODEL = {"model": "", "width": "width ", "hidden": "hidden "}
@@ -139,7 +137,7 @@ def _picture(figure: Figure, caption: str, *, wide: bool = False) -> _Picture:
 
 def _panel(caption: str, draw: Callable[..., None], *arguments: Any, epochs: bool = False) -> _Picture:
     figure = plots.new_figure(figsize=(5.2, 3.4))
-    axes: Axes = figure.subplots()
+    axes = figure.subplots()
     draw(axes, *arguments)
     if epochs:
         plots.count_epochs(axes)
