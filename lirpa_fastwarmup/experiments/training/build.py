@@ -102,21 +102,14 @@ def _training_batches(settings: Settings, samples: data.Split, device: torch.dev
     augment = None
     if settings.flip or settings.crop_padding:
         if samples.images.ndim != 4:
-            raise ValueError(
-                f"inputs of shape {tuple(samples.images.shape[1:])} are no images, which --flip and --crop-padding "
-                "augment: add --no-flip --crop-padding 0, or start from the preset custom"
-            )
+            text = f"inputs of shape {tuple(samples.images.shape[1:])} are no images, which --flip and --crop-padding"
+            raise ValueError(f"{text} augment: add --no-flip --crop-padding 0, or start from the preset custom")
         generator = torch.Generator().manual_seed(seed_of(settings.seed, _AUGMENTATION))
         augment = data.Augmentation(flip=settings.flip, crop_padding=settings.crop_padding, generator=generator)
-    return data.Batches(
-        samples,
-        settings.batch_size,
-        generator=torch.Generator().manual_seed(settings.seed),
-        drop_single=settings.batchnorm,
-        augment=augment,
-        device=device,
-        shard=(processes.rank, processes.size),
-    )
+    order = torch.Generator().manual_seed(settings.seed)
+    given: dict[str, Any] = {"generator": order, "drop_single": settings.batchnorm, "augment": augment}
+    shard = processes.rank, processes.size
+    return data.Batches(samples, settings.batch_size, device=device, shard=shard, **given)
 
 
 def _evaluation_batches(samples: data.Split, device: torch.device) -> data.Batches:

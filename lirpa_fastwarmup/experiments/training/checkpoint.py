@@ -31,10 +31,9 @@ def claimed(folder: Path, *, overwrite: bool) -> Iterator[None]:
     with make_folder(folder), locked(folder):
         if not overwrite and any(not is_leftover(path) for path in folder.iterdir()):
             unfinished = (folder / CHECKPOINT).is_file() and not (folder / SUMMARY).is_file()
-            raise OutputExistsError(
-                f"{folder} exists and is not empty; nothing in it was touched. Name another folder, or replace the run "
-                f"in it with --overwrite{', or resume it with --resume' if unfinished else ''}"
-            )
+            advice = f"replace the run in it with --overwrite{', or resume it with --resume' if unfinished else ''}"
+            problem = f"{folder} exists and is not empty; nothing in it was touched"
+            raise OutputExistsError(f"{problem}. Name another folder, or {advice}")
         yield
 
 
@@ -68,28 +67,24 @@ def save(folder: Path, run: build.Run, position: loop.Position, *, fresh: bool) 
 def read(path: Path) -> dict[str, Any]:
     """Read a checkpoint, its settings as :class:`Settings`."""
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{path.parent} holds no checkpoint ({path.name}) to resume from: a run writes one when it finishes its "
-            "first epoch, or is interrupted. Start one there first, without --resume"
-        )
+        problem = f"{path.parent} holds no checkpoint ({path.name}) to resume from"
+        when = "a run writes one when it finishes its first epoch, or is interrupted"
+        raise FileNotFoundError(f"{problem}: {when}. Start one there first, without --resume")
     content = network.read_format(path, _FORMATS)
     problem = f"this version of lirpa_fastwarmup cannot read the settings in {path}"
     with refused(problem, *_MISFITS, advice=". Use the version that wrote it, or retrain"):
         content["settings"] = settings.Settings.from_dict(content["settings"])
-    missing = _ENTRIES - content.keys()
-    if missing:
+    if missing := _ENTRIES - content.keys():
         raise ValueError(f"{path} is not the checkpoint of a run: it lacks {', '.join(sorted(missing))}")
     return content
 
 
 def restore(content: dict[str, Any], run: build.Run, position: loop.Position, path: Path) -> None:
     """Restore a run from the checkpoint in ``path``; raise ValueError if its network or data differ."""
-    samples = len(run.train_batches.split)
-    if content["train_samples"] != samples:
-        raise ValueError(
-            f"{path} is from a run on {content['train_samples']} training samples, and {run.dataset_name} has "
-            f"{samples} now: use the same data"
-        )
+    before, now = content["train_samples"], len(run.train_batches.split)
+    if before != now:
+        problem = f"{path} is from a run on {before} training samples, and {run.dataset_name} has {now} now"
+        raise ValueError(f"{problem}: use the same data")
     network.load_weights(run.objective, content["objective"], path)
     problem = f"{path} does not fit the run that its settings describe"
     with refused(problem, *_MISFITS, RuntimeError, advice=". Retrain"):

@@ -85,10 +85,9 @@ def read_format(path: Path, formats: Sequence[int], content: Any = None) -> dict
     content = storage.read_tensors(path, _DAMAGED) if content is None else content
     found = content.get("format") if isinstance(content, dict) else type(content).__name__
     if not isinstance(content, dict) or found not in formats:
-        raise ValueError(
-            f"{path} has format {found}, and this version of lirpa_fastwarmup reads the formats "
-            f"{' and '.join(map(str, formats))}: use the version that wrote it, or retrain"
-        )
+        known = " and ".join(map(str, formats))
+        problem = f"{path} has format {found}, and this version of lirpa_fastwarmup reads the formats {known}"
+        raise ValueError(f"{problem}: use the version that wrote it, or retrain")
     if found == formats[-1] and not storage.has_checksum(path):  # Earlier formats have none.
         raise ValueError(f"{path} {_DAMAGED} (its checksum is missing)")
     return content
@@ -100,8 +99,7 @@ def read_model(path: Path, content: Any = None) -> dict[str, Any]:
     for name in ("architecture", "settings", "state_dict"):
         if not isinstance(content.get(name), dict):
             raise ValueError(f"{path} is not the model of a run: it lacks {name}")
-    missing = _ARCHITECTURE - content["architecture"].keys()
-    if missing:
+    if missing := _ARCHITECTURE - content["architecture"].keys():
         raise ValueError(f"{path} is not the model of a run: its architecture lacks {', '.join(sorted(missing))}")
     with storage.refused(f"{path} holds no settings of a run", TypeError, KeyError, AttributeError):
         content["settings"] = Settings.from_dict(content["settings"])

@@ -130,10 +130,9 @@ def join_ranks(run: Run) -> None:
     for rank, other in enumerate(others, 1):
         for name, value in other.items():
             if value != first[name]:
-                raise ValueError(
-                    f"the processes do not compute one run: rank {rank} has other {name} than rank 0 ({value}; rank 0: "
-                    f"{first[name]}). Give all machines the same code and data"
-                )
+                problem = f"rank {rank} has other {name} than rank 0 ({value}; rank 0: {first[name]})"
+                advice = "Give all machines the same code and data"
+                raise ValueError(f"the processes do not compute one run: {problem}. {advice}")
     run.trained = DistributedDataParallel(run.objective, device_ids=None if run.device.type == "cpu" else [run.device])
 
 

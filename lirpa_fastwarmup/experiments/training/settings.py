@@ -198,9 +198,7 @@ class Settings:
                 f"{self.eps:g}: give --{needed}. Published settings exist for {known}; large radii went with values "
                 "near 0.5 to 0.9, small ones with 0.01 to 0.1"
             )
-        unused = {"alpha", "ratio"} - {needed}
-        given = sorted(name for name in unused if getattr(self, name) is not None)
-        if given:
+        if given := [name for name in ("alpha", "ratio") if name != needed and getattr(self, name) is not None]:
             raise ValueError(f"the loss {self.loss} has no {' and no '.join(given)}: choose one that has, with --loss")
 
     def replace(self, **changes: Any) -> Settings:
@@ -235,8 +233,7 @@ class Settings:
         if "bound" in values:
             values["loss"], kappa = values.pop("bound"), values.get("kappa")
             values["kappa"] = (0.0, 0.0) if kappa is None else (1.0, kappa)
-        ablated = [name for name in ("bn_mean", "bn_var", "bn_affine") if not values.pop(name, True)]
-        if ablated:
+        if ablated := [name for name in ("bn_mean", "bn_var", "bn_affine") if not values.pop(name, True)]:
             raise ValueError(f"{', '.join(ablated)} off: this version trains no network with a part of BatchNorm only")
         data_dir = None if values.get("data_dir") is None else Path(values["data_dir"])
         tuples = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
