@@ -350,13 +350,16 @@ def test_an_interrupted_verification_goes_on(torn, tmp_path, monkeypatch):
     if torn:
         path.write_bytes(path.read_bytes()[:-20])
     calls = []
-    for name in ("screen", "certify"):
 
-        def noted(self, x, *rest, original=getattr(certify.Certifier, name)):
+    def counted(original):
+        def noted(self, x, *rest):
             calls.append(len(x))
             return original(self, x, *rest)
 
-        monkeypatch.setattr(certify.Certifier, name, noted)
+        return noted
+
+    for name in ("screen", "certify"):
+        monkeypatch.setattr(certify.Certifier, name, counted(getattr(certify.Certifier, name)))
     fw.verify(bounded, (x, y), 0.004, **given)
     all_calls = calls.copy()
     assert sum(all_calls) > len(x)

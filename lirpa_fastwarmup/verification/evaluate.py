@@ -47,9 +47,10 @@ def verify(
     """Certify each sample by any of ``methods``, and attack it.
 
     The cheapest method bounds all samples. PGD attacks those that IBP leaves open, and some of those that it proves, as
-    a check (a seeded 5 %, at least 10 in a batch); without IBP, all samples. Each further method bounds the samples that are neither proved nor
-    falsified, in batches of ``batch_size`` gathered from all of them. Everything runs in float32, eager, without
-    autocast and TF32, on a copy of the network, in micro-batches where a batch does not fit into memory.
+    a check (a seeded 5 %, at least 10 in a batch); without IBP, all samples. Each further method bounds the samples
+    that are neither proved nor falsified, in batches of ``batch_size`` gathered from all of them. Everything runs in
+    float32, eager, without autocast and TF32, on a copy of the network, in micro-batches where a batch does not fit
+    into memory.
 
     Args:
         bounded: the network, in evaluation mode: a BoundedModule of this package, or the engine's own.
