@@ -4,8 +4,6 @@ A recording holds the forward and the backward pass: it computes the loss and th
 ``backward`` only hands these over. It calls nothing of the engine, so a step runs no Python and waits for no device.
 """
 
-from __future__ import annotations
-
 import copy
 import logging
 import math
@@ -16,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lirpa_fastwarmup.boxes import Epsilon, InputRange
 from lirpa_fastwarmup.engine import bounds, capture, tracing
@@ -34,7 +32,6 @@ Batch = tuple[Tensor, ...]
 _TOLERANCES = (1e-3, 0.05)
 _COARSE_TOLERANCES = (0.05, 0.2)
 _SMALLEST = 1e-6
-_WARM_UP_RUNS = 3  # As torch.cuda.graph's documentation advises: libraries choose and allocate in the first runs.
 
 
 class CompilationWarning(UserWarning):
@@ -79,7 +76,10 @@ class CompiledSteps:
                 if self._bounded.over_ranks:
                     raise NotImplementedError("sums over several processes cannot be recorded")
                 logger.info("compiling the training step %s, for batches of shape %s", key[0], tuple(x.shape))
-                self._steps[key] = self._compiled(step, batch)
+                try:
+                    self._steps[key] = _RecordedStep(step, self._bounded, self._input_range, batch, self._backend)
+                finally:
+                    capture.forget_last_pass(self._bounded)  # No other pass follows that would free its tensors.
             except Exception as error:
                 self._failed = True
                 reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
@@ -109,17 +109,9 @@ class CompiledSteps:
             tuple((parameter.shape, parameter.requires_grad) for parameter in model.parameters()),
         )
 
-    def _compiled(self, step: Step, batch: Batch) -> _RecordedStep:
-        try:
-            recorded = _RecordedStep(step, self._bounded, self._input_range, batch, self._backend)
-            recorded.compare_with_eager(step, batch)
-            return recorded
-        finally:
-            capture.forget_last_pass(self._bounded)  # No other pass follows that would free its tensors.
-
 
 class _RecordedStep:
-    """A step for batches of one shape."""
+    """A step for batches of one shape. Raises RuntimeError unless it computes what the engine does."""
 
     def __init__(
         self, step: Step, bounded: BoundedModule, input_range: InputRange | None, batch: Batch, backend: str
@@ -142,11 +134,9 @@ class _RecordedStep:
         # On the CPU, converting to and from channels-last memory costs more than it gains.
         keep_layout = backend == "inductor" and example.device.type == "cpu"
         options: Any = {"layout_optimization": False} if keep_layout else None
-        self._replay: Callable[..., Any] = torch.compile(
-            graph, fullgraph=True, dynamic=False, backend=backend, options=options
-        )
-        if example.device.type == "cuda":
-            self._replay = CudaGraph(self._replay, batch)
+        replay: Any = torch.compile(graph, fullgraph=True, dynamic=False, backend=backend, options=options)
+        self._replay: Callable[..., Any] = CudaGraph(replay, batch) if example.device.type == "cuda" else replay
+        self._compare_with_eager(step, batch)
 
     def run(self, batch: Batch) -> dict[str, Tensor]:
         """The values of the step on ``batch``; it updates the running statistics, and the loss has a gradient."""
@@ -170,8 +160,8 @@ class _RecordedStep:
         parameters = dict(self._bounded.wrapped.named_parameters())
         return [parameters[name] for name in self._trained]
 
-    def compare_with_eager(self, step: Step, batch: Batch) -> None:
-        """Raise RuntimeError unless the compiled step computes what the engine does, on a batch not recorded."""
+    def _compare_with_eager(self, step: Step, batch: Batch) -> None:
+        """Raise RuntimeError unless the losses and gradients agree on a batch not recorded."""
         x, y, eps, fraction = batch[0].flip(0), batch[1].flip(0), batch[2] * 0.75, batch[3] * 0.75
         other = (x, y, eps, fraction, *batch[4:])
         with tracing.unchanged(self._bounded.wrapped):
@@ -214,20 +204,18 @@ class CudaGraph:
             place.copy_(value, non_blocking=True)
         addresses = tuple(tensor.data_ptr() for tensor in state)
         if self._graph is None or addresses != self._addresses:
-            self._graph = self._captured(state)
-            self._addresses = addresses
+            self._graph, self._addresses = self._captured(state), addresses
         self._graph.replay()
-        leaves, structure = tree_flatten(self._result)
-        computed = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        computed = [leaf for leaf in tree_leaves(self._result) if isinstance(leaf, Tensor)]
         copies = iter(torch._foreach_mul(computed, 1))  # In one launch. The next replay overwrites the originals.
-        return tree_unflatten([next(copies) if isinstance(leaf, Tensor) else leaf for leaf in leaves], structure)
+        return tree_map_only(Tensor, lambda _: next(copies), self._result)
 
     def _captured(self, state: tuple[Tensor, ...]) -> torch.cuda.CUDAGraph:
         before = [tensor.clone() for tensor in state]
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            for _ in range(_WARM_UP_RUNS):
+            for _ in range(3):  # As torch.cuda.graph's documentation advises: libraries choose and allocate in these.
                 self._function(*state, *self._inputs)
         torch.cuda.current_stream().wait_stream(stream)
         for tensor, value in zip(state, before, strict=True):
