@@ -20,16 +20,16 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from lirpa_fastwarmup import boxes
-from lirpa_fastwarmup.boxes import Epsilon, InputRange
+from lirpa_fastwarmup.boxes import Epsilon
 from lirpa_fastwarmup.engine import bounds, graph, inputs, plain
 from lirpa_fastwarmup.engine.module import BoundedModule
 from lirpa_fastwarmup.recipe.compiled import CompiledSteps, scalar_like
-from lirpa_fastwarmup.recipe.losses import FULL, IBP, RAMP, START, Loss, LossStep, LossValue
+from lirpa_fastwarmup.recipe.losses import FULL, IBP, RAMP, START, Loss, LossStep
 from lirpa_fastwarmup.recipe.regularizers import BUILT_IN, Regularizer, relu_balance, tightness, undefined
 from lirpa_fastwarmup.recipe.schedule import Schedule
 
 _STEP = "step"
-_WITH_TOLERANCE = (tightness, relu_balance)
+_REPORTED = ("robust_loss", "adversarial_loss", "adversarial_error")  # By the loss.
 
 
 class NonFiniteLossError(FloatingPointError):
@@ -83,52 +83,6 @@ class Terms(NamedTuple):
         """The phase, and everything else in which the terms of one objective may differ."""
         weights = tuple((name, weight) for name, (_, weight) in self.constant.items())
         return self.phase, self.loss, self.kappa, self.reg_weight, tuple(self.fading), weights
-
-
-def compute_step(
-    terms: Terms,
-    bounded: BoundedModule,
-    input_range: InputRange | None,
-    box: Any,
-    x: Tensor,
-    y: Tensor,
-    eps: Epsilon,
-    fraction: float | Tensor,
-    *starts: Tensor,
-) -> dict[str, Tensor]:
-    """The loss of one step and its components, 0-dim; regularisers and penalties as "terms.name".
-
-    ``eps`` is the radius of ``box`` before it is clipped; ``starts`` are those of the loss's attack, if it has one.
-    """
-    logits = bounded(x)
-    loss = F.cross_entropy(logits, y)
-    values = {"clean_loss": loss, "clean_error": (logits.detach().argmax(1) != y).to(loss.dtype).mean()}
-    regularizers = {**terms.fading, **{name: term for name, (term, _) in terms.constant.items()}}
-    # Autocast would round bounds more coarsely than the gap between them.
-    with torch.autocast(x.device.type, enabled=False):
-        if regularizers or terms.phase != START:
-            step = LossStep(bounded, x, y, logits, box, eps, input_range, fraction, terms.phase, *starts)
-            found = (IBP() if terms.phase == START else terms.loss)(step)
-            values |= _reported(found, loss.dtype)
-        computed = {name: term(bounded) for name, term in regularizers.items()}
-    if terms.phase != START:
-        loss = found.loss
-        if terms.kappa != (0.0, 0.0):
-            first, last = terms.kappa
-            clean_weight = first + (last - first) * fraction
-            loss = clean_weight * values["clean_loss"] + (1 - clean_weight) * loss
-    if terms.fading:
-        loss = loss + terms.reg_weight * (1 - fraction) * sum(computed[name] for name in terms.fading)
-    for name, (_, weight) in terms.constant.items():
-        loss = loss + weight * computed[name]
-    return {"loss": loss, **values, **{f"terms.{name}": value for name, value in computed.items()}}
-
-
-def _reported(found: LossValue, dtype: torch.dtype) -> dict[str, Tensor]:
-    values = {name: getattr(found, name) for name in ("robust_loss", "adversarial_loss", "adversarial_error")}
-    if found.certified is not None:
-        values["verified_error"] = 1 - found.certified.to(dtype).mean()
-    return {name: value for name, value in values.items() if value is not None}
 
 
 class ValueChecks:
@@ -252,7 +206,12 @@ class ShortWarmup(nn.Module):
         self.min_eps = min_eps
         self.input_range = input_range
         self._range = bounded.layout.pack_range(input_range)
-        _warn_of_dropout(self.model)
+        if dropout := [name for name, part in self.model.named_modules() if isinstance(part, _DropoutNd) and part.p]:
+            warnings.warn(
+                f"Dropout ({', '.join(dropout)}) is off in certified training: bounds for one random mask would not "
+                "hold for the next. Remove it, or set its p to 0, to silence this",
+                stacklevel=2,
+            )
         fading = _named(regularizers, tol)
         constant = _named(list(penalties), tol, used=fading)
         self.regularizers = fading if reg_weight > 0 else {}
@@ -304,18 +263,14 @@ class ShortWarmup(nn.Module):
             y = y.clamp(0, self.classes - 1)  # A wrong label would kill the device's context before it is reported.
         fraction = self.fraction
         phase = START if fraction == 0 else RAMP if fraction < 1 else FULL
-        terms = Terms(
-            phase=phase,
-            loss=self.loss if self.training else IBP(),
-            kappa=self.kappa if self.training else (0.0, 0.0),
-            reg_weight=self.reg_weight,
-            fading=self.regularizers if fraction < 1 else {},
-            constant=self.penalties if self.training else {},
-        )
+        fading = self.regularizers if fraction < 1 else {}
+        terms = Terms(phase, self.loss, self.kappa, self.reg_weight, fading, self.penalties)
+        if not self.training:
+            terms = terms._replace(loss=IBP(), kappa=(0.0, 0.0), constant={})
         smallest = self.min_eps if terms.fading or terms.constant else 0.0
         eps = self._max_eps(max_eps) * fraction
         eps = eps.clamp(min=smallest) if isinstance(eps, Tensor) else max(eps, smallest)
-        step = partial(compute_step, terms, self.bounded, self._range)
+        step = partial(self._compute, terms)
         attack = getattr(terms.loss, "attack", None)
         starts = () if attack is None or phase == START else (attack.starts(x, self.generator),)
         values = self._compiled.run(step, terms.key, x, y, eps, fraction, *starts) if self._compiled else None
@@ -327,6 +282,38 @@ class ShortWarmup(nn.Module):
         self._checks.require("loss", loss.isfinite(), facts, _not_finite)
         return step_loss
 
+    def _compute(
+        self, terms: Terms, box: Any, x: Tensor, y: Tensor, eps: Epsilon, fraction: float | Tensor, *starts: Tensor
+    ) -> dict[str, Tensor]:
+        """The loss of one step and its components, 0-dim; regularisers and penalties as "terms.name".
+
+        ``eps`` is the radius of ``box`` before it is clipped; ``starts`` are those of the loss's attack, if it has one.
+        """
+        logits = self.bounded(x)
+        loss = F.cross_entropy(logits, y)
+        values = {"clean_loss": loss, "clean_error": (logits.detach().argmax(1) != y).to(loss.dtype).mean()}
+        regularizers = {**terms.fading, **{name: term for name, (term, _) in terms.constant.items()}}
+        # Autocast would round bounds more coarsely than the gap between them.
+        with torch.autocast(x.device.type, enabled=False):
+            if regularizers or terms.phase != START:
+                step = LossStep(self.bounded, x, y, logits, box, eps, self._range, fraction, terms.phase, *starts)
+                found = (IBP() if terms.phase == START else terms.loss)(step)
+                values |= {name: value for name in _REPORTED if (value := getattr(found, name)) is not None}
+                if found.certified is not None:
+                    values["verified_error"] = 1 - found.certified.to(loss.dtype).mean()
+            computed = {name: term(self.bounded) for name, term in regularizers.items()}
+        if terms.phase != START:
+            loss = found.loss
+            if terms.kappa != (0.0, 0.0):
+                first, last = terms.kappa
+                clean_weight = first + (last - first) * fraction
+                loss = clean_weight * values["clean_loss"] + (1 - clean_weight) * loss
+        if terms.fading:
+            loss = loss + terms.reg_weight * (1 - fraction) * sum(computed[name] for name in terms.fading)
+        for name, (_, weight) in terms.constant.items():
+            loss = loss + weight * computed[name]
+        return {"loss": loss, **values, **{f"terms.{name}": value for name, value in computed.items()}}
+
     def _max_eps(self, given: Any) -> Epsilon:
         layout, own = self.bounded.layout, self.schedule.max_eps
         if given is None and layout.is_single and not isinstance(own, tuple):
@@ -336,11 +323,10 @@ class ShortWarmup(nn.Module):
     def _step_loss(self, values: Mapping[str, Tensor], eps: Epsilon) -> StepLoss:
         nan = torch.full_like(values["clean_loss"], torch.nan, requires_grad=False)
         terms = {name: values.get(f"terms.{name}", nan) for name in (*self.regularizers, *self.penalties)}
-        names = ("loss", "clean_loss", "clean_error", "robust_loss", "verified_error")
+        names = ("loss", "clean_loss", "clean_error", "verified_error", *_REPORTED)
         return StepLoss(
-            **{name: values.get(name, nan) for name in (*names, "adversarial_loss", "adversarial_error")},
-            tightness=terms.get("tightness", nan),
-            relu_balance=terms.get("relu_balance", nan),
+            **{name: values.get(name, nan) for name in names},
+            **{name: terms.get(name, nan) for name in ("tightness", "relu_balance")},
             eps=scalar_like(nan, eps).max(),
             terms=terms,
         )
@@ -389,16 +375,6 @@ class ShortWarmup(nn.Module):
         return self
 
 
-def _warn_of_dropout(model: nn.Module) -> None:
-    names = [name for name, module in model.named_modules() if isinstance(module, _DropoutNd) and module.p]
-    if names:
-        warnings.warn(
-            f"Dropout ({', '.join(names)}) is off in certified training: bounds for one random mask would not hold for "
-            "the next. Remove it, or set its p to 0, to silence this",
-            stacklevel=3,
-        )
-
-
 def _not_finite(loss: Tensor, step: Tensor, eps: Tensor) -> NonFiniteLossError:
     return NonFiniteLossError(
         f"the loss is {float(loss.amax())} at step {int(step.amax())}, eps {float(eps.amax()):.6g}. Lower the learning "
@@ -411,8 +387,7 @@ def _to_registered_keys(module: ShortWarmup, state_dict: Any, prefix: str, *rest
     if prefix + _STEP in state_dict:
         module.steps_done = int(state_dict.pop(prefix + _STEP))
     else:
-        missing_keys = rest[2]
-        missing_keys.append(prefix + _STEP)
+        rest[2].append(prefix + _STEP)  # The missing keys.
     for key in [key for key in state_dict if key.startswith(prefix)]:
         state_dict[f"{prefix}model.{key[len(prefix) :]}"] = state_dict.pop(key)
 
@@ -430,13 +405,13 @@ def _check_weights(reg_weight: float, tol: float, min_eps: float, kappa: Any, pe
 
 
 def _named(terms: Sequence[str | Regularizer], tol: float, used: Collection[str] = ()) -> dict[str, Regularizer]:
+    known = BUILT_IN | {term.__name__: partial(term, tol=tol) for term in (tightness, relu_balance)}
     named: dict[str, Regularizer] = {}
     for item in terms:
-        if isinstance(item, str) and item not in BUILT_IN:
-            raise ValueError(f"unknown regulariser {item!r}; known are {', '.join(BUILT_IN)}, or pass a function")
+        if isinstance(item, str) and item not in known:
+            raise ValueError(f"unknown regulariser {item!r}; known are {', '.join(known)}, or pass a function")
         name = item if isinstance(item, str) else getattr(item, "__name__", type(item).__name__)
         if name in named or name in used:
             raise ValueError(f"two regularisers are called {name!r}, under which the step would report both")
-        function = BUILT_IN[item] if isinstance(item, str) else item
-        named[name] = partial(function, tol=tol) if isinstance(item, str) and function in _WITH_TOLERANCE else function
+        named[name] = known[item] if isinstance(item, str) else item
     return named
