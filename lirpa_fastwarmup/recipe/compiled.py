@@ -132,8 +132,7 @@ class _RecordedStep:
         # The copies of parameters are parameters: nodes refuse anything else where they have held one.
         graph = capture.record(flat, bounded, copy.deepcopy(self._state()), batch)
         # On the CPU, converting to and from channels-last memory costs more than it gains.
-        keep_layout = backend == "inductor" and example.device.type == "cpu"
-        options: Any = {"layout_optimization": False} if keep_layout else None
+        options: Any = {"layout_optimization": False} if backend == "inductor" and example.is_cpu else None
         replay: Any = torch.compile(graph, fullgraph=True, dynamic=False, backend=backend, options=options)
         self._replay: Callable[..., Any] = CudaGraph(replay, batch) if example.device.type == "cuda" else replay
         self._compare_with_eager(step, batch)

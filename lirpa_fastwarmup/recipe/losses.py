@@ -80,8 +80,7 @@ class LossStep:
     def logits_at(self, points: Tensor, batchnorm: BatchNormPolicy = "clean") -> Tensor:
         """The logits at ``points``; with the policy "adversarial", later passes use their statistics."""
         with normalized_by(self.bounded, "batch" if batchnorm == "adversarial" else "last"):
-            logits: Tensor = self.bounded(points)
-        return logits
+            return self.bounded(points)
 
 
 @dataclass(frozen=True)
@@ -130,18 +129,15 @@ class CrownIBP:
         if step.phase == FULL:
             return IBP()(step)
         if self.fused:
-            return self._fused(step)
+            lower, upper = bounds.ibp_margin_bounds(step.bounded, step.box, step.y, step.classes, reuse_statistics=True)
+            losses = bounds.fused_crown_loss(step.bounded, -upper, -lower, step.y, step.classes)
+            loss = bounds.mixed_log(losses, bounds.log_sum_exp(-lower), 1 - step.fraction).mean()
+            return LossValue(loss, loss, bounds.proved(lower))
         lower = step.ibp_margins()
         crown = bounds.crown_lower(step.bounded, bounds.margin_matrix(step.y, step.classes, lower.dtype))
         mixed = (1 - step.fraction) * crown + step.fraction * lower
         loss = bounds.log_sum_exp(-mixed).mean()
         return LossValue(loss, loss, bounds.proved(torch.maximum(crown, lower)))
-
-    def _fused(self, step: LossStep) -> LossValue:
-        lower, upper = bounds.ibp_margin_bounds(step.bounded, step.box, step.y, step.classes, reuse_statistics=True)
-        losses = bounds.fused_crown_loss(step.bounded, -upper, -lower, step.y, step.classes)
-        loss = bounds.mixed_log(losses, bounds.log_sum_exp(-lower), 1 - step.fraction).mean()
-        return LossValue(loss, loss, bounds.proved(lower))
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ Example:
 ReLUs alone. After :meth:`lirpa_fastwarmup.BoundedModule.join_ranks`, means and sums are over all processes' batches.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -98,7 +98,8 @@ class _StateMoments(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, reduction: _Reduction, *bounds: Tensor) -> Tensor:
-        means, sums = zip(*(_sums(*ends, reduction) for ends in _pairs(bounds)), strict=True)
+        layers = zip(bounds[::2], bounds[1::2], strict=True)
+        means, sums = zip(*(_sums(*ends, reduction) for ends in layers), strict=True)
         moments = reduction.sum(torch.stack([value for values in sums for value in values])).view(-1, 2, 3)
         ctx.reduction = reduction
         ctx.save_for_backward(moments, *means, *bounds)
@@ -112,13 +113,9 @@ class _StateMoments(torch.autograd.Function):
         means, bounds = saved[: len(moments)], saved[len(moments) :]
         # Every neuron moves the spreads through μ.
         through_mean = -(grads[..., 1] * moments[..., 2]).sum(1) * ctx.reduction.fraction
-        layers = zip(_pairs(bounds), means, grads, through_mean, strict=True)
-        result = [_gradient(*ends, mean, grad, through) for ends, mean, grad, through in layers]
+        layers = zip(bounds[::2], bounds[1::2], means, grads, through_mean, strict=True)
+        result = [_gradient(*layer) for layer in layers]
         return None, *(grad for grad in result for _ in ("lower", "upper"))
-
-
-def _pairs(bounds: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-    return zip(bounds[::2], bounds[1::2], strict=True)
 
 
 def _sums(lower: Tensor, upper: Tensor, reduction: _Reduction) -> tuple[Tensor, list[Tensor]]:

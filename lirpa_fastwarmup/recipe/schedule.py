@@ -113,8 +113,6 @@ class SmoothedEpsilon(_Ramp):
 
     def _rise(self, done: int, total: int) -> float:
         join = int(self.mid * total)
-        if join == 0:
-            return done / total
         # a·join^beta at the join, where the slope a·beta·join^(beta − 1) reaches 1 at the end.
         at_join = join / ((total - join) * self.beta + join)
         if done < join:
