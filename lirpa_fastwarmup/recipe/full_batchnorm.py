@@ -19,6 +19,7 @@ from lirpa_fastwarmup.engine.tracing import Recorder, copy_of, unchanged, untrac
 logger = logging.getLogger(__name__)
 
 _CHILD = "batchnorm"
+_OWN = {"weight", "bias"}  # A module's parameters (or None), unless they are computed from others.
 _BY_RANK = (nn.BatchNorm1d, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)  # Spatial dimensions: 0, 1, 2, 3.
 _FOLDABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -77,8 +78,7 @@ def insert_batchnorm(model: nn.Module, *example_inputs: Tensor) -> list[str]:
     for module, batchnorm in inserted.items():
         module.add_module(_CHILD, batchnorm)
         module.register_forward_hook(_normalise_output)
-    missed = _without_effect(model, example_inputs, names)
-    if missed:
+    if missed := _without_effect(model, example_inputs, names):
         for module in inserted:
             _remove_batchnorm(module)
         raise StructureError(
@@ -87,8 +87,7 @@ def insert_batchnorm(model: nn.Module, *example_inputs: Tensor) -> list[str]:
         )
     reads = _reads_of_parameters(model, example_inputs)
     for layer, (module, batchnorm) in zip(layers, inserted.items(), strict=True):
-        own = [module._parameters.get("weight"), module._parameters.get("bias")]
-        batchnorm.folding_is_exact = all(reads[id(parameter)] <= 1 for parameter in own)
+        batchnorm.folding_is_exact = all(reads[id(module._parameters.get(name))] <= 1 for name in _OWN)
         logger.info("inserted %s after %s", type(batchnorm).__name__, layer.name)
     return [layer.name for layer in layers]
 
@@ -139,8 +138,7 @@ def _batchnorm_for(model: nn.Module, layer: AffineLayer) -> nn.Module:
             "channel dimension that BatchNorm normalises: flatten first, or add BatchNorm yourself"
         )
     channels = module.out_features if isinstance(module, nn.Linear) else module.out_channels
-    batchnorm = _BY_RANK[rank](channels, device=module.weight.device, dtype=module.weight.dtype)
-    return batchnorm.train(module.training)
+    return _BY_RANK[rank](channels, device=module.weight.device, dtype=module.weight.dtype).train(module.training)
 
 
 def fold_batchnorm(model: nn.Module) -> nn.Module:
@@ -172,8 +170,7 @@ def fold_batchnorm(model: nn.Module) -> nn.Module:
         )
     layers = {name: part for name, part in model.named_modules() if _normalise_output in part._forward_hooks.values()}
     for name, layer in layers.items():
-        obstacle = _obstacle_to_folding(layer, model)
-        if obstacle:
+        if obstacle := _obstacle_to_folding(layer, model):
             raise StructureError(f"BatchNorm cannot be folded into {name!r}: {obstacle}")
     folded = copy_of(model).eval()
     for name in layers:
@@ -192,7 +189,7 @@ def _obstacle_to_folding(layer: nn.Module, model: nn.Module) -> str:
             f"{kind.__name__} has a forward of its own, which may not be affine in weight and bias: call an nn.Linear "
             "or convolution module in it instead"
         )
-    if not _has_own(layer):
+    if not layer._parameters.keys() >= _OWN:
         return (
             "its weight or bias is computed from other parameters (parametrised, weight_norm, spectral_norm, pruned): "
             "first make it permanent, with torch.nn.utils.parametrize.remove_parametrizations, remove_weight_norm, "
@@ -205,7 +202,7 @@ def _obstacle_to_folding(layer: nn.Module, model: nn.Module) -> str:
     hooks = list(layer._forward_hooks.values())
     if layer._forward_pre_hooks or hooks[0] is not _normalise_output or hooks.count(_normalise_output) > 1:
         return "another hook runs before its BatchNorm, and may read or change what folding changes: remove the hook"
-    if type(batchnorm) not in _BY_RANK or not _has_own(batchnorm):
+    if type(batchnorm) not in _BY_RANK or not batchnorm._parameters.keys() >= _OWN:
         return f"its child {_CHILD!r} is now a {type(batchnorm).__name__}: restore the BatchNorm that was inserted"
     if batchnorm._forward_hooks or batchnorm._forward_pre_hooks:
         return "its BatchNorm has hooks, which would be lost: remove them"
@@ -214,11 +211,6 @@ def _obstacle_to_folding(layer: nn.Module, model: nn.Module) -> str:
     if not getattr(batchnorm, "folding_is_exact", False):
         return "other code of the network reads its weight or bias, which folding changes: deploy the network as it is"
     return ""
-
-
-def _has_own(module: Any) -> bool:
-    """Whether weight and bias are the module's parameters (or None), not computed from others."""
-    return {"weight", "bias"} <= module._parameters.keys()
 
 
 def _exact(value: Tensor | None, absent: float = 0.0) -> Tensor:
