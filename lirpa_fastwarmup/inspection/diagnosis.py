@@ -33,8 +33,7 @@ def _not_finite(found: Inspection) -> Finding | None:
     if weights := _names(layer for layer in found.affine if not math.isfinite(layer.weight_std or 0.0)):
         text = f"weights of {_listed(weights)} are NaN or infinite: return to an earlier checkpoint, and lower the "
         return Finding(kind, weights, text + "learning rate or clip gradients")
-    layers = [layer for layer in found.relus if not math.isfinite(layer.half_width)]
-    if not layers:
+    if not (layers := [layer for layer in found.relus if not math.isfinite(layer.half_width)]):
         return None
     text = f"bounds of layer {layers[0].name} have half-width {layers[0].half_width}, outside the floating-point range"
     text += ": call ibp_init_ before training, use fewer layers, or reduce eps"
@@ -91,8 +90,7 @@ def _exploded(found: Inspection) -> Finding | None:
 
 
 def _inactive(found: Inspection) -> Finding | None:
-    layers = [layer for layer in found.relus if layer.always_inactive >= _ONE_STATE or layer.dead >= _DEAD]
-    if not layers:
+    if not (layers := [layer for layer in found.relus if layer.always_inactive >= _ONE_STATE or layer.dead >= _DEAD]):
         return None
     worst = max(layers, key=lambda layer: (layer.dead, layer.always_inactive))
     longer_ramp = "raise reg_weight, or let ε grow over more epochs (ramp_length)"
@@ -105,8 +103,7 @@ def _inactive(found: Inspection) -> Finding | None:
 
 
 def _active(found: Inspection) -> Finding | None:
-    layers = [layer for layer in found.relus if layer.always_active >= _ONE_STATE]
-    if not layers:
+    if not (layers := [layer for layer in found.relus if layer.always_active >= _ONE_STATE]):
         return None
     worst = max(layers, key=lambda layer: layer.always_active)
     remedy = "insert_batchnorm" if _lacks_batchnorm(found, layers) else "raise reg_weight"
@@ -119,8 +116,7 @@ def _imbalanced(found: Inspection) -> Finding | None:
     stable = [layer for layer in found.relus if layer.always_active + layer.always_inactive >= _STABLE_ENOUGH]
     # Layers in one state are reported by other checks.
     mixed = [layer for layer in stable if max(layer.always_active, layer.always_inactive) < _ONE_STATE]
-    layers = [layer for layer in mixed if layer.balance < _BALANCE]
-    if not layers:
+    if not (layers := [layer for layer in mixed if layer.balance < _BALANCE]):
         return None
     worst = min(layers, key=lambda layer: layer.balance)
     remedy = "insert_batchnorm, or raise" if _lacks_batchnorm(found, layers) else "raise"
@@ -149,8 +145,7 @@ def _unstable(found: Inspection) -> Finding | None:
 
 def _without_batchnorm(found: Inspection) -> Finding | None:
     hidden = [layer for layer in found.affine if not layer.classification]
-    lacking = _names(layer for layer in hidden if not layer.batchnorm)
-    if not lacking:
+    if not (lacking := _names(layer for layer in hidden if not layer.batchnorm)):
         return None
     text = f"{len(lacking)} of {len(hidden)} hidden layers lack BatchNorm ({_listed(lacking)}), which keeps ReLUs "
     return Finding("no BatchNorm", lacking, text + "balanced: insert_batchnorm before training")

@@ -48,7 +48,13 @@ def inspect(bounded: Any, x: Tensor | tuple[Tensor, ...], eps: Any, *, input_ran
     largest = torch.as_tensor(layout.pack_eps(eps, input_range)).max()
     check_positive(largest)
     tensors = (x,) if isinstance(x, Tensor) else tuple(x)
-    _check_inputs(bounded, tensors)
+    check_input_shapes(tensors, bounded.example)
+    samples = min(map(len, tensors))
+    if samples == 0:
+        raise ValueError("the batch is empty: pass a batch of real inputs")
+    if samples == 1 and any(isinstance(m, _BatchNorm) and m.training for m in bounded.wrapped.modules()):
+        text = "one sample has no statistics for BatchNorm in training mode: pass more, or call bounded.eval()"
+        raise ValueError(text)
     boxes = tuple(map(_box, tensors, layout.radii(eps), layout.ranges(input_range)))
     with precision.exact_arithmetic(boxes[0].device), torch.autocast(boxes[0].device.type, enabled=False):
         with batchnorm.frozen_running_stats(bounded):
@@ -66,16 +72,6 @@ def inspect(bounded: Any, x: Tensor | tuple[Tensor, ...], eps: Any, *, input_ran
         output=output,
     )
     return dataclasses.replace(found, findings=findings(found))
-
-
-def _check_inputs(bounded: module.BoundedModule, tensors: tuple[Tensor, ...]) -> None:
-    check_input_shapes(tensors, bounded.example)
-    samples = min(map(len, tensors))
-    if samples == 0:
-        raise ValueError("the batch is empty: pass a batch of real inputs")
-    if samples == 1 and any(isinstance(m, _BatchNorm) and m.training for m in bounded.wrapped.modules()):
-        text = "one sample has no statistics for BatchNorm in training mode: pass more, or call bounded.eval()"
-        raise ValueError(text)
 
 
 def _box(x: Tensor, eps: Epsilon, input_range: InputRange | None) -> Any:
@@ -107,10 +103,9 @@ def _relu_statistics(bounded: module.BoundedModule, at_input: float) -> tuple[Re
     for layer, above, values in zip(layers, graph.relus_read(bounded), moments, strict=True):
         half_width, active, inactive, dead, distance, *sums = values
         before = math.fsum(found[place].half_width for place in above) / len(above) if above else at_input
-        gain, growth = _ratio(half_width, before), _ratio(half_width, at_input)
-        unstable = max(0.0, 1.0 - active - inactive)
-        ratios = _ratio(sums[0], -sums[2]), _ratio(sums[1], sums[3])
-        values = half_width, gain, growth, active, inactive, unstable, dead, *ratios, distance
+        widths = half_width, _ratio(half_width, before), _ratio(half_width, at_input)
+        fractions = active, inactive, max(0.0, 1.0 - active - inactive), dead
+        values = *widths, *fractions, _ratio(sums[0], -sums[2]), _ratio(sums[1], sums[3]), distance
         found.append(ReluStatistics(layer.name, math.prod(layer.lower.shape[1:]), *values))
     return tuple(found)
 
@@ -133,9 +128,7 @@ def _sums(layer: graph.LayerBounds) -> Tensor:
 
 
 def _ratio(above: float, below: float) -> float:
-    if below != 0:
-        return above / below
-    return math.inf if abs(above) > 0 else math.nan
+    return above / below if below != 0 else math.inf if abs(above) > 0 else math.nan
 
 
 def _affine_statistics(network: graph.NetworkGraph, layer: graph.AffineLayer) -> AffineStatistics:

@@ -92,8 +92,8 @@ def draw_states_by_layer(axes: Axes, found: Inspection) -> None:
     _finish(axes, legend, xlabel="neurons (%)", ylabel="ReLU layer", xlim=(0, 100))
 
 
-def _column(history: History, name: str) -> list[float]:
-    return [row.get(name, math.nan) for row in history]
+def _column(history: History, name: str, scale: float = 1) -> list[float]:
+    return [scale * row.get(name, math.nan) for row in history]
 
 
 def _relu_layers(history: History) -> list[str]:
@@ -148,16 +148,14 @@ def _draw_columns(
     axes: Axes, history: History, columns: Sequence[tuple[str, str, str, str]], *, scale: float = 1, **style: Any
 ) -> None:
     for name, label, color, line in columns:
-        values = [scale * value for value in _column(history, name)]
         shown = line if len(history) > 1 else "o"  # A curve of one point would be invisible without a marker.
-        axes.plot(_column(history, "epoch"), values, shown, color=color, label=label, **style)
+        axes.plot(_column(history, "epoch"), _column(history, name, scale), shown, color=color, label=label, **style)
 
 
 def draw_errors_of_runs(axes: Axes, histories: Mapping[str, History], column: str = "verified_error") -> None:
     """Draw one error, "verified_error" or "standard_error", of several runs (by name) over the epochs."""
     for (name, history), series in zip(histories.items(), itertools.cycle(_SERIES), strict=False):
-        errors = [100 * value for value in _column(history, column)]
-        axes.plot(_column(history, "epoch"), errors, **series, markersize=3, label=name)
+        axes.plot(_column(history, "epoch"), _column(history, column, 100), **series, markersize=3, label=name)
     _finish(axes, xlabel="epoch", ylabel=f"{column.replace('_', ' ')} on the test set (%)", ylim=(0, 102))
 
 

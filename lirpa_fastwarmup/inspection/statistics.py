@@ -224,20 +224,15 @@ _LEGEND = (
 
 
 def _relu_row(layer: ReluStatistics) -> tuple[str, ...]:
-    widths = _numbers(layer.half_width, layer.gain, layer.growth)
-    fractions = (layer.always_active, layer.always_inactive, layer.unstable, layer.dead)
-    ratios = _numbers(layer.mean_ratio, layer.variance_ratio, layer.distance)
-    return (layer.name, f"{layer.neurons:,}", *widths, *(f"{value:.1%}" for value in fractions), *ratios)
+    formats = ("", ",", *[".3g"] * 3, *[".1%"] * 4, *[".3g"] * 3)
+    return tuple(map(format, dataclasses.astuple(layer), formats))
 
 
 def _affine_row(layer: AffineStatistics) -> tuple[str, ...]:
-    weights = _numbers(layer.weight_std, layer.ibp_std, layer.ratio, layer.expected_gain)
+    numbers = (layer.weight_std, layer.ibp_std, layer.ratio, layer.expected_gain)
+    weights = ["–" if number is None else f"{number:.3g}" for number in numbers]
     batchnorm = "classification" if layer.classification else "yes" if layer.batchnorm else "no"
     return (layer.name or "(the network)", f"{layer.fan_in:g}", *weights, batchnorm)
-
-
-def _numbers(*values: float | None) -> list[str]:
-    return ["–" if value is None else f"{value:.3g}" for value in values]
 
 
 def as_text(table: Table) -> str:
