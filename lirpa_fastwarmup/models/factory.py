@@ -86,9 +86,7 @@ def _imported_file(path: Path) -> ModuleType:
     path = path.resolve(strict=True)
     name = f"file_{hashlib.sha256(str(path).encode()).hexdigest()[:16]}"
     if name not in sys.modules:
-        spec = spec_from_file_location(name, path)
-        assert spec is not None
-        assert spec.loader is not None
+        spec: Any = spec_from_file_location(name, path)
         sys.modules[name] = module = module_from_spec(spec)  # Before it runs: dataclasses look their module up.
         try:
             spec.loader.exec_module(module)
@@ -104,8 +102,7 @@ def _made(factory: Callable[..., Any], name: str, given: dict[str, Any]) -> nn.M
     except ValueError:  # Some callables written in C have no signature.
         signature = inspect.Signature()
     by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    named = {key for key, parameter in signature.parameters.items() if parameter.kind in by_name}
-    arguments = {key: value for key, value in given.items() if key in named}
+    arguments = {key: given[key] for key, one in signature.parameters.items() if key in given and one.kind in by_name}
     try:
         signature.bind(**arguments)
     except TypeError as error:

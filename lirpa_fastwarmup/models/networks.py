@@ -107,13 +107,10 @@ def resnext(
     layers += [_convolution(in_shape[0], channels, 3, batchnorm=batchnorm), nn.ReLU()]
     for inner, first_stride in ((2 * width, 1), (4 * width, 2), (8 * width, 2)):
         for stride in (first_stride, 1) if large else (first_stride,):
-            branch = nn.Sequential(
-                _convolution(channels, inner, 1, batchnorm=batchnorm),
-                nn.ReLU(),
-                _convolution(inner, inner, 3, stride, batchnorm=batchnorm, groups=2),
-                nn.ReLU(),
-                _convolution(inner, 2 * inner, 1, batchnorm=batchnorm),
-            )
+            first = _convolution(channels, inner, 1, batchnorm=batchnorm)
+            middle = _convolution(inner, inner, 3, stride, batchnorm=batchnorm, groups=2)
+            last = _convolution(inner, 2 * inner, 1, batchnorm=batchnorm)
+            branch = nn.Sequential(first, nn.ReLU(), middle, nn.ReLU(), last)
             layers.append(_Residual(branch, channels, 2 * inner, stride, batchnorm=batchnorm))
             channels = 2 * inner
     return nn.Sequential(*layers, *_head(in_shape, channels, 4, hidden, classes, batchnorm))
