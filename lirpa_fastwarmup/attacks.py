@@ -1,7 +1,5 @@
 """Projected gradient descent (PGD; Madry et al., 2018) in a box: for verification, and within training steps."""
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Callable
@@ -29,7 +27,7 @@ class Attack:
     margins: Tensor
     succeeded: Tensor
 
-    def or_better(self, other: Attack, until_misclassified: bool) -> Attack:
+    def or_better(self, other: "Attack", until_misclassified: bool = False) -> "Attack":
         """For each sample the result with the lower margin, or the first of the two that succeeded."""
         better = other.margins < self.margins
         if until_misclassified:
@@ -100,11 +98,9 @@ class PGD:
         factor, milestones = self.decay or (1.0, ())
         sizes = [self.step_size * factor ** sum(at <= step for at in milestones) for step in range(self.steps)]
         strides = [size * (upper - lower) / 2 for size in sizes]
-        options: dict[str, Any] = {"until_misclassified": False, "best": self.return_best}
-        options["score"] = lambda logits, labels: -F.cross_entropy(logits, labels, reduction="none")
         first = (lower + start * (upper - lower) for start in starts)
-        found = (_descend(model, point, y, lower, upper, strides, **options) for point in first)
-        return functools.reduce(functools.partial(Attack.or_better, until_misclassified=False), found).points
+        found = (_descend(model, point, y, lower, upper, strides, best=self.return_best) for point in first)
+        return functools.reduce(Attack.or_better, found).points
 
 
 def attack(
@@ -162,7 +158,7 @@ def attack(
         noise = random_starts(x, 1, generator)[0] if starts is None else starts[restart]
         start = box[0] + noise.to(x)[left] * (box[1] - box[0])
         stride = step_size * (box[1] - box[0]) / 2
-        other = _descend(model, start, y[left], *box, [stride] * steps, score=_margins, until_misclassified=True)
+        other = _descend(model, start, y[left], *box, [stride] * steps, until_misclassified=True)
         before = Attack(found.points[left], found.margins[left], found.succeeded[left])
         better = before.or_better(other, until_misclassified=True)
         found.points[left], found.margins[left], found.succeeded[left] = better.points, better.margins, better.succeeded
@@ -198,26 +194,25 @@ def _descend(
     upper: Tensor,
     strides: list[Tensor],
     *,
-    score: Callable[[Tensor, Tensor], Tensor],
-    until_misclassified: bool,
+    until_misclassified: bool = False,
     best: bool = True,
 ) -> Attack:
-    """The point visited on the descent from ``point`` along ``strides`` with the lowest score.
+    """The point with the highest cross-entropy, visited on the ascent from ``point`` along ``strides``.
 
-    ``until_misclassified``: instead the first misclassified point, where there is one. Without ``best``: the last one.
+    ``until_misclassified``: instead the first misclassified point, or else the one with the lowest margin. Without
+    ``best``: the last one.
     """
     found = Attack(point.clone(), torch.full_like(point.flatten(1)[:, 0], torch.inf), torch.zeros_like(y).bool())
     for step in range(len(strides) + 1):
         point = point.detach().requires_grad_(True)
         with torch.enable_grad():
             logits = model(point)
-            scores = score(logits, y)
+            scores = _margins(logits, y) if until_misclassified else -F.cross_entropy(logits, y, reduction="none")
         succeeded = logits.detach().argmax(1) != y
         found = found.or_better(Attack(point.detach(), scores.detach(), succeeded), until_misclassified)
         if step == len(strides) or (until_misclassified and bool(found.succeeded.all())):
             break
-        with torch.enable_grad():
-            (gradient,) = torch.autograd.grad(scores.sum(), point)
+        (gradient,) = torch.autograd.grad(scores, point, torch.ones_like(scores))
         point = torch.min(torch.max(point.detach() - strides[step] * gradient.sign(), lower), upper)
         if not best and step == len(strides) - 1:
             return Attack(point, found.margins, found.succeeded)
