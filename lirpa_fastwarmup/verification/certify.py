@@ -150,9 +150,9 @@ class Certifier:
             batches = self._batches(x, y, eps, None, self.plan.methods[:1], result)
             certificates = self._certificates(batches, eps)
         proved = [one for one in certificates if one.verified]
-        generator = torch.Generator().manual_seed(self.plan.seed)
         count = max(_FEWEST, math.ceil(_CHECKED * len(proved))) if self.plan.restarts else 0
-        attacked = {proved[place].index for place in torch.randperm(len(proved), generator=generator)[:count].tolist()}
+        drawn = torch.randperm(len(proved), generator=torch.Generator().manual_seed(self.plan.seed))
+        attacked = {proved[place].index for place in drawn[:count].tolist()}
         result.certificates = [
             one
             for one in certificates

@@ -99,8 +99,8 @@ class _Part(NamedTuple):
 
     def joins(self, other: Self) -> bool:
         """Whether both can be in one batch."""
-        one, two = self.radius, other.radius
-        return one is two or (is_per_sample(one, self.x) and is_per_sample(two, other.x))
+        by_sample = (is_per_sample(one.radius, one.x) for one in (self, other))
+        return self.radius is other.radius or all(by_sample)
 
     def joined(self, other: Self) -> Self:
         radius = torch.cat([self.radius, other.radius]) if is_per_sample(self.radius, self.x) else self.radius

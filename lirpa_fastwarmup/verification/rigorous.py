@@ -224,7 +224,7 @@ class _Arithmetic:
             **dict.fromkeys(BATCH_NORM, self.batch_norm),
             **dict.fromkeys(["avg_pool2d", "avg_pool3d"], self.averaged(_pooled)),
             **dict.fromkeys(["_adaptive_avg_pool2d", "_adaptive_avg_pool3d"], self.averaged(_adaptively_pooled)),
-            **dict.fromkeys(["mean", "sum"], self.averaged(_summed)),
+            **dict.fromkeys(["mean", "sum"], self.averaged(lambda x, _, result: x.numel() // result.numel())),
             "abs": intervals.turning_at(0),
             "neg": monotone,
             "div": self.rounded(_quotient, 3),  # A GPU multiplies by the reciprocal of a constant.
@@ -234,15 +234,11 @@ class _Arithmetic:
 
 
 def _pooled(x: Tensor, args: Any, result: Tensor) -> int:
-    return math.prod([*args[1]] if len(args[1]) > 1 else [args[1][0]] * 3)
+    return math.prod(args[1] if len(args[1]) > 1 else [args[1][0]] * 3)
 
 
 def _adaptively_pooled(x: Tensor, args: Any, result: Tensor) -> int:
     return math.prod(-(-before // after) + 1 for before, after in zip(x.shape[2:], result.shape[2:], strict=True))
-
-
-def _summed(x: Tensor, args: Any, result: Tensor) -> int:
-    return x.numel() // result.numel()
 
 
 def _quotient(function: Any, args: Any, kwargs: Any) -> Any:
