@@ -53,15 +53,6 @@ def reached_from_inputs(nodes: list[Any], *, through_shapes: bool) -> set[int]:
     return reached
 
 
-def _leave_one_input(node: Any, argument: Any) -> None:
-    for source in node.inputs:
-        if source is not argument:
-            source.output_name.remove(node.name)
-    node.inputs = [argument]
-    if "input_name" in vars(node):  # 0.7 derives it from the inputs.
-        node.input_name = [argument.name]
-
-
 def require_matrix(coefficients: Any, node: Any) -> Tensor:
     """Return CROWN's coefficients, or raise NotImplementedError if they are stored as patches."""
     if isinstance(coefficients, Tensor):
@@ -187,27 +178,17 @@ class GlobalMean(AdjointBounds, _engine.BoundGlobalAveragePool):
 class ConstantPad(AdjointBounds, _engine.Bound):
     """Padding with zeros, with the edge or by reflection."""
 
-    widths: list[int] | None = None
-
     def __init__(self, attr: Any, inputs: Any, output_index: int, options: Any) -> None:
         super().__init__(attr, inputs, output_index, options)
         self.mode = {"edge": "replicate"}.get(attr["mode"], attr["mode"])
-        if "pads" in attr:
-            self._set_widths(attr["pads"], attr.get("value", 0.0))
-
-    def _set_widths(self, pads: list[int], value: float) -> None:
-        rank = len(pads) // 2
-        begin, end = pads[:rank], pads[rank:]
+        rank = len(attr["pads"]) // 2
+        begin, end = attr["pads"][:rank], attr["pads"][rank:]
         first = 0 if self.mode == "constant" else 2  # The other modes pad spatial dimensions only.
-        if begin[0] or end[0] or value or any(begin[:first] + end[:first]):
+        if begin[0] or end[0] or attr.get("value") or any(begin[:first] + end[:first]):
             raise NotImplementedError("padding of the batch, or with other numbers than 0")
         self.widths = [width for d in reversed(range(first, rank)) for width in (begin[d], end[d])]
 
-    def forward(self, x: Tensor, *constants: Tensor) -> Tensor:
-        if self.widths is None:  # Newer opsets pass the widths as an input.
-            pads, *value = constants
-            self._set_widths([int(width) for width in pads], float(value[0]) if value and value[0].numel() else 0.0)
-        assert self.widths is not None
+    def forward(self, x: Tensor) -> Tensor:
         return F.pad(x, self.widths, self.mode)
 
 
@@ -317,11 +298,11 @@ class BoundClamp(MonotoneIntervals, _engine.Bound):
         self.requires_input_bounds = [0]
         self.slope: float = attr.get("alpha", 0.2) if sigmoid else 1.0
         self.offset: float = attr.get("beta", 0.5) if sigmoid else 0.0
-        self.low: float = 0.0 if sigmoid else _limit(attr, "min", inputs, 1, -math.inf)
-        self.high: float = 1.0 if sigmoid else _limit(attr, "max", inputs, 2, math.inf)
+        self.low: float = 0.0 if sigmoid else attr.get("min", -math.inf)
+        self.high: float = 1.0 if sigmoid else attr.get("max", math.inf)
         self.low = min(self.low, self.high)  # As torch.clamp, if the lower limit is above the upper one.
 
-    def forward(self, x: Tensor, *_: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return (x if self.slope == 1 and self.offset == 0 else x * self.slope + self.offset).clamp(self.low, self.high)
 
     def bound_backward(self, last_lA: Any, last_uA: Any, x: Any, **kwargs: Any) -> Any:
@@ -358,22 +339,11 @@ class BoundClamp(MonotoneIntervals, _engine.Bound):
 class ElementwiseIntervals(_engine.Bound):
     """An elementwise function that is monotone on either side of 0, bounded by IBP alone."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x)
-
     def interval_propagate(self, *v: Any) -> tuple[Tensor, Tensor]:
         lower, upper = v[0]
         # The function is extreme at an end or at 0; without 0 in the interval, the third point is an end.
-        values = [self.function(point) for point in (lower, upper, lower.clamp(min=0).minimum(upper))]
+        values = [self.forward(point) for point in (lower, upper, lower.clamp(min=0).minimum(upper))]
         return functools.reduce(torch.minimum, values), functools.reduce(torch.maximum, values)
-
-
-def _limit(attr: Any, name: str, inputs: Any, position: int, default: float) -> float:
-    """A limit of Clip: an attribute in older opsets, an input in newer ones."""
-    if name in attr or len(inputs) <= position:
-        return float(attr.get(name, default))
-    value = value_of(inputs[position])
-    return float(value) if value.numel() else default
 
 
 def _quotient(numerator: Tensor, denominator: Tensor) -> Tensor:
@@ -485,7 +455,7 @@ _FUNCTIONS: dict[str, Callable[[Any, Tensor], Tensor]] = {
 }
 # Node classes of operators that neither release has.
 ELEMENTWISE: dict[str, Any] = {
-    name: type(f"Bound{name}", (ElementwiseIntervals,), {"function": function}) for name, function in _FUNCTIONS.items()
+    name: type(f"Bound{name}", (ElementwiseIntervals,), {"forward": forward}) for name, forward in _FUNCTIONS.items()
 }
 CUSTOM_OPERATORS: dict[str, Callable[..., Any]] = {
     **{f"onnx::{name}": cls for name, cls in ELEMENTWISE.items()},
@@ -518,9 +488,7 @@ def adopt(bounded: Any, model: nn.Module) -> None:
     """
     nodes, traced_batch = list(bounded._modules.values()), len(bounded.example[0])
     for node in nodes:
-        if isinstance(node, BoundClamp | ConstantPad):
-            _leave_one_input(node, node.inputs[0])  # They have read the others, for which the engine has no bounds.
-        elif type(node) is _engine.BoundReshape and node.input_shape[0] == traced_batch == node.output_shape[0]:
+        if type(node) is _engine.BoundReshape and node.input_shape[0] == traced_batch == node.output_shape[0]:
             node.__class__, node.traced_batch = BatchReshape, traced_batch
         else:
             node.__class__ = _REPLACEMENTS.get(type(node), type(node))
@@ -546,7 +514,10 @@ def _adopt_constants(nodes: list[Any]) -> None:
             )
         node.__class__ = BoundConstantArithmetic
         node.operation, node.constant, node.constant_first = operation, (constant,), not values[0]
-        _leave_one_input(node, data)
+        constant.output_name.remove(node.name)
+        node.inputs = [data]
+        if "input_name" in vars(node):  # 0.7 derives it from the inputs.
+            node.input_name = [data.name]
         # The engine set these for an operator of two perturbed operands.
         node.requires_input_bounds = []
         node.nonlinear = node.splittable = node.patches_start = False
