@@ -97,7 +97,7 @@ class BoundedModule(engine.BoundedModule):
     wrapped: nn.Module
     over_ranks = False
     _arguments: dict[str, Any]
-    _training, _built, _bounding = True, False, False
+    _built, _bounding = False, False
 
     def __init__(
         self,
@@ -201,22 +201,17 @@ class BoundedModule(engine.BoundedModule):
     @property
     def training(self) -> bool:
         """The wrapped model's mode."""
-        return self.wrapped.training if self._built else self._training
+        return self.wrapped.training
 
     @training.setter
     def training(self, mode: bool) -> None:
-        if self._built:
+        if self._built:  # The constructor of nn.Module sets it before.
             self.wrapped.training = mode
-        else:
-            self._training = mode
 
     def train(self, mode: bool = True) -> Self:
         """Put the wrapped model and every node in training (or evaluation) mode."""
-        if self._built:
-            self.wrapped.train(mode)
-            batchnorm.follow_modules(self, mode)
-        else:
-            super().train(mode)
+        self.wrapped.train(mode)
+        batchnorm.follow_modules(self, mode)
         return self
 
     def eval(self) -> Self:
@@ -224,7 +219,7 @@ class BoundedModule(engine.BoundedModule):
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The wrapped model's state dict, under its own keys."""
-        return self.wrapped.state_dict(*args, **kwargs) if self._built else super().state_dict(*args, **kwargs)
+        return self.wrapped.state_dict(*args, **kwargs)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Load a state dict of the wrapped model (or of another BoundedModule of it)."""
@@ -235,7 +230,7 @@ class BoundedModule(engine.BoundedModule):
         return result
 
     def _named_members(self, get_members_fn: Any, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Any]]:
-        return (self.wrapped._named_members if self._built else super()._named_members)(get_members_fn, *args, **kwargs)
+        return self.wrapped._named_members(get_members_fn, *args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self.wrapped._apply(fn, recurse)
