@@ -119,10 +119,20 @@ def escapes(
     Checks the given points, the centre, random corners, and for every pre-activation and the margins the two corners
     that the gradient of one element per sample points to. ``bounded`` is in evaluation mode.
     """
-    search = _Search(bounded, margins, y, lower, upper)
-    for point in itertools.chain(points, search.corners(), search.extremes()):
-        search.visit(point)
-    return search.found
+    graph, generator = read_graph(bounded), torch.Generator().manual_seed(0)
+    nodes = [_BoundedNode(node) for node in graph.nodes if _is_bounded(node, len(y))]
+    extremes = _extremes(bounded, nodes, margins, y, lower, upper, generator)
+    found: list[Finding] = []
+    for point in itertools.chain(points, _corners(lower, upper, generator), extremes):
+        with torch.no_grad():
+            attained = class_margins(bounded.plain(point), y)
+            bounded.forward(point)
+        below = contradicted(margins, attained).nonzero().flatten().tolist()
+        found += [(sample, "has a margin below its lower bound at a point of its box") for sample in below]
+        for node in nodes:
+            for sample in node.escaped():
+                found.append((sample, f"has a value outside its bounds {graph.place_of(node.node)}"))
+    return found
 
 
 class _BoundedNode:
@@ -133,13 +143,13 @@ class _BoundedNode:
         self.lowest = torch.full_like(self.lower, torch.inf)
         self.highest = torch.full_like(self.upper, -torch.inf)
 
-    def escaped(self) -> Tensor:
+    def escaped(self) -> list[int]:
         """The samples whose current value lies outside the bounds; the value extends the range seen."""
         value = self.node.forward_value
         self.lowest, self.highest = torch.minimum(self.lowest, value), torch.maximum(self.highest, value)
         low = value < self.lower - tolerance(self.lower, value)
         high = value > self.upper + tolerance(self.upper, value)
-        return _rows(low | high).any(1).nonzero().flatten()
+        return _rows(low | high).any(1).nonzero().flatten().tolist()
 
     def elements(self, generator: torch.Generator) -> Tensor:
         """One element per sample: the one whose values fill most of its bounds, or a random one, by turns."""
@@ -157,50 +167,32 @@ def _is_bounded(node: Any, batch: int) -> bool:
     return lower.is_floating_point() and lower.shape == upper.shape == torch.Size((batch, *node.output_shape[1:]))
 
 
-class _Search:
-    def __init__(self, bounded: Any, margins: Tensor, y: Tensor, lower: Tensor, upper: Tensor) -> None:
-        self.bounded, self.margins, self.y, self.lower, self.upper = bounded, margins, y, lower, upper
-        self.graph = read_graph(bounded)
-        self.nodes = [_BoundedNode(node) for node in self.graph.nodes if _is_bounded(node, len(y))]
-        self.found: list[Finding] = []
-        self.generator = torch.Generator().manual_seed(0)
+def _corners(lower: Tensor, upper: Tensor, generator: torch.Generator) -> Iterator[Tensor]:
+    """The centre, and random corners."""
+    yield (lower + upper) / 2
+    for _ in range(_CORNERS):
+        side = torch.rand(lower.shape, generator=generator).to(lower.device) < 0.5
+        yield torch.where(side, lower, upper)
 
-    def corners(self) -> Iterator[Tensor]:
-        yield (self.lower + self.upper) / 2
-        for _ in range(_CORNERS):
-            side = torch.rand(self.lower.shape, generator=self.generator).to(self.lower.device) < 0.5
-            yield torch.where(side, self.lower, self.upper)
 
-    @torch.no_grad()
-    def visit(self, point: Tensor) -> None:
-        """Compare all values at ``point``, and the margins of the model itself, with their bounds."""
-        attained = class_margins(self.bounded.plain(point), self.y)
-        self.bounded.forward(point)
-        for sample in contradicted(self.margins, attained).nonzero().flatten():
-            self.found.append((int(sample), "has a margin below its lower bound at a point of its box"))
-        for node in self.nodes:
-            for sample in node.escaped():
-                self.found.append((int(sample), f"has a value outside its bounds {self.graph.place_of(node.node)}"))
-
-    def extremes(self) -> Iterator[Tensor]:
-        """The corners that signed gradients at the centre point to."""
-        relaxed = {id(node) for node in bounded_inputs(self.bounded)}
-        centre = ((self.lower + self.upper) / 2).requires_grad_(True)
+def _extremes(
+    bounded: Any, nodes: list[_BoundedNode], margins: Tensor, y: Tensor, lower: Tensor, upper: Tensor, generator: Any
+) -> Iterator[Tensor]:
+    """The corners that signed gradients at the centre point to."""
+    relaxed = {id(node) for node in bounded_inputs(bounded)}
+    centre = ((lower + upper) / 2).requires_grad_(True)
+    with torch.enable_grad():
+        attained = class_margins(bounded.forward(centre), y)
+    # Visits replace the values.
+    values = [(node, node.node.forward_value) for node in nodes if id(node.node) in relaxed]
+    at_nodes = ((value, node.elements(generator)) for node, value in values)
+    for value, elements in itertools.chain(at_nodes, [(attained, (attained - margins).argmin(1))]):
         with torch.enable_grad():
-            margins = class_margins(self.bounded.forward(centre), self.y)
-        # Visits replace the values.
-        values = [(node, node.node.forward_value) for node in self.nodes if id(node.node) in relaxed]
-        for node, value in values:
-            yield from self._towards(centre, value, node.elements(self.generator))
-        yield from self._towards(centre, margins, (margins - self.margins).argmin(1))
-
-    def _towards(self, centre: Tensor, values: Tensor, elements: Tensor) -> Iterator[Tensor]:
-        with torch.enable_grad():
-            total = _rows(values).gather(1, elements.unsqueeze(1)).sum()
+            total = _rows(value).gather(1, elements.unsqueeze(1)).sum()
             (gradient,) = torch.autograd.grad(total, centre, retain_graph=True, allow_unused=True)
         if gradient is not None:
-            yield torch.where(gradient > 0, self.upper, self.lower)
-            yield torch.where(gradient > 0, self.lower, self.upper)
+            yield torch.where(gradient > 0, upper, lower)
+            yield torch.where(gradient > 0, lower, upper)
 
 
 def _rows(values: Tensor) -> Tensor:
