@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lirpa_fastwarmup.engine.compat import engine, preserved_export_settings, silenced_warnings
+from lirpa_fastwarmup.engine.precision import temporarily
 
 _STATISTICS = "use nn.BatchNorm1d, 2d or 3d, whose statistics are constants in evaluation mode"
 _SLIDING = "use nn.Conv1d, or nn.Linear over the positions, of which all methods have bounds"
@@ -124,8 +125,6 @@ def by_place(found: Iterable[tuple[str, str]]) -> list[str]:
 @contextmanager
 def quiet_engine() -> Iterator[None]:
     """Silence the engine's log, warnings and output, and restore the exporter's settings."""
-    log, silence = logging.getLogger("auto_LiRPA.utils"), logging.Filter("nothing")
-    with preserved_export_settings(), silenced_warnings(), redirect_stdout(io.StringIO()), ExitStack() as stack:
-        log.addFilter(silence)
-        stack.callback(log.removeFilter, silence)
+    no_log = temporarily([logging.getLogger("auto_LiRPA.utils")], "disabled", True)
+    with preserved_export_settings(), silenced_warnings(), redirect_stdout(io.StringIO()), no_log:
         yield
