@@ -102,7 +102,7 @@ def _margin_product(labels: Tensor, margins: Tensor, weight: Tensor) -> Tensor:
 
 
 def ibp_margin_bounds(
-    bounded: Any, box: Any, labels: Tensor, classes: int, *, reuse_statistics: bool = False
+    bounded: BoundedModule, box: Any, labels: Tensor, classes: int, *, reuse_statistics: bool = False
 ) -> tuple[Tensor, Tensor]:
     """IBP lower and upper bounds on z_y − z_j for j ≠ y over the box, each of shape (batch, classes − 1).
 
@@ -110,9 +110,8 @@ def ibp_margin_bounds(
     """
     boxes = box if isinstance(box, tuple) else (box,)
     dtype = next(x.dtype for x in boxes if x.is_floating_point())
-    # The engine's own module always uses the statistics of the last forward pass.
-    options = {"reuse_statistics": reuse_statistics} if isinstance(bounded, BoundedModule) else {}
-    lower, upper = bounded.compute_bounds(x=boxes, C=_margins(labels, classes, dtype), method="IBP", **options)
+    rows = _margins(labels, classes, dtype)
+    lower, upper = bounded.compute_bounds(x=boxes, C=rows, method="IBP", reuse_statistics=reuse_statistics)
     others = other_classes(labels, classes)
     return lower.gather(1, others), upper.gather(1, others)
 

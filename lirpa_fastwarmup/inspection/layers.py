@@ -56,7 +56,7 @@ def inspect(bounded: Any, x: Tensor | tuple[Tensor, ...], eps: Any, *, input_ran
         text = "one sample has no statistics for BatchNorm in training mode: pass more, or call bounded.eval()"
         raise ValueError(text)
     boxes = tuple(map(_box, tensors, layout.radii(eps), layout.ranges(input_range)))
-    with precision.exact_arithmetic(boxes[0].device), torch.autocast(boxes[0].device.type, enabled=False):
+    with precision.exact_arithmetic(boxes[0].device):
         with batchnorm.frozen_running_stats(bounded):
             outputs = bounded(*map(torch.as_tensor, tensors))
         output = _bound(bounded, boxes, outputs)
