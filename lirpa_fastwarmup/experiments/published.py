@@ -6,7 +6,7 @@ as it is; ``kappa`` is constant.
 
 import csv
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +15,9 @@ _SOURCES = {
     "CTBench": "CTBench, commit 0f18162, scripts/examples",
     "expressive-losses": "expressive-losses, commit 3df64fa, README",
 }
+# How cells are read that are not JSON; κ is constant.
+_READERS: dict[str, Callable[[str], Any]] = {"batchnorm_policy": str, "kappa": lambda cell: (float(cell),) * 2}
+_READERS["lr_milestones"] = lambda cell: tuple(map(int, cell.split()))
 _SAME = 1e-3  # Radii that differ relatively by less are equal: some write 0.00784 for 2/255.
 
 
@@ -44,8 +47,9 @@ def _problems(name: str, **wanted: str) -> str:
 
 
 def _values(row: dict[str, str]) -> dict[str, Any]:
-    names = row.keys() - {"method", "dataset", "eps", "source", "batchnorm_policy", "lr_milestones"}
-    return {name: json.loads(row[name]) for name in row if name in names}
+    """The settings in a row; its other cells are their problem and their source."""
+    names = row.keys() - {"method", "dataset", "eps", "source"}
+    return {name: _READERS.get(name, json.loads)(row[name]) for name in row if name in names}
 
 
 def loss_settings(method: str, dataset: str, eps: float) -> Published | None:
@@ -53,9 +57,7 @@ def loss_settings(method: str, dataset: str, eps: float) -> Published | None:
     row = _row("published", eps, method=method, dataset=dataset)
     if row is None:
         return None
-    found = _values(row) | {"kappa": (float(row["kappa"]),) * 2}
-    policy = {"batchnorm_policy": row["batchnorm_policy"]} if "batchnorm_policy" in row else {}
-    return Published(found | policy, _SOURCES[row["source"]])
+    return Published(_values(row), _SOURCES[row["source"]])
 
 
 def known_problems(method: str) -> str:
@@ -67,13 +69,10 @@ def ctbench_schedule(method: str, dataset: str, eps: float) -> Published:
     """CTBench's epochs, ramp, learning rate and averages for a problem; raises ValueError if it has none."""
     row = _row("schedules", eps, dataset=dataset)
     if row is None:
-        raise ValueError(
-            f"CTBench has no schedule for {dataset} at ε = {eps:g}, only for {_problems('schedules')}: leave "
-            "--schedule ctbench out, and set --epochs, --ramp-length and --lr-milestones where the preset's do not "
-            "suit you"
-        )
-    milestones = tuple(map(int, row["lr_milestones"].split()))
-    found = _values(row) | {"lr_milestones": milestones, "precise_bn": True, "schedule": "smoothed"}
+        problem = f"CTBench has no schedule for {dataset} at ε = {eps:g}, only for {_problems('schedules')}"
+        options = "--epochs, --ramp-length and --lr-milestones where the preset's do not suit you"
+        raise ValueError(f"{problem}: leave --schedule ctbench out, and set {options}")
+    found = _values(row) | {"precise_bn": True, "schedule": "smoothed"}
     if method not in ("mtl-ibp", "cc-ibp", "exp-ibp"):
         found["swa_start"] = None
     return Published(found, _SOURCES["CTBench"])
