@@ -70,12 +70,12 @@ class Batches:
         self._shard = slice(rank, None, size)
         if min(batch_size, len(split)) < least:
             needed = "two samples (BatchNorm cannot be trained on one)" if drop_single else "a sample"
-            raise ValueError(
-                f"{len(split)} sample(s) in batches of {batch_size} leave no batch with {needed} for each of {size} "
-                "process(es): use more samples, larger batches, or fewer processes"
-            )
+            problem = f"{len(split)} sample(s) in batches of {batch_size} leave no batch with {needed}"
+            advice = "use more samples, larger batches, or fewer processes"
+            raise ValueError(f"{problem} for each of {size} process(es): {advice}")
         complete, rest = divmod(len(split), batch_size)
         self._count = complete + (rest >= least)
+        self._generators = {"order": generator, "augmentation": None if augment is None else augment.generator}
         self._position = 0  # Batches of the current epoch that were yielded.
         self._first = 0  # First batch of the next iteration, after a state was loaded.
         self._order_state: Tensor | None = None  # State of the generator before it shuffled the current epoch.
@@ -104,23 +104,19 @@ class Batches:
         """Number of samples of batch ``batch`` (from 0) in all shards together."""
         return min(self.batch_size, len(self.split) - batch * self.batch_size)
 
-    def _generators(self) -> dict[str, torch.Generator | None]:
-        return {"order": self.generator, "augmentation": None if self.augment is None else self.augment.generator}
-
     def state_dict(self) -> dict[str, Any]:
         """The position in the epoch, and the states of the generators."""
-        states = {name: None if source is None else source.get_state() for name, source in self._generators().items()}
+        states = {name: None if source is None else source.get_state() for name, source in self._generators.items()}
         if 0 < self._position < self._count:
             return {"position": self._position, **states, "order": self._order_state}
         return {"position": 0, **states}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Resume with the next iteration where :meth:`state_dict` was taken, with identical batches."""
-        generators = self._generators()
-        for name, generator in generators.items():
+        for name, generator in self._generators.items():
             if (state[name] is None) is not (generator is None):
                 raise ValueError(f"the state does not fit these batches: they differ in their random {name}")
-        for name, generator in generators.items():
+        for name, generator in self._generators.items():
             if generator is not None:
                 generator.set_state(state[name])
         self._first = self._position = int(state["position"])

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map_only
 from lirpa_fastwarmup import models
 from lirpa_fastwarmup.attacks import PGD
 from lirpa_fastwarmup.boxes import InputRange
-from lirpa_fastwarmup.distributed import World, rank_zero_first, world
+from lirpa_fastwarmup.distributed import rank_zero_first, world
 from lirpa_fastwarmup.engine.module import BoundedModule
 from lirpa_fastwarmup.experiments import data
 from lirpa_fastwarmup.experiments.data.dataset import seed_of
@@ -42,7 +42,6 @@ class Run:
     inspected: torch.Tensor  # Inputs, evenly spaced over the test set, for the statistics of the layers.
     objective: ShortWarmup
     trained: nn.Module  # Computes the loss: the objective, or DistributedDataParallel around it.
-    world: World
     optimizer: Optimizer
     average: AveragedModel | None  # The average of the trained weights.
     evaluated: BoundedModule  # The network that is evaluated and saved: the average, or else the trained one.
@@ -57,10 +56,9 @@ def build_run(settings: Settings, device: torch.device) -> Run:
     models.find_factory(settings.model)  # Before anything is downloaded.
     with rank_zero_first():  # Rank 0 downloads and unpacks.
         dataset = data.load(settings.dataset, settings.data_dir, settings.input_range)
-    processes = world()
     train, held_out = _training_samples(settings, dataset)
     input_range = tree_map_only(torch.Tensor, lambda end: end.to(device), dataset.input_range)
-    train_batches = _training_batches(settings, data.place(train, device), device, processes)
+    train_batches = _training_batches(settings, data.place(train, device), device)
     architecture = {name: getattr(settings, name) for name in ("model", "width", "hidden", "batchnorm")}
     architecture |= {"in_shape": list(dataset.in_shape), "classes": dataset.classes}
     architecture |= {"mean": dataset.mean, "std": dataset.std}
@@ -71,7 +69,7 @@ def build_run(settings: Settings, device: torch.device) -> Run:
         initialization.initialize_(bounded, settings.init)
     if settings.sync_batchnorm:
         bounded.join_ranks()
-    objective = _objective(settings, bounded, input_range, len(train_batches), processes)
+    objective = _objective(settings, bounded, input_range, len(train_batches))
     average = _average(settings, bounded.wrapped)
     return Run(
         settings=settings,
@@ -84,7 +82,6 @@ def build_run(settings: Settings, device: torch.device) -> Run:
         inspected=data.spread(dataset.test, _INSPECTED).inputs.to(device),
         objective=objective,
         trained=objective,
-        world=processes,
         optimizer=_optimizer(settings, objective),
         average=average,
         evaluated=bounded if average is None else _bounded(settings, average.module.eval(), dataset.in_shape),
@@ -98,7 +95,7 @@ def _training_samples(settings: Settings, dataset: data.Dataset) -> tuple[data.S
     return data.held_out(samples, settings.validation, seed=settings.seed) if settings.validation else (samples, None)
 
 
-def _training_batches(settings: Settings, samples: data.Split, device: torch.device, processes: World) -> data.Batches:
+def _training_batches(settings: Settings, samples: data.Split, device: torch.device) -> data.Batches:
     augment = None
     if settings.flip or settings.crop_padding:
         if samples.images.ndim != 4:
@@ -108,8 +105,7 @@ def _training_batches(settings: Settings, samples: data.Split, device: torch.dev
         augment = data.Augmentation(flip=settings.flip, crop_padding=settings.crop_padding, generator=generator)
     order = torch.Generator().manual_seed(settings.seed)
     given: dict[str, Any] = {"generator": order, "drop_single": settings.batchnorm, "augment": augment}
-    shard = processes.rank, processes.size
-    return data.Batches(samples, settings.batch_size, device=device, shard=shard, **given)
+    return data.Batches(samples, settings.batch_size, device=device, shard=(world().rank, world().size), **given)
 
 
 def _evaluation_batches(samples: data.Split, device: torch.device) -> data.Batches:
@@ -122,7 +118,7 @@ def _bounded(settings: Settings, model: nn.Module, in_shape: tuple[int, ...]) ->
 
 
 def _objective(
-    settings: Settings, bounded: BoundedModule, input_range: InputRange | None, steps_per_epoch: int, processes: World
+    settings: Settings, bounded: BoundedModule, input_range: InputRange | None, steps_per_epoch: int
 ) -> ShortWarmup:
     eps = settings.eps * settings.train_eps_factor
     schedule = SCHEDULES[settings.schedule](eps, settings.ramp_start, settings.ramp_length, steps_per_epoch)
@@ -137,7 +133,7 @@ def _objective(
         regularizers=("tightness", "relu_balance") if settings.regularizers else (),
         penalties={name: weight for name, weight in penalties.items() if weight},
         # The last batch of an epoch runs eagerly: few steps would not repay another compilation.
-        compile_batch_size=math.ceil(math.ceil(settings.batch_size / processes.size) / settings.accumulate),
+        compile_batch_size=math.ceil(math.ceil(settings.batch_size / world().size) / settings.accumulate),
         generator=torch.Generator(next(bounded.wrapped.parameters()).device),
     )
 

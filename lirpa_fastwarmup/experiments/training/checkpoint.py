@@ -56,7 +56,7 @@ def save(folder: Path, run: build.Run, position: loop.Position, *, fresh: bool) 
         "average": None if run.average is None else run.average.state_dict(),
         "position": {**vars(position), "means": position.means.state_dict()},
     }
-    if run.world.is_rank_zero:
+    if world().is_rank_zero:
         if fresh:
             remove(folder, SUMMARY)  # With it, the new run would seem finished.
         write_tensors(folder / CHECKPOINT, content)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lirpa_fastwarmup.distributed import all_reduce
+from lirpa_fastwarmup.distributed import all_reduce, world
 from lirpa_fastwarmup.engine.precision import products_in_tf32
 from lirpa_fastwarmup.experiments.data.dataset import seed_of
 from lirpa_fastwarmup.experiments.training import build, interrupt
@@ -62,7 +62,7 @@ def train_epoch(run: build.Run, position: Position, progress: Progress, stop: in
             metrics: dict[str, float] = {}
             due = position.batches_done % interval == 0
             stopping = stop.signal_number > 0
-            if run.world.size > 1:  # All processes stop or none, after a step that synchronises them anyway.
+            if world().size > 1:  # All processes stop or none, after a step that synchronises them anyway.
                 stopping = due and bool(all_reduce(torch.tensor(float(stopping), device=run.device)) > 0)
             if due or position.batches_done == batches or stopping:
                 run.objective.raise_pending_errors()
@@ -81,12 +81,12 @@ def _take_step(run: build.Run, position: Position, x: Tensor, y: Tensor) -> Step
     # BatchNorm needs two samples in each.
     count = max(1, min(run.settings.accumulate, len(y) // 2 if run.settings.batchnorm else len(y)))
     # Gradients are averaged over the processes, whose parts of the last batch may differ by a sample.
-    samples = run.train_batches.samples_in(position.batches_done) / run.world.size
+    samples = run.train_batches.samples_in(position.batches_done) / world().size
     generator = run.objective.generator
     for number, (micro_x, micro_y) in enumerate(zip(x.tensor_split(count), y.tensor_split(count), strict=True), 1):
         last = number == count
         if generator is not None:  # A run that resumes draws the same.
-            parts = (run.settings.seed, _ATTACK, run.objective.steps_done, number, run.world.rank)
+            parts = (run.settings.seed, _ATTACK, run.objective.steps_done, number, world().rank)
             generator.manual_seed(seed_of(*parts))
         with run.trained.no_sync() if isinstance(run.trained, DistributedDataParallel) and not last else nullcontext():
             with torch.autocast(run.device.type, torch.bfloat16, enabled=run.settings.precision == "bf16"):

@@ -8,8 +8,7 @@ from torch import Tensor
 from lirpa_fastwarmup.distributed import all_reduce, world
 from lirpa_fastwarmup.recipe.objective import StepLoss
 
-_FIELDS = ("loss", "clean_loss", "robust_loss", "clean_error", "verified_error")
-_TERMS = ("tightness", "relu_balance")
+_ALWAYS = ("loss", "clean_loss", "robust_loss", "clean_error", "verified_error", "tightness", "relu_balance")
 ADVERSARIAL = ("adversarial_loss", "adversarial_error")
 
 
@@ -33,23 +32,21 @@ class EpochMeans:
     """
 
     def __init__(self, device: torch.device, terms: Sequence[str] = ()) -> None:
-        self._terms = (*_TERMS, *(name for name in terms if name not in _TERMS))
+        self._names = list(dict.fromkeys((*_ALWAYS, *terms)))
         # Their sums, and the counts of samples.
-        self._totals = torch.zeros(2, len(_FIELDS) + len(self._terms), device=device, dtype=torch.float64)
+        self._totals = torch.zeros(2, len(self._names), device=device, dtype=torch.float64)
 
     def add(self, step: StepLoss, count: int) -> None:
         """Add a step over ``count`` samples."""
-        nan = torch.full_like(step.loss, torch.nan)
-        metrics = [getattr(step, name) for name in _FIELDS]
-        metrics += [getattr(step, name) if name in ADVERSARIAL else step.terms.get(name, nan) for name in self._terms]
-        values = torch.stack([metric.detach() for metric in metrics]).double()
+        metrics, nan = {**step.terms, **vars(step)}, torch.full_like(step.loss, torch.nan)
+        values = torch.stack([metrics.get(name, nan).detach() for name in self._names]).double()
         known = ~values.isnan()
         self._totals += torch.stack([torch.where(known, values * count, 0.0), known * count])
 
     def read(self) -> dict[str, float]:
         """The means so far, over all processes. Waits for the device and the other processes."""
         sums, counts = self.state_dict().values()
-        return dict(zip((*_FIELDS, *self._terms), (sums / counts).tolist(), strict=True))
+        return dict(zip(self._names, (sums / counts).tolist(), strict=True))
 
     def state_dict(self) -> dict[str, Tensor]:
         """The sums so far, over all processes."""

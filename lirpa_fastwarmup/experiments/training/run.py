@@ -60,10 +60,8 @@ def train(
         join_ranks(run)
         ramp_end = settings.ramp_start + settings.ramp_length - 1
         if ramp_end > settings.epochs:
-            logger.warning(
-                "eps reaches %g only after %d epochs, and training ends after %d: the network is never trained at it",
-                *(run.objective.schedule.max_eps, ramp_end, settings.epochs),
-            )
+            text = "eps reaches %g only after %d epochs, and training ends after %d: the network is never trained at it"
+            logger.warning(text, run.objective.schedule.max_eps, ramp_end, settings.epochs)
         return _run_to_end(run, Position(_no_means(run)), out, progress or Progress(), started, fresh=True)
 
 
@@ -117,7 +115,7 @@ def settings_of_run(out: Path) -> Settings:
 
 def join_ranks(run: Run) -> None:
     """Average gradients over all processes from now on; raise ValueError, on all of them, if they differ in a run."""
-    if run.world.size == 1:
+    if distributed.world().size == 1:
         return
     samples = run.train_batches.split
     own = {
@@ -164,7 +162,7 @@ def _run_to_end(
                 stop.interrupt(stop.signal_number)
     with interrupt.handled_by(stop.interrupt):  # The checkpoint holds all that the summary is computed from.
         summary = summarise(run, position, out, started)
-        if run.world.is_rank_zero:
+        if distributed.world().is_rank_zero:
             draw_curves(position.history, run.settings, out / CURVES)
             summary["files"] = {HISTORY: storage.file_sum(out / HISTORY)}
             storage.write_json(out / SUMMARY, summary)  # Last: a run with a summary is complete.
@@ -187,7 +185,7 @@ def _close_epoch(run: Run, position: Position, progress: Progress) -> None:
 def _write_results(run: Run, position: Position, out: Path) -> None:
     """Write the history, and the network if it is kept, after the checkpoint at the end of an epoch."""
     epoch = position.epoch - 1
-    if epoch == 0 or position.batches_done or not run.world.is_rank_zero:
+    if epoch == 0 or position.batches_done or not distributed.world().is_rank_zero:
         return
     if position.best is None or position.best[1] == epoch:
         checkpoint.remove(out, *CERTIFICATES)

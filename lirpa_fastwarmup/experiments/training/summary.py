@@ -84,7 +84,7 @@ def summarise(run: Run, position: Position, out: Path, started: float) -> dict[s
     """Select the weights, compute their errors, and return the content of ``summary.json``."""
     settings, network = run.settings, run.evaluated.wrapped
     if settings.select != "last":
-        if run.world.is_rank_zero:
+        if distributed.world().is_rank_zero:
             load_weights(network, read_model(out / MODEL)["state_dict"], out / MODEL)
         network.load_state_dict(distributed.broadcast(network.state_dict()))
     options: dict[str, Any] = {"pgd_steps": settings.pgd_steps, "restarts": settings.pgd_restarts}
@@ -96,7 +96,7 @@ def summarise(run: Run, position: Position, out: Path, started: float) -> dict[s
         "train_samples": len(run.train_batches.split),
         "validation_samples": settings.validation,
         "test_samples": len(run.test_batches.split),
-        "processes": run.world.size,
+        "processes": distributed.world().size,
         "selected_epoch": len(position.history) if position.best is None else position.best[1],
         "selected_by": _SELECTION[settings.select],
         "standard_error": errors.standard_error.value,
