@@ -1,6 +1,6 @@
 """Tiny-ImageNet, from its JPEG files."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -29,33 +29,30 @@ def load(data_dir: Path | None = None) -> Dataset:
     required = [_WNIDS, _ANNOTATIONS]
     folder = extracted_folder("Tiny-ImageNet", "tiny-imagenet", data_dir, TINY_SOURCE, "tiny-imagenet-200", required)
     classes = {name: number for number, name in enumerate(sorted((folder / _WNIDS).read_text().split()))}
-    train, test = _decode(_training_files(folder, classes)), _decode(_validation_files(folder, classes))
+    train, test = (_decode(list(files(folder, classes))) for files in (_training_files, _validation_files))
     mean, std = (0.4802, 0.4481, 0.3975), (0.2302, 0.2265, 0.2262)
     return Dataset(name="Tiny-ImageNet", classes=len(classes), train=train, test=test, mean=mean, std=std)
 
 
-def _training_files(folder: Path, classes: dict[str, int]) -> list[tuple[Path, int]]:
-    files: list[tuple[Path, int]] = []
+def _training_files(folder: Path, classes: dict[str, int]) -> Iterator[tuple[Path, int]]:
     for name, number in classes.items():
         images = folder / "train" / name / "images"
         if not (found := sorted(images.glob("*.JPEG"))):
             raise missing_files("Tiny-ImageNet", [f"JPEG files of the class {name}"], images)
-        files += [(path, number) for path in found]
-    return files
+        yield from ((path, number) for path in found)
 
 
-def _validation_files(folder: Path, classes: dict[str, int]) -> list[tuple[Path, int]]:
-    files, annotations = [], folder / _ANNOTATIONS
-    for line in annotations.read_text().splitlines():
+def _validation_files(folder: Path, classes: dict[str, int]) -> Iterator[tuple[Path, int]]:
+    annotations = folder / _ANNOTATIONS
+    if not (lines := annotations.read_text().splitlines()):
+        raise CorruptFileError(f"{annotations} is empty: download the dataset again")
+    for line in lines:
         name, _, rest = line.partition("\t")
         number = classes.get(rest.partition("\t")[0])
         if number is None:
             text = f"{annotations} has the line {line!r}, which is not a file and a class of {_WNIDS}"
             raise CorruptFileError(f"{text}: download the dataset again")
-        files.append((folder / "val" / "images" / name, number))
-    if not files:
-        raise CorruptFileError(f"{annotations} is empty: download the dataset again")
-    return files
+        yield folder / "val" / "images" / name, number
 
 
 def _decode(files: Sequence[tuple[Path, int]]) -> Split:

