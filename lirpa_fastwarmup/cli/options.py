@@ -27,12 +27,6 @@ class Number(float):
 
     text: str
 
-    def __new__(cls, text: str) -> Number:
-        top, slash, bottom = text.partition("/")
-        value = super().__new__(cls, float(top) / float(bottom) if slash else float(text))
-        value.text = text
-        return value
-
     def __str__(self) -> str:
         return self.text
 
@@ -42,10 +36,13 @@ class Number(float):
 
 def number(text: str) -> Number:
     """A number, or a fraction such as 8/255."""
+    top, slash, bottom = text.partition("/")
     try:
-        return Number(text)
+        value = Number(float(top) / float(bottom) if slash else top)
     except (ValueError, ZeroDivisionError):
         raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor a fraction such as 8/255") from None
+    value.text = text
+    return value
 
 
 def device_named(name: str | None) -> torch.device:

@@ -28,7 +28,6 @@ class Subject:
     dataset: str
     example: Tensor  # Inputs that it accepts, of two samples, or of one if it refuses batches.
     samples: data.Split
-    indices: list[int]  # Of the samples in the test set.
     classes: int
     input_range: boxes.InputRange | None
     eps: float | None  # The radius that it was trained for; None for external networks.
@@ -62,16 +61,13 @@ def check_named(options: argparse.Namespace) -> None:
         raise ValueError(f"{', '.join(given)} is for an external model, and not for the run in {options.run}")
 
 
-def subject_of(options: argparse.Namespace, limit: int | None = None) -> Subject:
-    """The network that the options name, and its test samples, or ``limit`` evenly spaced ones.
-
-    Names and files are checked before data is downloaded.
-    """
+def subject_of(options: argparse.Namespace) -> Subject:
+    """The network that the options name, and its test samples; names and files are checked before data is loaded."""
     find_factories_here(options.model, options.dataset, trust=options.trust)
-    return _external(options, limit) if options.run is None else subject_of_run(options.run, options, limit)
+    return _external(options) if options.run is None else subject_of_run(options.run, options)
 
 
-def subject_of_run(folder: Path, options: argparse.Namespace, limit: int | None = None) -> Subject:
+def subject_of_run(folder: Path, options: argparse.Namespace) -> Subject:
     """As :func:`subject_of`, for a run; dataset, its place ``data_dir`` and ``input_range`` replace the run's."""
     path, input_range, trust = folder / MODEL, _input_range(options), options.trust
     if not path.is_file():
@@ -83,10 +79,10 @@ def subject_of_run(folder: Path, options: argparse.Namespace, limit: int | None 
     else:
         kept = settings if input_range is None else settings.replace(input_range=input_range)
         loaded = load_dataset(kept, path, options.data_dir, trust=trust)
-    return _subject(network, str(path), loaded, limit, settings.eps, allow_untested=settings.allow_untested)
+    return _subject(network, str(path), loaded, settings.eps, untested=settings.allow_untested)
 
 
-def _external(options: argparse.Namespace, limit: int | None) -> Subject:
+def _external(options: argparse.Namespace) -> Subject:
     name, path = str(options.model), Path(options.model)
     is_onnx, weights = path.suffix == ".onnx", dict[str, Any]()
     if options.dataset is None:
@@ -111,7 +107,7 @@ def _external(options: argparse.Namespace, limit: int | None) -> Subject:
         load_weights(network, weights, Path(str(options.weights)))
     if options.mean is not None:
         network = nn.Sequential(models.Normalize(options.mean, options.std), network)
-    return _subject(network, name, dataset, limit, None, allow_untested=options.allow_untested)
+    return _subject(network, name, dataset, None, untested=options.allow_untested)
 
 
 def _input_range(options: argparse.Namespace) -> tuple[float, float] | None:
@@ -129,14 +125,9 @@ def _state_dict(path: Path) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _subject(
-    network: nn.Module, name: str, dataset: data.Dataset, limit: int | None, eps: float | None, *, allow_untested: bool
-) -> Subject:
-    total, shape, classes = len(dataset.test), dataset.in_shape, dataset.classes
-    if limit is not None and not 1 <= limit <= total:
-        raise ValueError(f"the test set of {dataset.name} has {total} samples; cannot take {limit}")
-    example = torch.zeros(2, *shape)
-    text = f"the network {name} cannot be run on samples of {dataset.name}, of shape {shape}"
+def _subject(network: nn.Module, name: str, dataset: data.Dataset, eps: float | None, *, untested: bool) -> Subject:
+    example, classes = torch.zeros(2, *dataset.in_shape), dataset.classes
+    text = f"the network {name} cannot be run on samples of {dataset.name}, of shape {dataset.in_shape}"
     with storage.refused(text, RuntimeError):
         try:
             outputs = network.eval()(example)
@@ -146,7 +137,5 @@ def _subject(
     if outputs.shape != (len(example), classes):
         found = f"{dataset.name} has labels of {classes} classes, and the network {name} gives {tuple(outputs.shape)}"
         raise ValueError(f"{found} for {len(example)} sample(s): a certificate needs one score per class")
-    indices = data.spread_indices(total, limit or total)
-    samples = dataset.test if limit is None else dataset.test.take(indices)
-    given = (samples, indices.tolist(), classes, dataset.input_range, eps, allow_untested)
+    given = (dataset.test, classes, dataset.input_range, eps, untested)
     return Subject(network, name, dataset.name, example, *given)

@@ -17,12 +17,13 @@ from lirpa_fastwarmup.boxes import check_radius
 from lirpa_fastwarmup.cli.options import device_named, number
 from lirpa_fastwarmup.cli.subject import Subject, add_arguments, check_named, subject_of
 from lirpa_fastwarmup.distributed import World, local_device, process_group, rank_zero_first
-from lirpa_fastwarmup.experiments.data import Batches
+from lirpa_fastwarmup.experiments.data import Batches, spread_indices
 from lirpa_fastwarmup.verification import ABCrown, Journal, UnsoundBoundError, certified_radii, verify
 from lirpa_fastwarmup.verification.certify import NAMES, method_named
 from lirpa_fastwarmup.verification.folder import JOURNAL, results_folder, write_results
 from lirpa_fastwarmup.verification.result import radii_entry
 
+_RADII = "certified radius: mean {mean:.4f}, median {median:.4f} of {count:,} samples; {not_certified:,} have none"
 _TOLERANCE = 1e-4  # Of the width of the input range.
 _R = TypeVar("_R")
 
@@ -72,7 +73,7 @@ def _verify(options: argparse.Namespace) -> int:
         results_folder(out, overwrite=options.overwrite) if ranks.is_rank_zero else nullcontext(),
     ):
         with rank_zero_first():  # Rank 0 downloads and unpacks the data.
-            subject = subject_of(options, options.limit)
+            subject = subject_of(options)
         radii = options.eps or ([] if options.radius else [subject.eps])
         if None in radii:
             raise ValueError("name the radius to certify, --eps 8/255, or ask for the largest one with --radius")
@@ -84,11 +85,16 @@ def _run(
 ) -> int:
     network, example = subject.network.to(device), subject.example.to(device)
     bounded = fw.BoundedModule(network, example, allow_untested=subject.allow_untested).eval()
-    samples, journal = Batches(subject.samples, options.batch_size), Journal.of_rank(out / JOURNAL)
+    total, limit = len(subject.samples), options.limit
+    if limit is not None and not 1 <= limit <= total:
+        raise ValueError(f"the test set of {subject.dataset} has {total} samples; cannot take {limit}")
+    indices = spread_indices(total, limit or total)
+    chosen = subject.samples if limit is None else subject.samples.take(indices)
+    samples, journal = Batches(chosen, options.batch_size), Journal.of_rank(out / JOURNAL)
     plan = {name: getattr(options, name) for name in ("methods", "pgd_steps", "seed")}
     given = {**plan, "restarts": options.pgd_restarts, "batch_size": options.batch_size, "journal": journal}
-    given |= {"indices": subject.indices, "input_range": subject.input_range}
-    x, ends = subject.samples.inputs, subject.input_range
+    given |= {"indices": indices.tolist(), "input_range": subject.input_range}
+    x, ends = chosen.inputs, subject.input_range
     # The widest box worth certifying: the input range, or what the samples of unclipped data span.
     low, high = (x.min(), x.max()) if ends is None else map(torch.as_tensor, ends)
     largest = float((high - low).max()) or 1.0
@@ -99,7 +105,7 @@ def _run(
     started, contradictions = time.perf_counter(), list[str]()
 
     def computed(title: str, compute: Callable[..., _R], text: Callable[[_R], str]) -> _R:
-        count = -(-len(subject.samples) // ranks.size)
+        count = -(-len(chosen) // ranks.size)
         shown = None if ranks.is_rank_zero else True
         with tqdm(total=count, desc=title, unit="sample", leave=False, disable=shown) as bar:
             try:
@@ -112,10 +118,7 @@ def _run(
         return found
 
     def summary(found: Sequence[fw.verification.Radius]) -> str:
-        text = (
-            "certified radius: mean {mean:.4f}, median {median:.4f} of {count:,} samples; {not_certified:,} have none"
-        )
-        return text.format(count=len(found), **radii_entry(found, tolerance))
+        return _RADII.format(count=len(found), **radii_entry(found, tolerance))
 
     try:
         at = partial(verify, bounded, samples, float64=options.float64, rigorous=options.rigorous, abcrown=abcrown)
@@ -126,7 +129,7 @@ def _run(
         raise KeyboardInterrupt(f"finished batches are kept in {journal.path}; the same command resumes") from None
     used = journal.used_by_all()  # Before rank 0 writes: if that fails, no other rank waits.
     if ranks.is_rank_zero:
-        about = {"network": subject.name, "dataset": subject.dataset, "samples": len(subject.samples)}
+        about = {"network": subject.name, "dataset": subject.dataset, "samples": len(chosen)}
         about |= {"classes": subject.classes, **plan, "pgd_restarts": options.pgd_restarts}
         about["input_range"] = None if ends is None else [torch.as_tensor(end).tolist() for end in ends]
         about["seconds"] = time.perf_counter() - started
