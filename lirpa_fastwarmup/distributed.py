@@ -46,10 +46,8 @@ def local_device(named: torch.device) -> torch.device:
     if named.type != "cuda" or named.index is not None or place is None:
         return named
     if int(place) >= torch.cuda.device_count():
-        raise ValueError(
-            f"process {place} of this machine has no GPU, as there are {torch.cuda.device_count()}: start one process "
-            "per GPU (--nproc-per-node)"
-        )
+        problem = f"process {place} of this machine has no GPU, as there are {torch.cuda.device_count()}"
+        raise ValueError(f"{problem}: start one process per GPU (--nproc-per-node)")
     return torch.device("cuda", int(place))
 
 
@@ -65,10 +63,8 @@ def process_group(device: torch.device) -> Iterator[World]:
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
     if not dist.is_backend_available(backend):
-        raise NotImplementedError(
-            f"several processes on {device.type} are connected by {backend}, which this PyTorch lacks: install a build "
-            "with it, or train on one device"
-        )
+        problem = f"several processes on {device.type} are connected by {backend}, which this PyTorch lacks"
+        raise NotImplementedError(f"{problem}: install a build with it, or train on one device")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     try:
@@ -78,10 +74,9 @@ def process_group(device: torch.device) -> Iterator[World]:
         # gloo raises plain RuntimeErrors whose message begins with a place in its sources.
         if not (isinstance(error, dist.DistError) or "/gloo/" in str(error)):
             raise
-        raise ConnectionError(
-            f"rank {os.environ.get('RANK')} lost the connection to the others, or waited longer than {_TIMEOUT}: "
-            f"another process ended; look for its error ({str(error).splitlines()[0]})"
-        ) from error
+        problem = f"rank {os.environ.get('RANK')} lost the connection to the others, or waited longer than {_TIMEOUT}"
+        hint = f"another process ended; look for its error ({str(error).splitlines()[0]})"
+        raise ConnectionError(f"{problem}: {hint}") from error
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -38,13 +38,11 @@ def build(
     given: dict[str, Any] = {"in_shape": in_shape, "classes": classes, "hidden": hidden, "batchnorm": batchnorm}
     given |= {"mean": mean, "std": std} | ({} if width is None else {"width": width})
     factory = find_factory(name)
-    if name in MODELS and len(in_shape) != 3:
-        raise ValueError(
-            f"the network {name} needs images (channels, height, width), and the dataset's inputs have shape "
-            f"{tuple(in_shape)}: name a network for them, --model file.py:factory, where factory(in_shape, classes) "
-            "returns an nn.Module"
-        )
     if name in MODELS:
+        if len(in_shape) != 3:
+            needed = f"images (channels, height, width), and the dataset's inputs have shape {tuple(in_shape)}"
+            advice = "--model file.py:factory, where factory(in_shape, classes) returns an nn.Module"
+            raise ValueError(f"the network {name} needs {needed}: name a network for them, {advice}")
         return factory(**given)
     model = _made(factory, name, {**given, "num_classes": classes})
     _check_output(model, name, in_shape, classes)
@@ -74,10 +72,8 @@ def find_factory(name: str, makes: str = "network") -> Callable[..., Any]:
     except AttributeError as error:
         raise ImportError(f"{where} has no {inner!r}, named by the {makes} {name!r}: name a function in it") from error
     if isinstance(factory, nn.Module) or not callable(factory):
-        raise TypeError(
-            f"{name!r} is of type {type(factory).__name__}, and every run needs a fresh {makes}: name a function or "
-            "class that makes one"
-        )
+        problem = f"{name!r} is of type {type(factory).__name__}, and every run needs a fresh {makes}"
+        raise TypeError(f"{problem}: name a function or class that makes one")
     return factory
 
 
@@ -106,10 +102,9 @@ def _made(factory: Callable[..., Any], name: str, given: dict[str, Any]) -> nn.M
     try:
         signature.bind(**arguments)
     except TypeError as error:
-        raise TypeError(
-            f"the factory {name!r} cannot be called ({error}): it may have the parameters in_shape, classes or "
-            "num_classes, width (only if set), hidden, batchnorm, mean and std. Give any other parameter a default"
-        ) from error
+        known = "in_shape, classes or num_classes, width (only if set), hidden, batchnorm, mean and std"
+        advice = f"it may have the parameters {known}. Give any other parameter a default"
+        raise TypeError(f"the factory {name!r} cannot be called ({error}): {advice}") from error
     model = factory(**arguments)
     if not isinstance(model, nn.Module):
         found = type(model).__name__
@@ -133,7 +128,6 @@ def _check_output(model: nn.Module, name: str, in_shape: tuple[int, ...], classe
             module.training = training
     if not isinstance(output, Tensor) or output.shape != (2, classes):
         found = tuple(output.shape) if isinstance(output, Tensor) else f"of type {type(output).__name__}"
-        raise ValueError(
-            f"the dataset has {classes} classes, the network's output is {found}, and training needs a score per "
-            f"class: make {name!r} return a tensor of shape (batch, {classes}), or let it take classes"
-        )
+        problem = f"the dataset has {classes} classes, the network's output is {found}"
+        advice = f"make {name!r} return a tensor of shape (batch, {classes}), or let it take classes"
+        raise ValueError(f"{problem}, and training needs a score per class: {advice}")

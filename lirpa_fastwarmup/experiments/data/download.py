@@ -40,9 +40,8 @@ def dataset_folder(dataset: str, data_dir: Path | None = None) -> Path:
 
 def missing_files(title: str, names: Sequence[str], folder: Path) -> FileNotFoundError:
     """The error for a dataset ``title`` whose files ``names`` are not in ``folder``."""
-    return FileNotFoundError(
-        f"{title} needs {', '.join(names)} in {folder}: put the missing files there, or pass their folder as --data-dir"
-    )
+    advice = "put the missing files there, or pass their folder as --data-dir"
+    return FileNotFoundError(f"{title} needs {', '.join(names)} in {folder}: {advice}")
 
 
 def download(title: str, sources: Sequence[Source], folder: Path) -> None:
