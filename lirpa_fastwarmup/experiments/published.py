@@ -42,10 +42,6 @@ def _row(name: str, eps: float, **wanted: str) -> dict[str, str] | None:
     return next((row for row in rows if abs(float(Fraction(row["eps"])) - eps) <= _SAME * eps), None)
 
 
-def _problems(name: str, **wanted: str) -> str:
-    return ", ".join(f"{row['dataset']} at {row['eps']}" for row in _rows(name, **wanted))
-
-
 def _values(row: dict[str, str]) -> dict[str, Any]:
     """The settings in a row; its other cells are their problem and their source."""
     names = row.keys() - {"method", "dataset", "eps", "source"}
@@ -60,16 +56,16 @@ def loss_settings(method: str, dataset: str, eps: float) -> Published | None:
     return Published(_values(row), _SOURCES[row["source"]])
 
 
-def known_problems(method: str) -> str:
-    """The datasets and radii for which settings of ``method`` were published, as text."""
-    return _problems("published", method=method)
+def known_problems(name: str, **wanted: str) -> str:
+    """The datasets and radii for which the table ``name`` has rows with the ``wanted`` cells, as text."""
+    return ", ".join(f"{row['dataset']} at {row['eps']}" for row in _rows(name, **wanted))
 
 
 def ctbench_schedule(method: str, dataset: str, eps: float) -> Published:
     """CTBench's epochs, ramp, learning rate and averages for a problem; raises ValueError if it has none."""
     row = _row("schedules", eps, dataset=dataset)
     if row is None:
-        problem = f"CTBench has no schedule for {dataset} at ε = {eps:g}, only for {_problems('schedules')}"
+        problem = f"CTBench has no schedule for {dataset} at ε = {eps:g}, only for {known_problems('schedules')}"
         options = "--epochs, --ramp-length and --lr-milestones where the preset's do not suit you"
         raise ValueError(f"{problem}: leave --schedule ctbench out, and set {options}")
     found = _values(row) | {"precise_bn": True, "schedule": "smoothed"}

@@ -167,8 +167,7 @@ class Settings:
         for name, kind in get_type_hints(type(self)).items():
             value = getattr(self, name)
             if not _is_a(value, kind):
-                expected = getattr(kind, "__name__", str(kind))
-                raise TypeError(f"{name} must be of type {expected}; found {value!r}")
+                raise TypeError(f"{name} must be of type {getattr(kind, '__name__', kind)}; found {value!r}")
             if get_origin(kind) is Literal and value not in get_args(kind):
                 raise ValueError(f"unknown {name} {value!r}; known are {', '.join(get_args(kind))}")
         for names, condition, holds in _RANGES:
@@ -192,12 +191,10 @@ class Settings:
     def _check_loss(self) -> None:
         needed, text = NEEDED.get(self.loss, (None, ""))
         if needed is not None and getattr(self, needed) is None:
-            known = published.known_problems(self.loss)
-            raise ValueError(
-                f"the loss {self.loss} needs {needed}, {text}, and nobody published one for {self.dataset} at ε = "
-                f"{self.eps:g}: give --{needed}. Published settings exist for {known}; large radii went with values "
-                "near 0.5 to 0.9, small ones with 0.01 to 0.1"
-            )
+            problem = f"nobody published one for {self.dataset} at ε = {self.eps:g}: give --{needed}"
+            known = f"Published settings exist for {published.known_problems('published', method=self.loss)}"
+            hint = "large radii went with values near 0.5 to 0.9, small ones with 0.01 to 0.1"
+            raise ValueError(f"the loss {self.loss} needs {needed}, {text}, and {problem}. {known}; {hint}")
         if given := [name for name in ("alpha", "ratio") if name != needed and getattr(self, name) is not None]:
             raise ValueError(f"the loss {self.loss} has no {' and no '.join(given)}: choose one that has, with --loss")
 
@@ -214,16 +211,14 @@ class Settings:
             raise ValueError(f"unknown method {method!r}; known are {', '.join(METHODS)}")
         objective = {name for one in METHODS.values() for name in one} | set(_OF_LOSSES)
         defaults = {field.name: field.default for field in dataclasses.fields(self) if field.name in objective}
-        problem = changes.get("dataset", self.dataset), changes.get("eps", self.eps)
-        found = published.loss_settings(method, *problem)
+        found = published.loss_settings(method, changes.get("dataset", self.dataset), changes.get("eps", self.eps))
         values = {**defaults, **METHODS[method], **(found.settings if found else {}), "method": method}
         return self.replace(**{**values, **changes})
 
     def as_dict(self) -> dict[str, Any]:
         """The settings as plain values, for JSON and checkpoints."""
-        data_dir = None if self.data_dir is None else str(self.data_dir)
         lists = {name: list(value) for name, value in vars(self).items() if isinstance(value, tuple)}
-        return {**vars(self), **lists, "data_dir": data_dir}
+        return {**vars(self), **lists, "data_dir": None if self.data_dir is None else str(self.data_dir)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Settings:
