@@ -37,12 +37,11 @@ def load(data_dir: Path | None = None) -> Dataset:
             raise ValueError(f"{path} holds {len(whole)} sample, and a training and a test set need one each")
         train, test = held_out(whole, -(-len(whole) // _TEST_PART), seed=0)
         return _dataset(path.stem, train, test, _range(found))
-    present = (suffix for suffix in READERS if any((path / f"{name}{suffix}").is_file() for name in ("train", "test")))
-    suffix = next(present, ".npz")
-    files = [path / f"{name}{suffix}" for name in ("train", "test")]
+    pairs = [[path / f"{name}{suffix}" for name in ("train", "test")] for suffix in READERS]
+    files = next((pair for pair in pairs if any(file.is_file() for file in pair)), pairs[0])
     if missing := [file.name for file in files if not file.is_file()]:
         raise missing_files(f"a dataset of {', '.join(READERS)} files", missing, path)
-    found, other = map(READERS[suffix], files)
+    found, other = (READERS[file.suffix](file) for file in files)
     if found.get("columns") != other.get("columns"):
         raise ValueError(f"{files[0]} has the columns {found['columns']}, and {files[1]} {other['columns']}, in order")
     return _dataset(path.resolve().name, _split(found, files[0]), _split(other, files[1]), _range(found))

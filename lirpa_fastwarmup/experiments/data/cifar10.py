@@ -80,13 +80,11 @@ def _encode(text: str, encoding: str) -> bytes:
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Reads uint8 arrays and plain values, and refuses any other function or class that a pickle names.
-
-    Functions of numpy are replaced, too: they crash the process on invalid array states.
-    """
+    """Reads uint8 arrays and plain values, and refuses any other function or class that a pickle names."""
 
     def find_class(self, module: str, name: str) -> Any:
         module = module.replace("numpy._core", "numpy.core")  # Its name in numpy 2.
+        # Functions of numpy are replaced, too: they crash the process on invalid array states.
         allowed = {
             ("_codecs", "encode"): _encode,
             ("numpy", "dtype"): _Type,

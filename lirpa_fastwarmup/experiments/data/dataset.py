@@ -57,7 +57,7 @@ class Split:
         return Split(self.images.to(device), self.labels.to(device))
 
     def take(self, indices: Tensor) -> Split:
-        """The samples at ``indices``, in that order."""
+        """The samples at ``indices``, on the CPU or the samples' device, in that order."""
         return Split(self.images[indices], self.labels[indices])
 
 
@@ -110,13 +110,11 @@ class Dataset:
 
 def check_labels(labels: np.ndarray, count: int, classes: int, path: Path | str) -> Tensor:
     """The labels of ``count`` samples, read from ``path``, checked."""
-    found, ends = f"{labels.dtype} {labels.shape}", list[int]()
-    if labels.dtype.kind in "iu" and labels.shape == (count,) and count > 0:
-        ends = [int(labels.min()), int(labels.max())]
-        found += " from {} to {}".format(*ends)
-    if not ends or ends[0] < 0 or ends[1] >= classes:
+    whole = labels.dtype.kind in "iu" and labels.shape == (count,) and count > 0
+    if not whole or not 0 <= int(labels.min()) <= int(labels.max()) < classes:
         expected = f"integer labels from 0 to {classes - 1}, one for each of {count} samples"
-        raise CorruptFileError(f"{path} should contain {expected}; found {found}")
+        ends = f" from {labels.min()} to {labels.max()}" if whole else ""
+        raise CorruptFileError(f"{path} should contain {expected}; found {labels.dtype} {labels.shape}{ends}")
     return torch.from_numpy(labels.astype(np.int64))
 
 
@@ -125,7 +123,7 @@ def limited(split: Split, count: int, *, seed: int) -> Split:
     if not 1 <= count <= len(split):
         raise ValueError(f"the training set has {len(split)} samples; cannot limit it to {count}")
     order = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))
-    return split.take(order[:count].to(split.labels.device))
+    return split.take(order[:count])
 
 
 def held_out(split: Split, count: int, *, seed: int) -> tuple[Split, Split]:
@@ -133,13 +131,12 @@ def held_out(split: Split, count: int, *, seed: int) -> tuple[Split, Split]:
     if not 1 <= count < len(split):
         raise ValueError(f"the training set has {len(split)} samples; cannot hold out {count} of them")
     order = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed_of(seed, _HELD_OUT)))
-    order = order.to(split.labels.device)
     return split.take(order[count:]), split.take(order[:count])
 
 
 def spread(split: Split, count: int) -> Split:
     """``count`` evenly spaced samples of ``split``, which may be sorted by class; all samples if it has fewer."""
-    return split.take(spread_indices(len(split), count).to(split.labels.device))
+    return split.take(spread_indices(len(split), count))
 
 
 def spread_indices(length: int, count: int) -> Tensor:
