@@ -26,9 +26,8 @@ def _report(options: argparse.Namespace) -> int:
     for record, folder in zip(records, options.folders, strict=True):
         if names.count(record.name) > 1:
             record.name = str(folder)
-    page = render(records)
     with make_folder(out.parent):
-        write_atomically(out, page.encode())
+        write_atomically(out, render(records).encode())
     for text in (text for record in records for text in record.missing):
         print(f"left out: {text}")
     print(f"written to {out}")

@@ -137,5 +137,4 @@ def _subject(network: nn.Module, name: str, dataset: data.Dataset, eps: float | 
     if outputs.shape != (len(example), classes):
         found = f"{dataset.name} has labels of {classes} classes, and the network {name} gives {tuple(outputs.shape)}"
         raise ValueError(f"{found} for {len(example)} sample(s): a certificate needs one score per class")
-    given = (dataset.test, classes, dataset.input_range, eps, untested)
-    return Subject(network, name, dataset.name, example, *given)
+    return Subject(network, name, dataset.name, example, dataset.test, classes, dataset.input_range, eps, untested)

@@ -16,7 +16,7 @@ import lirpa_fastwarmup as fw
 from lirpa_fastwarmup.boxes import check_radius
 from lirpa_fastwarmup.cli.options import device_named, number
 from lirpa_fastwarmup.cli.subject import Subject, add_arguments, check_named, subject_of
-from lirpa_fastwarmup.distributed import World, local_device, process_group, rank_zero_first
+from lirpa_fastwarmup.distributed import local_device, process_group, rank_zero_first, world
 from lirpa_fastwarmup.experiments.data import Batches, spread_indices
 from lirpa_fastwarmup.verification import ABCrown, Journal, UnsoundBoundError, certified_radii, verify
 from lirpa_fastwarmup.verification.certify import NAMES, method_named
@@ -77,12 +77,11 @@ def _verify(options: argparse.Namespace) -> int:
         radii = options.eps or ([] if options.radius else [subject.eps])
         if None in radii:
             raise ValueError("name the radius to certify, --eps 8/255, or ask for the largest one with --radius")
-        return _run(options, subject, radii, out, device, ranks)
+        return _run(options, subject, radii, out, device)
 
 
-def _run(
-    options: argparse.Namespace, subject: Subject, radii: Sequence[float], out: Path, device: torch.device, ranks: World
-) -> int:
+def _run(options: argparse.Namespace, subject: Subject, radii: Sequence[float], out: Path, device: torch.device) -> int:
+    ranks = world()
     network, example = subject.network.to(device), subject.example.to(device)
     bounded = fw.BoundedModule(network, example, allow_untested=subject.allow_untested).eval()
     total, limit = len(subject.samples), options.limit

@@ -159,15 +159,12 @@ def _saved_settings(folder: Path, model: _SavedModel) -> dict[str, Any]:
 
 def certified_samples(path: Path, eps: float) -> tuple[float, list[Sample]]:
     """The samples with a margin in ``certificates.csv`` at ``eps``, or else at the smallest radius, and that radius."""
-    needed = ("index", "label", "prediction", "margin_lower_bound", "eps")
-    rows = [row for row in read_csv(path, needed, "certificates") if row["margin_lower_bound"]]
+    whole, margin = ("index", "label", "prediction"), "margin_lower_bound"
+    rows = [row for row in read_csv(path, (*whole, margin, "eps"), "certificates") if row[margin]]
     with refused(f"{path} cannot be read as certificates", ValueError):
         chosen = min((float(row["eps"]) for row in rows), key=lambda one: (abs(one - eps) > _SAME, one), default=eps)
-        samples = [
-            Sample(int(row["index"]), int(row["label"]), int(row["prediction"]), float(row["margin_lower_bound"]))
-            for row in rows
-            if float(row["eps"]) == chosen
-        ]
+        rows = [row for row in rows if float(row["eps"]) == chosen]
+        samples = [Sample(**{name: int(row[name]) for name in whole}, margin=float(row[margin])) for row in rows]
     return chosen, sorted(samples, key=attrgetter("margin"))
 
 
@@ -192,8 +189,7 @@ def _inspect_network(record: RunRecord, model: _SavedModel, data_dir: Path | Non
         return
     if dataset.test.images.dtype != torch.uint8:  # No pictures.
         return
-    few = len(record.samples) <= 2 * _SHOWN
-    for sample in record.samples if few else [*record.samples[:_SHOWN], *record.samples[-_SHOWN:]]:
+    for sample in (*record.samples[:_SHOWN], *record.samples[_SHOWN:][-_SHOWN:]):
         pixels = dataset.test.images[sample.index]
         pixels = pixels if len(pixels) in (1, 3) else pixels[:1]  # Neither grey nor RGB: the first channel.
         record.images.append((sample, pixels.permute(1, 2, 0).numpy()))
