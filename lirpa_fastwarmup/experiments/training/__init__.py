@@ -1,7 +1,5 @@
 """Training runs. Names load on first use: most of their modules import PyTorch and the engine."""
 
-from __future__ import annotations
-
 import importlib
 from typing import TYPE_CHECKING, Any
 

@@ -56,7 +56,11 @@ def build_run(settings: Settings, device: torch.device) -> Run:
     models.find_factory(settings.model)  # Before anything is downloaded.
     with rank_zero_first():  # Rank 0 downloads and unpacks.
         dataset = data.load(settings.dataset, settings.data_dir, settings.input_range)
-    train, held_out = _training_samples(settings, dataset)
+    train, held_out = dataset.train, None
+    if settings.data_limit is not None:
+        train = data.limited(train, settings.data_limit, seed=settings.seed)
+    if settings.validation:
+        train, held_out = data.held_out(train, settings.validation, seed=settings.seed)
     input_range = tree_map_only(torch.Tensor, lambda end: end.to(device), dataset.input_range)
     train_batches = _training_batches(settings, data.place(train, device), device)
     architecture = {name: getattr(settings, name) for name in ("model", "width", "hidden", "batchnorm")}
@@ -88,13 +92,6 @@ def build_run(settings: Settings, device: torch.device) -> Run:
     )
 
 
-def _training_samples(settings: Settings, dataset: data.Dataset) -> tuple[data.Split, data.Split | None]:
-    samples = dataset.train
-    if settings.data_limit is not None:
-        samples = data.limited(samples, settings.data_limit, seed=settings.seed)
-    return data.held_out(samples, settings.validation, seed=settings.seed) if settings.validation else (samples, None)
-
-
 def _training_batches(settings: Settings, samples: data.Split, device: torch.device) -> data.Batches:
     augment = None
     if settings.flip or settings.crop_padding:
@@ -117,16 +114,13 @@ def _bounded(settings: Settings, model: nn.Module, in_shape: tuple[int, ...]) ->
     return BoundedModule(model, example, allow_untested=settings.allow_untested)
 
 
-def _objective(
-    settings: Settings, bounded: BoundedModule, input_range: InputRange | None, steps_per_epoch: int
-) -> ShortWarmup:
+def _objective(settings: Settings, bounded: BoundedModule, input_range: InputRange | None, batches: int) -> ShortWarmup:
     eps = settings.eps * settings.train_eps_factor
-    schedule = SCHEDULES[settings.schedule](eps, settings.ramp_start, settings.ramp_length, steps_per_epoch)
     penalties = {"relu_stability": settings.stability_weight, "weight_l1": settings.l1_weight}
     penalties["volume"] = settings.volume_weight
     return ShortWarmup(
         bounded,
-        schedule,
+        SCHEDULES[settings.schedule](eps, settings.ramp_start, settings.ramp_length, batches),
         input_range=input_range,
         loss=_loss(settings),
         **{name: getattr(settings, name) for name in ("kappa", "reg_weight", "tol", "compile")},

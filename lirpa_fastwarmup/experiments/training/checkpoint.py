@@ -37,11 +37,10 @@ def claimed(folder: Path, *, overwrite: bool) -> Iterator[None]:
         yield
 
 
-def remove(folder: Path, *patterns: str) -> None:
-    """Remove the files of an earlier run in ``folder`` that match ``patterns``."""
-    for pattern in patterns:
-        for path in folder.glob(pattern):
-            path.unlink()
+def remove(folder: Path, *names: str) -> None:
+    """Remove the files of an earlier run in ``folder``."""
+    for name in names:
+        (folder / name).unlink(missing_ok=True)
 
 
 def save(folder: Path, run: build.Run, position: loop.Position, *, fresh: bool) -> None:

@@ -37,8 +37,7 @@ class StopRequest:
 def handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
     """Let ``handler`` handle SIGINT and SIGTERM within the block, if this is the main thread."""
     # Python delivers signals to the main thread only, and lets only that thread set handlers.
-    is_main = threading.current_thread() is threading.main_thread()
-    numbers = (signal.SIGINT, signal.SIGTERM) if is_main else ()
+    numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
     before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield

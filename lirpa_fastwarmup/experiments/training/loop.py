@@ -39,8 +39,7 @@ class Position:
 
 def learning_rate(settings: Settings, epoch: int) -> float:
     """The learning rate of an epoch, counted from 1."""
-    passed = sum(epoch > milestone for milestone in settings.lr_milestones)
-    return math.prod([settings.lr_factor] * passed, start=settings.lr)
+    return math.prod((settings.lr_factor for passed in settings.lr_milestones if epoch > passed), start=settings.lr)
 
 
 def train_epoch(run: build.Run, position: Position, progress: Progress, stop: interrupt.StopRequest) -> None:

@@ -33,8 +33,7 @@ class EpochMeans:
 
     def __init__(self, device: torch.device, terms: Sequence[str] = ()) -> None:
         self._names = list(dict.fromkeys((*_ALWAYS, *terms)))
-        # Their sums, and the counts of samples.
-        self._totals = torch.zeros(2, len(self._names), device=device, dtype=torch.float64)
+        self._totals = torch.zeros(2, len(self._names), device=device, dtype=torch.float64)  # Sums and sample counts.
 
     def add(self, step: StepLoss, count: int) -> None:
         """Add a step over ``count`` samples."""
