@@ -62,11 +62,9 @@ def find_factory(name: str, makes: str = "network") -> Callable[..., Any]:
     try:
         factory: Any = _imported_file(Path(source)) if is_file else importlib.import_module(source)
     except Exception as error:  # The user's code may raise anything on import, even a syntax error.
-        raise ImportError(
-            f"{where} of the {makes} {name!r} cannot be imported ({type(error).__name__}: {error}). Write a module "
-            "with dots, from a folder on Python's path, and a file as its path from the current folder, and check that "
-            "it can be imported by itself"
-        ) from error
+        problem = f"{where} of the {makes} {name!r} cannot be imported ({type(error).__name__}: {error})"
+        forms = "a module with dots, from a folder on Python's path, and a file as its path from the current folder"
+        raise ImportError(f"{problem}. Write {forms}, and check that it can be imported by itself") from error
     try:
         factory = operator.attrgetter(inner)(factory)
     except AttributeError as error:
@@ -119,10 +117,9 @@ def _check_output(model: nn.Module, name: str, in_shape: tuple[int, ...], classe
         with torch.random.fork_rng(devices=[]):
             output = model.eval()(torch.zeros(2, *in_shape))
     except Exception as error:
-        raise ValueError(
-            f"the network {name!r} cannot be run on a batch of two inputs of shape {tuple(in_shape)}, the dataset's "
-            f"({type(error).__name__}: {error}): let the factory take in_shape, or fit it to these inputs"
-        ) from error
+        batch = f"a batch of two inputs of shape {tuple(in_shape)}, the dataset's ({type(error).__name__}: {error})"
+        advice = "let the factory take in_shape, or fit it to these inputs"
+        raise ValueError(f"the network {name!r} cannot be run on {batch}: {advice}") from error
     finally:
         for module, training in modes:
             module.training = training
