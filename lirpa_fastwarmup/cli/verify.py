@@ -81,14 +81,13 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _run(options: argparse.Namespace, subject: Subject, radii: Sequence[float], out: Path, device: torch.device) -> int:
-    ranks = world()
-    network, example = subject.network.to(device), subject.example.to(device)
-    bounded = fw.BoundedModule(network, example, allow_untested=subject.allow_untested).eval()
-    total, limit = len(subject.samples), options.limit
+    ranks, total, limit = world(), len(subject.samples), options.limit
     if limit is not None and not 1 <= limit <= total:
         raise ValueError(f"the test set of {subject.dataset} has {total} samples; cannot take {limit}")
     indices = spread_indices(total, limit or total)
     chosen = subject.samples if limit is None else subject.samples.take(indices)
+    network, example = subject.network.to(device), subject.example.to(device)
+    bounded = fw.BoundedModule(network, example, allow_untested=subject.allow_untested).eval()
     samples, journal = Batches(chosen, options.batch_size), Journal.of_rank(out / JOURNAL)
     plan = {name: getattr(options, name) for name in ("methods", "pgd_steps", "seed")}
     given = {**plan, "restarts": options.pgd_restarts, "batch_size": options.batch_size, "journal": journal}
