@@ -5,7 +5,7 @@ import inspect
 import io
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from lirpa_fastwarmup.boxes import box_ends, check_eps, check_pair, inputs_error
 from lirpa_fastwarmup.engine.compat import engine
 from lirpa_fastwarmup.engine.graph import read_graph
 from lirpa_fastwarmup.engine.inputs import Inputs, Layout, bounded_tensor
+from lirpa_fastwarmup.engine.margins import is_large, margins_one_by_one
 from lirpa_fastwarmup.engine.module import BoundedModule
 from lirpa_fastwarmup.engine.precision import temporarily
 
@@ -110,8 +111,14 @@ def ibp_margin_bounds(
     """
     boxes = box if isinstance(box, tuple) else (box,)
     dtype = next(x.dtype for x in boxes if x.is_floating_point())
-    rows = _margins(labels, classes, dtype)
-    lower, upper = bounded.compute_bounds(x=boxes, C=rows, method="IBP", reuse_statistics=reuse_statistics)
+    last = bounded.final_node()
+    if is_large(last, len(labels)):
+        rows = torch.empty((), dtype=dtype, device=labels.device).expand(len(labels), classes, classes)  # Not read.
+        layer: AbstractContextManager[None] = margins_one_by_one(last, labels)
+    else:
+        rows, layer = _margins(labels, classes, dtype), nullcontext()
+    with layer:
+        lower, upper = bounded.compute_bounds(x=boxes, C=rows, method="IBP", reuse_statistics=reuse_statistics)
     others = other_classes(labels, classes)
     return lower.gather(1, others), upper.gather(1, others)
 

@@ -1,0 +1,101 @@
+"""IBP bounds on a last layer's margins z_y − z_j for many classes, without an array (batch, classes, features).
+
+For the weights W of a layer, its input's centre m and radius r, the margins have the centre (W_y − W_j)·m and the
+radius |W_y − W_j|·r (Gowal et al., 2018, section 3). They are computed for one sample after the other, in the same
+memory: an array for the whole batch does not fit into a cache.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lirpa_fastwarmup.engine.compat import engine
+from lirpa_fastwarmup.engine.precision import temporarily
+
+_Linear: Any = engine.bound_general.BoundLinear
+_MANY = 2**22  # Elements of the array for the whole batch from which on this is faster.
+
+
+@torch.library.custom_op("lirpa_fastwarmup::margins", mutates_args=())
+def _margins(weight: Tensor, centre: Tensor, radius: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Centres and radii of the margins, (batch, classes)."""
+    centres, radii = (centre.new_empty(len(labels), len(weight)) for _ in range(2))
+    differences = torch.empty_like(weight)
+    for sample, own in enumerate(weight[labels]):
+        torch.sub(own, weight, out=differences)
+        torch.mv(differences, centre[sample], out=centres[sample])
+        torch.mv(differences.abs_(), radius[sample], out=radii[sample])
+    return centres, radii
+
+
+@torch.library.custom_op("lirpa_fastwarmup::margins_backward", mutates_args=())
+def _radii_backward(grad: Tensor, weight: Tensor, radius: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of the radii with respect to ``weight`` and ``radius``, from that with respect to the radii."""
+    of_weight, of_radius, of_own = torch.zeros_like(weight), torch.empty_like(radius), torch.empty_like(radius)
+    differences, signs = torch.empty_like(weight), torch.empty_like(weight)
+    for sample, own in enumerate(weight[labels]):
+        torch.sub(own, weight, out=differences)
+        torch.sign(differences, out=signs)
+        torch.mv(differences.abs_().t(), grad[sample], out=of_radius[sample])
+        torch.mv(signs.t(), grad[sample], out=of_own[sample])
+        of_weight.addcmul_(signs.mul_(grad[sample].unsqueeze(1)), radius[sample], value=-1)
+    return of_weight.index_add_(0, labels, of_own * radius), of_radius
+
+
+@_margins.register_fake
+def _(weight: Tensor, centre: Tensor, radius: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    return centre.new_empty(len(labels), len(weight)), centre.new_empty(len(labels), len(weight))
+
+
+@_radii_backward.register_fake
+def _(grad: Tensor, weight: Tensor, radius: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(weight), torch.empty_like(radius)
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, ...], output: Any) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, grad: Tensor, grad_of_radii: Tensor) -> tuple[Tensor | None, ...]:
+    weight, centre, radius, labels = ctx.saved_tensors
+    # Of the difference of two logits: each one's own gradient, and minus that of the others.
+    logits = (-grad).scatter_add(1, labels.unsqueeze(1), grad.sum(1, keepdim=True))
+    of_weight, of_radius = _radii_backward(grad_of_radii.contiguous(), weight, radius, labels)
+    return of_weight + logits.t() @ centre, logits @ weight, of_radius, None
+
+
+_margins.register_autograd(_backward, setup_context=_save)
+
+
+class MarginLinear(_Linear):
+    """A last layer whose margin matrix is not formed; ``labels`` are its classes y."""
+
+    labels: Tensor
+
+    def interval_propagate(self, *v: Any, C: Any = None) -> tuple[Tensor, Tensor]:
+        (low, weight, *bias), (high, *_) = (self._preprocess(*ends) for ends in zip(*v, strict=True))
+        centres, radii = _margins(weight, (low + high) / 2, (high - low) / 2, self.labels)
+        if bias and bias[0] is not None:
+            centres = centres + (bias[0].index_select(0, self.labels).unsqueeze(1) - bias[0])
+        return centres - radii, centres + radii
+
+
+def is_large(node: Any, batch: int) -> bool:
+    """Whether ``node`` is a layer whose margins a :class:`MarginLinear` bounds faster."""
+    if type(node) is not _Linear or node.is_input_perturbed(1):
+        return False
+    return batch * node.output_shape[-1] * node.inputs[0].output_shape[-1] > _MANY
+
+
+@contextmanager
+def margins_one_by_one(layer: Any, labels: Tensor) -> Iterator[None]:
+    """Let ``layer`` be a :class:`MarginLinear` in the block."""
+    layer.labels = labels
+    try:
+        with temporarily([layer], "__class__", MarginLinear):
+            yield
+    finally:
+        del layer.labels
