@@ -15,7 +15,7 @@ from lirpa_fastwarmup import cli
 from lirpa_fastwarmup.engine.precision import products_in_tf32
 from lirpa_fastwarmup.experiments import data
 from lirpa_fastwarmup.experiments.presets import preset
-from lirpa_fastwarmup.experiments.training import METHODS, load_model, train
+from lirpa_fastwarmup.experiments.training import METHODS, autocompile, load_model, resume, train
 from lirpa_fastwarmup.experiments.training.build import build_run
 from lirpa_fastwarmup.experiments.training.interrupt import StopRequest
 from lirpa_fastwarmup.experiments.training.loop import Position, train_epoch
@@ -415,6 +415,44 @@ def test_only_whole_batches_of_a_run_are_compiled(tmp_path, monkeypatch):
     assert len(run.objective._compiled._steps) == 1
     run, _ = one_epoch(SMALL.replace(compile=True, data_limit=60, accumulate=2), tmp_path)  # 24, 24, 6 and 6.
     assert len(run.objective._compiled._steps) == 1
+
+
+def phases_chosen(monkeypatch, seconds, **changes):
+    monkeypatch.setattr(autocompile, "_eager_seconds", lambda run: seconds)
+    return autocompile.phases_that_pay(build_run(SMALL.replace(**changes), CPU))
+
+
+def test_the_phases_that_repay_it_are_compiled(monkeypatch):
+    length = {"epochs": 20, "ramp_start": 2, "ramp_length": 5}  # Of 1, 5 and 14 epochs, each of two steps.
+    assert phases_chosen(monkeypatch, 1e-3, **length) == ()
+    assert phases_chosen(monkeypatch, 20.0, **length) == ("in the ramp", "at full ε")
+    assert phases_chosen(monkeypatch, 1e3, **length) == ("before the ramp", "in the ramp", "at full ε")
+    assert phases_chosen(monkeypatch, 1e3, epochs=1, ramp_start=2) == ("before the ramp",)
+    assert phases_chosen(monkeypatch, 9.0, epochs=3, ramp_start=1, ramp_length=9) == ()  # 16 s less 25 s.
+
+
+def test_the_choice_changes_nothing_else_and_is_kept(tmp_path, monkeypatch):
+    attacked = SMALL.with_method("mtl-ibp", alpha=0.3)  # Whose random starts must be the same.
+    chosen = train(attacked, tmp_path / "auto")
+    eager = train(attacked.replace(compile=False), tmp_path / "eager")
+    assert chosen["weights"] == eager["weights"]
+    assert chosen["settings"]["compiled_phases"] == []
+    monkeypatch.setattr(CompiledSteps.__init__, "__kwdefaults__", {"batch_size": None, "backend": "eager"})
+    monkeypatch.setattr(autocompile, "_eager_seconds", lambda run: 1e3)
+    longer = attacked.replace(epochs=2)
+    train(longer, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        train(longer, tmp_path / "parts", progress=StopAfterFirstEpoch())
+    monkeypatch.setattr(autocompile, "_eager_seconds", lambda run: pytest.fail("measured again"))
+    resumed = resume(tmp_path / "parts")
+    assert resumed["settings"]["compiled_phases"] == ["in the ramp", "at full ε"]
+    assert resumed["weights"] == read_json(tmp_path / "whole" / "summary.json")["weights"]
+
+
+class StopAfterFirstEpoch(Progress):
+    def epoch_started(self, epoch, batches, done):
+        if epoch == 2:
+            raise KeyboardInterrupt
 
 
 def test_files_of_a_network_with_untested_operators_say_so(own_networks, capsys):

@@ -32,7 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     level = logging.WARNING if rank in (None, "0") else logging.ERROR
     logging.basicConfig(format="%(levelname)s: %(message)s", level=level, stream=sys.stderr)
     if level == logging.WARNING:
-        for name in (__name__, "lirpa_fastwarmup.recipe.compiled"):  # Compiling takes a minute, without other output.
+        compiling = "lirpa_fastwarmup.recipe.compiled", "lirpa_fastwarmup.experiments.training.autocompile"
+        for name in (__name__, *compiling):  # It takes a minute, without other output.
             logging.getLogger(name).setLevel(logging.INFO)
     try:
         options = _parser(arguments).parse_args(arguments)

@@ -30,7 +30,7 @@ from lirpa_fastwarmup.engine import bounds, inputs
 from lirpa_fastwarmup.engine.batchnorm import normalized_by
 
 BatchNormPolicy = Literal["clean", "running", "adversarial"]
-START, RAMP, FULL = "before the ramp", "in the ramp", "at full ε"
+PHASES = START, RAMP, FULL = "before the ramp", "in the ramp", "at full ε"
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from lirpa_fastwarmup.boxes import Epsilon
 from lirpa_fastwarmup.engine import bounds, graph, inputs, plain
 from lirpa_fastwarmup.engine.module import BoundedModule
 from lirpa_fastwarmup.recipe.compiled import CompiledSteps, scalar_like
-from lirpa_fastwarmup.recipe.losses import FULL, IBP, RAMP, START, Loss, LossStep
+from lirpa_fastwarmup.recipe.losses import FULL, IBP, PHASES, RAMP, START, Loss, LossStep
 from lirpa_fastwarmup.recipe.regularizers import BUILT_IN, Regularizer, relu_balance, tightness, undefined
 from lirpa_fastwarmup.recipe.schedule import Schedule
 
@@ -142,8 +142,9 @@ class ShortWarmup(nn.Module):
             unclipped data. For several inputs it may be a tuple of these.
         min_eps: the smallest radius while regularisers or penalties are on; float32 resolves no smaller box.
         compile: compile the training step once per batch shape and phase (before, in and after the ramp), about a
-            minute each. Only the loss has a gradient then, and your own functions must consist of tensor operations
-            that do not depend on values. If it fails, steps run eagerly, after one :class:`CompilationWarning`.
+            minute each; assign some of them to ``compiled_phases`` to compile these only. Only the loss has a gradient
+            then, and your own functions must consist of tensor operations that do not depend on values. If it fails,
+            steps run eagerly, after one :class:`CompilationWarning`.
         compile_batch_size: compile for batches of this many samples only, and run others eagerly.
         generator: source of the attack's random starts, on the inputs' device; by default that device's own.
 
@@ -227,7 +228,8 @@ class ShortWarmup(nn.Module):
             )
         self.steps_done = 0
         self._checks = ValueChecks()
-        self._compiled = CompiledSteps(bounded, self._range, batch_size=compile_batch_size) if compile else None
+        self.compiled_phases: Collection[str] = PHASES if compile else ()
+        self._compiled = CompiledSteps(bounded, self._range, batch_size=compile_batch_size)
         # Public without the underscore since PyTorch 2.5.
         self._register_load_state_dict_pre_hook(_to_registered_keys, with_module=True)
         self.training = self.model.training
@@ -273,7 +275,9 @@ class ShortWarmup(nn.Module):
         step = partial(self._compute, terms)
         attack = getattr(terms.loss, "attack", None)
         starts = () if attack is None or phase == START else (attack.starts(x, self.generator),)
-        values = self._compiled.run(step, terms.key, x, y, eps, fraction, *starts) if self._compiled else None
+        values = None
+        if phase in self.compiled_phases:
+            values = self._compiled.run(step, terms.key, x, y, eps, fraction, *starts)
         if values is None:
             values = step(bounds.input_box(x, eps, self._range), x, y, eps, fraction, *starts)
         step_loss = self._step_loss(values, eps)

@@ -156,11 +156,16 @@ class Settings:
     grad_clip: float = _setting("optimisation", "largest norm of the gradient; 0 for no limit", 10.0, "NORM")
     average_decay: float | None = _setting("optimisation", "keep an exponential average of the weights", None, "DECAY")
     swa_start: int | None = _setting("optimisation", "keep the mean of the weights from epoch N on", None, "N")
-    compile: bool = _setting("optimisation", "compile the training step, once for each phase", False)
+    compile: bool | None = _setting(
+        "optimisation", "compile the training step; if unset, in phases that repay it", None
+    )
     precision: Precision = _setting("optimisation", "precision of training; errors are in float32", "tf32")
     seed: int = _setting("optimisation", "seed of weights, sample order, augmentation and attack", 0, "N")
 
     pgd_steps: int = _setting("attack after training", "steps of PGD", 50, "N")
+    compiled_phases: tuple[str, ...] = dataclasses.field(
+        default=(), metadata={"help": "phases that the run itself chose to compile"}
+    )
     pgd_restarts: int = _setting("attack after training", "random starts of PGD; 0 for no attack", 3, "N")
 
     def __post_init__(self) -> None:
