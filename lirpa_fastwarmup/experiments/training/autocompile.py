@@ -6,7 +6,7 @@ import time
 
 import torch
 
-from lirpa_fastwarmup.distributed import broadcast
+from lirpa_fastwarmup.distributed import broadcast, world
 from lirpa_fastwarmup.engine.tracing import unchanged
 from lirpa_fastwarmup.experiments.training.build import Run
 from lirpa_fastwarmup.recipe.losses import FULL, RAMP, START
@@ -30,16 +30,15 @@ def phases_that_pay(run: Run) -> tuple[str, ...]:
     chosen = tuple(phase for phase, gain in gains.items() if gain > 0)
     if sum(gains[phase] for phase in chosen) <= _FIRST:
         chosen = ()
-    if run.world.is_rank_zero:
-        which = f"those {' and '.join(chosen)} are compiled" if chosen else "too few to repay compiling them"
-        logger.info("a training step takes %.2g s: %s (--compile or --no-compile to choose)", seconds, which)
+    which = f"those {' and '.join(chosen)} are compiled" if chosen else "too few to repay compiling them"
+    logger.info("a training step takes %.2g s: %s (--compile or --no-compile to choose)", seconds, which)
     return chosen
 
 
 def _eager_seconds(run: Run) -> float:
     """Seconds of an eager step in the ramp, forward and backward, on samples of the test set."""
     objective, settings = run.objective, run.settings
-    size = math.ceil(math.ceil(settings.batch_size / run.world.size) / settings.accumulate)
+    size = math.ceil(math.ceil(settings.batch_size / world().size) / settings.accumulate)
     x = run.inspected[torch.arange(size) % len(run.inspected)]
     y = torch.zeros(size, dtype=torch.int64, device=x.device)
     done, objective.steps_done = objective.steps_done, (settings.ramp_start - 1) * len(run.train_batches) + 1
