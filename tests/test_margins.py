@@ -103,17 +103,19 @@ def test_recorded_steps_equal_eager_ones(one_by_one, backend):
         assert torch.allclose(first.grad, second.grad, rtol=1e-4, atol=1e-6)
 
 
-def test_other_last_layers_have_the_whole_array(one_by_one):
+LAST = {"linear": nn.Linear(36, CLASSES), "no bias": nn.Linear(36, CLASSES, bias=False)}
+
+
+@pytest.mark.parametrize("last", [*LAST, "relu"])
+def test_bounds_hold_for_other_last_layers(one_by_one, last):
     x, y = batch()
-    for model in (
-        nn.Sequential(nn.Flatten(), nn.Linear(36, CLASSES, bias=False)).double(),
-        nn.Sequential(nn.Flatten(), nn.Linear(36, CLASSES), nn.ReLU()).double(),
-    ):
-        lower, upper = bounds(model, x, y)
-        assert one_by_one == []
-        own, others = (model(x).gather(1, y[:, None]), model(x))
-        attained = (own - others)[F.one_hot(y, CLASSES) == 0].view(5, -1)
-        assert bool(((lower <= attained) & (attained <= upper)).all())
+    layers = (LAST["linear"], nn.ReLU()) if last == "relu" else (LAST[last],)
+    model = nn.Sequential(nn.Flatten(), *layers).double()
+    lower, upper = bounds(model, x, y)
+    assert bool(one_by_one) is (last != "relu")
+    own, others = model(x).gather(1, y[:, None]), model(x)
+    attained = (own - others)[F.one_hot(y, CLASSES) == 0].view(5, -1)
+    assert bool(((lower <= attained) & (attained <= upper)).all())
 
 
 def test_verdicts_do_not_depend_on_it(one_by_one):

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lirpa_fastwarmup.engine.compat import engine
+from lirpa_fastwarmup.engine.compat import engine, node_classes
 from lirpa_fastwarmup.engine.precision import temporarily
 
 _Linear: Any = engine.bound_general.BoundLinear
+_WEIGHTS = node_classes("Params", "Buffers", "Constant")
 _MANY = 2**22  # Elements of the array for the whole batch from which on this is faster.
 
 
@@ -45,18 +46,8 @@ def _radii_backward(grad: Tensor, weight: Tensor, radius: Tensor, labels: Tensor
     return of_weight.index_add_(0, labels, of_own * radius), of_radius
 
 
-@_margins.register_fake
-def _(weight: Tensor, centre: Tensor, radius: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def _like_the_results(weight: Tensor, centre: Tensor, radius: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return centre.new_empty(len(labels), len(weight)), centre.new_empty(len(labels), len(weight))
-
-
-@_radii_backward.register_fake
-def _(grad: Tensor, weight: Tensor, radius: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(weight), torch.empty_like(radius)
-
-
-def _save(ctx: Any, inputs: tuple[Tensor, ...], output: Any) -> None:
-    ctx.save_for_backward(*inputs)
 
 
 def _backward(ctx: Any, grad: Tensor, grad_of_radii: Tensor) -> tuple[Tensor | None, ...]:
@@ -67,7 +58,9 @@ def _backward(ctx: Any, grad: Tensor, grad_of_radii: Tensor) -> tuple[Tensor | N
     return of_weight + logits.t() @ centre, logits @ weight, of_radius, None
 
 
-_margins.register_autograd(_backward, setup_context=_save)
+_margins.register_fake(_like_the_results)
+_margins.register_autograd(_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+_radii_backward.register_fake(lambda grad, weight, radius, labels: (torch.empty_like(weight), torch.empty_like(radius)))
 
 
 class MarginLinear(_Linear):
@@ -84,8 +77,8 @@ class MarginLinear(_Linear):
 
 
 def is_large(node: Any, batch: int) -> bool:
-    """Whether ``node`` is a layer whose margins a :class:`MarginLinear` bounds faster."""
-    if type(node) is not _Linear or node.is_input_perturbed(1):
+    """Whether ``node`` is a layer with constant weights whose margins a :class:`MarginLinear` bounds faster."""
+    if not isinstance(node, _Linear) or not isinstance(node.inputs[1], _WEIGHTS) or node.is_input_perturbed(1):
         return False
     return batch * node.output_shape[-1] * node.inputs[0].output_shape[-1] > _MANY
 
