@@ -76,9 +76,13 @@ class MarginLinear(_Linear):
         return centres - radii, centres + radii
 
 
+def _is_constant(node: Any) -> bool:
+    return isinstance(node, _WEIGHTS) or (bool(node.inputs) and all(map(_is_constant, node.inputs)))
+
+
 def is_large(node: Any, batch: int) -> bool:
     """Whether ``node`` is a layer with constant weights whose margins a :class:`MarginLinear` bounds faster."""
-    if not isinstance(node, _Linear) or not isinstance(node.inputs[1], _WEIGHTS) or node.is_input_perturbed(1):
+    if not isinstance(node, _Linear) or not _is_constant(node.inputs[1]) or node.is_input_perturbed(1):
         return False
     return batch * node.output_shape[-1] * node.inputs[0].output_shape[-1] > _MANY
 
