@@ -3,14 +3,14 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lirpa_fastwarmup.attacks import Attack, attack, random_starts
+from lirpa_fastwarmup.attacks import attack, random_starts
 from lirpa_fastwarmup.boxes import Epsilon, InputRange, box_ends, is_per_sample
 from lirpa_fastwarmup.engine import soundness
 from lirpa_fastwarmup.engine.bounds import METHODS, MarginBounds, input_box, proved
@@ -28,7 +28,6 @@ logger = logging.getLogger(__name__)
 NAMES = (*METHODS, COMPLETE)  # Cheapest first.
 # The fraction, and the least number in a batch, of samples proved before the attack that are attacked nevertheless.
 _CHECKED, _FEWEST = 0.05, 10
-_VERDICT = {True: "verified", False: "not verified"}
 
 
 @dataclass(frozen=True)
@@ -71,29 +70,22 @@ def ordered(methods: Sequence[str]) -> tuple[str, ...]:
 
 
 def attack_samples(
-    model: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    eps: Epsilon,
-    samples: Tensor,
-    plan: Plan,
-    micro_batches: MicroBatches,
-    read: Callable[[Attack], Tensor],
+    model: nn.Module, x: Tensor, y: Tensor, eps: Epsilon, samples: Tensor, plan: Plan, micro_batches: MicroBatches
 ) -> Tensor:
-    """``read`` of the attack on ``samples``, indices into the batch, in micro-batches."""
+    """The worst points that the attack finds for ``samples``, indices into the batch, in micro-batches."""
     # The starting points depend on the seed alone, so that an interrupted verification resumes with the same ones.
     starts = random_starts(x, plan.restarts, torch.Generator().manual_seed(plan.seed))
     radii = per_sample(eps, x)
     options: dict[str, Any] = {"steps": plan.pgd_steps, "restarts": plan.restarts, "input_range": plan.input_range}
 
     def attacked(some: Tensor) -> Tensor:
-        return read(attack(model, x[some], y[some], radii(some), **options, starts=starts[:, some.cpu()]))
+        return attack(model, x[some], y[some], radii(some), **options, starts=starts[:, some.cpu()]).points
 
     return micro_batches.each(attacked, samples, ATTACK)
 
 
 class _Batch:
-    """A batch in one precision, and its verdicts; ``points`` are the attack's, one for each sample."""
+    """A batch in one precision, and what is found about it; ``points`` are the attack's, one for each sample."""
 
     def __init__(
         self, network: MarginBounds, x: Tensor, y: Tensor, eps: Epsilon, plan: Plan, points: Tensor | None
@@ -111,9 +103,11 @@ class _Batch:
         self.method = torch.full_like(y, -1)  # The place in NAMES of the cheapest proof; −1 without one.
         self.outcomes: dict[int, str] = {}  # Of complete verification, by the samples' places.
         self.margin = self.x.new_full(y.shape, torch.nan)  # The largest lower bound on the smallest margin.
+        self.stages: dict[str, Stage] = {}
+        self.contradictions: list[Finding] = []
 
-    def contradiction(self, index: int, text: str) -> Finding:
-        return index, f"{text} ({str(self.x.dtype).removeprefix('torch.')})"
+    def contradict(self, index: int, text: str) -> None:
+        self.contradictions.append((index, f"{text} ({str(self.x.dtype).removeprefix('torch.')})"))
 
 
 class Certifier:
@@ -132,10 +126,9 @@ class Certifier:
         complete: CompleteVerifier | None = None,
         check: bool = True,
     ) -> None:
-        self.plan, self._bounds, self._untested = plan, tuple(bounds), bool(network.untested)
-        self._layout, self._complete = network.layout, complete
+        self.plan, self._bounds, self._network = plan, tuple(bounds), network
+        self._complete, self._checks = complete, check
         self._rigorous = RigorousMargins(network.wrapped) if plan.rigorous else None
-        self._checks = check
         self._checked: set[tuple[str, torch.dtype, bool]] = set()  # By method, precision, and whether attacked.
         self._micro_batches = plan.micro_batches()
 
@@ -145,47 +138,38 @@ class Certifier:
 
         A seeded subset of the proved ones is left out, so that :meth:`certify` attacks them too, as a check.
         """
-        result: BatchResult[Certificate] = BatchResult()
-        with exact_arithmetic(x.device):
-            batches = self._batches(x, y, eps, None, self.plan.methods[:1], result)
-            certificates = self._certificates(batches, eps)
-        proved = [one for one in certificates if one.verified]
+        result = self._certified(x, y, eps, self.plan.methods[:1], restarts=0)
+        proved = [one for one in result.certificates if one.verified]
         count = max(_FEWEST, math.ceil(_CHECKED * len(proved))) if self.plan.restarts else 0
         drawn = torch.randperm(len(proved), generator=torch.Generator().manual_seed(self.plan.seed))
         attacked = {proved[place].index for place in drawn[:count].tolist()}
-        result.certificates = [
-            one
-            for one in certificates
-            if (one.verified or not one.correct) and not one.float64 and one.index not in attacked
-        ]
+        decided = [one for one in result.certificates if (one.verified or not one.correct) and not one.float64]
+        result.certificates = [one for one in decided if one.index not in attacked]
         self._state(x, eps, result)
         return result
 
     @torch.no_grad()
     def certify(self, x: Tensor, y: Tensor, eps: Epsilon) -> BatchResult[Certificate]:
         """Attack and bound the samples ``x`` with labels ``y`` in their boxes of radius ``eps``."""
-        result: BatchResult[Certificate] = BatchResult()
-        with exact_arithmetic(x.device):
-            points = self._attack(x.to(self._bounds[0].dtype), y, eps, result) if self.plan.restarts else None
-            result.certificates = self._certificates(self._batches(x, y, eps, points, self.plan.methods, result), eps)
+        result = self._certified(x, y, eps, self.plan.methods, self.plan.restarts)
         if self.plan.screens:  # These samples count already.
             result.stages["IBP"] = Stage(seconds=result.stages["IBP"].seconds)
         self._state(x, eps, result)
         return result
 
-    def _batches(
-        self,
-        x: Tensor,
-        y: Tensor,
-        eps: Epsilon,
-        points: Tensor | None,
-        methods: Sequence[str],
-        result: BatchResult[Certificate],
-    ) -> list[_Batch]:
-        """The verdicts in each precision; of a second one, only contradictions are added to ``result``."""
-        results: list[BatchResult[Certificate]] = [result, BatchResult(contradictions=result.contradictions)]
-        batches = (_Batch(network, x, y, eps, self.plan, points) for network in self._bounds)
-        return [self._bound_all(batch, methods, one) for batch, one in zip(batches, results, strict=False)]
+    def _certified(
+        self, x: Tensor, y: Tensor, eps: Epsilon, methods: Sequence[str], restarts: int
+    ) -> BatchResult[Certificate]:
+        """The certificates by ``methods`` and an attack; of a second precision, the stages are left out."""
+        stages: dict[str, Stage] = {}
+        with exact_arithmetic(x.device):
+            points = self._attack(x.to(self._bounds[0].dtype), y, eps, stages) if restarts else None
+            batches = [_Batch(network, x, y, eps, self.plan, points) for network in self._bounds]
+            for batch in batches:
+                self._bound_all(batch, methods)
+            certificates = self._certificates(batches, eps)
+        contradictions = [one for batch in batches for one in batch.contradictions]
+        return BatchResult(certificates, stages | batches[0].stages, contradictions)
 
     def _state(self, x: Tensor, eps: Epsilon, result: BatchResult[Certificate]) -> None:
         """Add to the certificates what holds in spite of rounding, if the plan asks for it."""
@@ -195,7 +179,7 @@ class Certifier:
         proved = [place for place, one in enumerate(result.certificates) if one.verified]
         some = torch.tensor([result.certificates[place].index for place in proved], dtype=torch.int64, device=x.device)
         box = box_around(x[some], per_sample(eps, x)(some), self.plan.input_range)
-        ends = zip(self._layout.unpack(box.lower), self._layout.unpack(box.upper), strict=True)
+        ends = zip(*map(self._network.layout.unpack, (box.lower, box.upper)), strict=True)
         inputs = [Interval(low, high) if low.is_floating_point() else low for low, high in ends]
         y = torch.tensor([result.certificates[place].label for place in proved], dtype=torch.int64)
         statements = self._rigorous.statements(inputs, y) if proved else []
@@ -204,45 +188,41 @@ class Certifier:
         hits = sum(statement is not None for statement in statements)
         result.stages[RIGOROUS] = Stage(len(proved), hits, time.perf_counter() - started)
 
-    def _attack(self, x: Tensor, y: Tensor, eps: Epsilon, result: BatchResult[Certificate]) -> Tensor:
+    def _attack(self, x: Tensor, y: Tensor, eps: Epsilon, stages: dict[str, Stage]) -> Tensor:
         """The worst point found for each sample, in the first precision."""
         started = time.perf_counter()
-        model, micro_batches = self._bounds[0].model, self._micro_batches[ATTACK]
-        points = attack_samples(model, x, y, eps, _all(y), self.plan, micro_batches, lambda found: found.points)
+        model, samples = self._bounds[0].model, torch.arange(len(y), device=y.device)
+        points = attack_samples(model, x, y, eps, samples, self.plan, self._micro_batches[ATTACK])
         hits = int((model(points).argmax(1) != y).sum())
-        result.stages[ATTACK] = Stage(len(y), hits, time.perf_counter() - started)
+        stages[ATTACK] = Stage(len(y), hits, time.perf_counter() - started)
         return points
 
-    def _bound_all(self, batch: _Batch, methods: Sequence[str], result: BatchResult[Certificate]) -> _Batch:
-        """Bound ``batch`` by ``methods``; stages and contradictions are added to ``result``."""
+    def _bound_all(self, batch: _Batch, methods: Sequence[str]) -> None:
         for place, method in enumerate(methods):
             # The cheapest method also bounds falsified samples: if it proves one, its bounds are unsound.
             every = place == 0 and method != COMPLETE
-            left = _all(batch.y) if every else ((batch.method < 0) & ~batch.falsified).nonzero().squeeze(1)
+            left = (((batch.method < 0) & ~batch.falsified) | every).nonzero().squeeze(1)
             if len(left) and method == COMPLETE:
-                self._decide(batch, left, result)
+                self._decide(batch, left)
             elif len(left):
-                self._bound(batch, method, left, result)
+                self._bound(batch, method, left)
         for index in ((batch.method >= 0) & batch.falsified).nonzero().flatten().tolist():
-            text = f"is proved by {NAMES[int(batch.method[index])]} and yet misclassified at a point of its box"
-            result.contradictions.append(batch.contradiction(index, text))
-        return batch
+            method = NAMES[int(batch.method[index])]
+            batch.contradict(index, f"is proved by {method} and yet misclassified at a point of its box")
 
-    def _decide(self, batch: _Batch, samples: Tensor, result: BatchResult[Certificate]) -> None:
-        """Let α,β-CROWN decide ``samples``."""
+    def _decide(self, batch: _Batch, samples: Tensor) -> None:
         assert self._complete is not None
         started = time.perf_counter()
-        lower, upper = box_ends(batch.x[samples], batch.radii(samples), self.plan.input_range)
-        for place, index in enumerate(samples.tolist()):
-            box = lower[place].cpu(), upper[place].cpu()
-            found = self._complete.outcome(*box, int(batch.y[index]), batch.network.classes)
+        ends = box_ends(batch.x[samples], batch.radii(samples), self.plan.input_range)
+        for index, lower, upper in zip(samples.tolist(), *(end.cpu() for end in ends), strict=True):
+            found = self._complete.outcome(lower, upper, int(batch.y[index]), batch.network.classes)
             batch.outcomes[index], batch.falsified[index] = found, found == "falsified"
             if found == "certified":
                 batch.method[index] = NAMES.index(COMPLETE)
         hits = int((batch.method[samples] >= 0).sum())
-        result.stages[COMPLETE] = Stage(len(samples), hits, time.perf_counter() - started)
+        batch.stages[COMPLETE] = Stage(len(samples), hits, time.perf_counter() - started)
 
-    def _bound(self, batch: _Batch, method: str, samples: Tensor, result: BatchResult[Certificate]) -> None:
+    def _bound(self, batch: _Batch, method: str, samples: Tensor) -> None:
         """Bound the margins of ``samples`` by ``method``, and record what that proves or contradicts."""
         started = time.perf_counter()
         network, x, y = batch.network, batch.x, batch.y
@@ -254,15 +234,15 @@ class Certifier:
         proves = proved(lower)
         batch.method[samples[proves]] = METHODS.index(method)
         batch.margin[samples] = torch.fmax(batch.margin[samples], lower.amin(1))
-        result.stages[method] = Stage(len(samples), int(proves.sum()), time.perf_counter() - started)
+        batch.stages[method] = Stage(len(samples), int(proves.sum()), time.perf_counter() - started)
         wrong = torch.stack([soundness.contradicted(lower, margins[samples]) for margins in batch.attained]).any(0)
-        text = f"has a smaller margin at a point of its box than {method}'s lower bound"
-        result.contradictions += [batch.contradiction(index, text) for index in samples[wrong].tolist()]
+        for index in samples[wrong].tolist():
+            batch.contradict(index, f"has a smaller margin at a point of its box than {method}'s lower bound")
         key = method, x.dtype, batch.points is not None
         if self._checks and key not in self._checked:
             self._checked.add(key)
-            found = dict(self._check(batch, method, samples))
-            result.contradictions += [batch.contradiction(int(samples[at]), text) for at, text in found.items()]
+            for at, text in dict(self._check(batch, method, samples)).items():
+                batch.contradict(int(samples[at]), text)
 
     def _check(self, batch: _Batch, method: str, samples: Tensor) -> list[Finding]:
         """Contradictions in the bounds of ``method`` on some of ``samples``, by their place among these."""
@@ -298,7 +278,7 @@ class Certifier:
                 margin=float(first.margin[index]),
                 falsified=falsified(index),
                 float64=None if second is None else _changes(first, second, index),
-                untested=self._untested,
+                untested=bool(self._network.untested),
                 eps=None if radii is None else radii[index],
                 complete=first.outcomes.get(index),
             )
@@ -306,16 +286,12 @@ class Certifier:
         ]
 
 
-def _all(y: Tensor) -> Tensor:
-    return torch.arange(len(y), device=y.device)
-
-
 def _changes(first: _Batch, second: _Batch, index: int) -> str:
     """How the verdicts on a sample differ in double precision."""
     texts = []
     before, after = bool(first.method[index] >= 0), bool(second.method[index] >= 0)
     if before != after:
-        texts.append(f"{_VERDICT[before]} -> {_VERDICT[after]}")
+        texts.append("verified -> not verified" if before else "not verified -> verified")
     if bool(first.falsified[index] != second.falsified[index]):
         texts.append("misclassified in only one precision at a point of its box")
     if int(first.predictions[index]) != int(second.predictions[index]):
@@ -327,9 +303,8 @@ def _changes(first: _Batch, second: _Batch, index: int) -> str:
 def beyond_intervals(bounded: BoundedModule, x: Tensor, eps: Epsilon, input_range: InputRange | None) -> list[Finding]:
     """Samples whose IBP bounds are tighter than interval arithmetic, which IBP is; none where no interval rule is."""
     try:
-        lower, upper = (bounded.layout.unpack(end) for end in soundness.corners_of(x, eps, input_range))
-        pairs = zip(lower, upper, strict=True)
-        boxes = [(low, high) if low.is_floating_point() else low for low, high in pairs]
+        ends = zip(*map(bounded.layout.unpack, soundness.corners_of(x, eps, input_range)), strict=True)
+        boxes = [(low, high) if low.is_floating_point() else low for low, high in ends]
         reference = interval_bounds(bounded.wrapped, *boxes)
     except (NotImplementedError, RuntimeError, ValueError, ArithmeticError) as error:
         logger.info("IBP is not compared with interval arithmetic on this network: %s", error)

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -96,8 +95,8 @@ class _Search:
             eps = radius.view(-1, *[1] * (x.ndim - 1))
             columns = torch.arange(len(y)), y, predictions, radius, method, self._falsified(x, y, eps)
             check = partial(find_contradictions, self._network, x, y, eps, input_range=self._plan.input_range)
-            by_method = [dict(check(method=name)) for name in methods if not self._checked]
-            contradictions = [one for findings in by_method for one in findings.items()]
+            unchecked = () if self._checked else methods
+            contradictions = [one for name in unchecked for one in dict(check(method=name)).items()]
             self._checked = True
         names = {-1: None, **dict(enumerate(methods))}
         radii = [
@@ -137,6 +136,7 @@ class _Search:
         certified = (eps.flatten() > 0).nonzero().squeeze(1)
         falsified = torch.zeros(len(y), dtype=torch.bool, device=x.device)
         if len(certified) and self._plan.restarts:
-            options = self._plan, self._micro_batches[ATTACK], attrgetter("succeeded")
-            falsified[certified] = attack_samples(self._network.model, x, y, eps, certified, *options)
+            model, plan = self._network.model, self._plan
+            points = attack_samples(model, x, y, eps, certified, plan, self._micro_batches[ATTACK])
+            falsified[certified] = model(points).argmax(1) != y[certified]
         return falsified
