@@ -79,29 +79,26 @@ class WorkerError(RuntimeError):
 
 
 class _Process:
-    """One worker; raises :class:`WorkerError` if it does not start."""
+    """One worker, which ends once a question fails; raises :class:`WorkerError` if it does not start."""
 
     def __init__(self, command: list[str], start: dict[str, Any], log: IO[bytes]) -> None:
         self._pipe, other = Pipe()
         with other:
             files: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
             self._process = subprocess.Popen([*command, str(other.fileno())], pass_fds=[other.fileno()], **files)
-        try:
-            self.ask(start, _START)
-        except WorkerError:
-            self.close()
-            raise
+        self.ask(start, _START)
 
     def ask(self, content: dict[str, Any], limit: float) -> dict[str, Any]:
         """The answer to ``content`` within ``limit`` seconds; raises :class:`WorkerError`."""
         try:
             self._pipe.send(content)
-            if not self._pipe.poll(limit):
-                raise WorkerError(f"no answer within {limit:.0f} s")
-            answer: dict[str, Any] = self._pipe.recv()
+            if self._pipe.poll(limit):
+                return self._pipe.recv()
+            reason = f"no answer within {limit:.0f} s"
         except (EOFError, OSError):
-            raise WorkerError(f"its process ended with status {self._process.wait()}") from None
-        return answer
+            reason = f"its process ended with status {self._process.wait()}"
+        self.close()
+        raise WorkerError(reason)
 
     def close(self) -> None:
         """End the process, whatever it does."""
@@ -166,10 +163,8 @@ class CompleteVerifier:
             self._process = self._process or self._started()
             task = {"property": str(path), "shape": list(lower.shape)}
             answer = self._process.ask(task, 2 * self._abcrown.time_limit + _GRACE)
-        except (WorkerError, OSError) as error:  # Another process takes the next sample.
-            if self._process is not None:
-                self._process.close()
-            self._process = None
+        except (WorkerError, OSError) as error:
+            self._process = None  # Another one takes the next sample.
             return f"error: {error}{self._last_words()}"
         status = str(answer.get("status"))
         found = _OUTCOMES.get(status.partition("-")[0].partition(" ")[0])

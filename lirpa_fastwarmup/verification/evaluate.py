@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from typing import Any
 
 import torch
@@ -113,8 +113,7 @@ def verify(
         complete = None
         if abcrown is not None:
             plain = copy_of(bounded.wrapped).float().cpu().eval()
-            complete = CompleteVerifier(abcrown, plain, journal, fingerprint(bounded))
-            stack.callback(complete.close)
+            complete = stack.enter_context(closing(CompleteVerifier(abcrown, plain, journal, fingerprint(bounded))))
         certifier = Certifier([MarginBounds(bounded, dtype) for dtype in dtypes], plan, bounded, complete=complete)
         return _verification(bounded, samples, eps, packed, certifier, warn=True, **options)
 
