@@ -36,8 +36,7 @@ def write_onnx(model: nn.Module, in_shape: Sequence[int], path: Path, *, origina
     example = _example(in_shape)
     names: dict[str, Any] = {"input_names": ["input"], "output_names": ["logits"], "opset_version": _OPSET}
     shapes = ({0: torch.export.Dim("batch")},)
-    with warnings.catch_warnings(), _quiet("torch.onnx", "onnxscript", "onnx_ir"):
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"), _quiet("torch.onnx", "onnxscript", "onnx_ir"):
         if "dynamic_shapes" in inspect.signature(torch.onnx.export).parameters:
             program = torch.onnx.export(model, (example,), dynamo=True, dynamic_shapes=shapes, verbose=False, **names)
             assert program is not None  # Not with dynamo=True.
@@ -71,8 +70,7 @@ def read_onnx(path: Path, in_shape: Sequence[int]) -> nn.Module:
 def _converted(content: Any, path: Path) -> nn.Module:
     converter = _converter()
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             model: nn.Module = converter.ConvertModel(content, experimental=True).eval()
     except Exception as error:  # The converter raises many kinds of errors.
         operators = ", ".join(sorted({node.op_type for node in content.graph.node}))
@@ -133,8 +131,8 @@ def _of_one_sample(content: Any, path: Path, shape: tuple[int, ...], x: Tensor) 
     opened = _converted(_with_sizes(content, batch=True), path)
     batched = opened if sizes == x.shape[1:] else _Reshaped(opened, (-1, *sizes)).eval()
     with suppress(ValueError):
-        if _difference(_outputs(batched, [x], path), expected) == 0:
-            return batched
+        _require_equal(_outputs(batched, [x], path), expected, path)
+        return batched
     single = _Reshaped(_converted(_with_sizes(content, batch=False), path), shape).eval()
     _require_equal(_outputs(single, x.split(1), path), expected, path)
     return single
@@ -225,20 +223,13 @@ def _onnxruntime(path: Path, x: Tensor) -> Tensor:
     return torch.from_numpy(found)
 
 
-def _difference(found: Tensor, expected: Tensor) -> float:
-    """By how much outputs differ, 0 for a difference that rounding explains, infinity for other shapes or NaN."""
-    if found.shape != expected.shape:
-        return math.inf
-    difference = float((found - expected).abs().max())
-    if difference <= 1e-4 * (1 + float(expected.abs().max())):
-        return 0.0
-    return math.inf if math.isnan(difference) else difference
-
-
 def _require_equal(found: Tensor, expected: Tensor, path: Path) -> None:
-    if difference := _difference(found, expected):
+    """Refuse outputs that differ by more than rounding explains; other shapes, and NaN, differ by infinity."""
+    difference = float((found - expected).abs().max()) if found.shape == expected.shape else math.nan
+    if not difference <= 1e-4 * (1 + float(expected.abs().max())):
+        size = math.inf if math.isnan(difference) else difference
         raise ValueError(
-            f"from {path} onnxruntime computes other logits than PyTorch, by up to {difference:g}: the conversion is "
+            f"from {path} onnxruntime computes other logits than PyTorch, by up to {size:g}: the conversion is "
             "wrong, and certificates would be of another network. Name the network as package.module:factory"
         )
 
@@ -254,8 +245,7 @@ def _converter() -> Any:
             "ONNX files are read by onnx2pytorch, which is not installed: pip install --no-deps onnx2pytorch==0.6.0 "
             "(without its dependencies, because torchvision would install another torch)"
         )
-    with warnings.catch_warnings(), _torchvision_stubs():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"), _torchvision_stubs():
         return importlib.import_module("onnx2pytorch")
 
 
