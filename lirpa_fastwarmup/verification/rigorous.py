@@ -57,10 +57,10 @@ def _gamma(count: int, unit: float) -> float:
     return _SLACK * count * unit / (1 - count * unit)
 
 
-def _outward(lower: Tensor, upper: Tensor) -> Interval:
-    """The ends, each after one rounding to nearest, moved by more than that rounding."""
+def _outward(found: Interval) -> Interval:
+    """``found``, its ends, each after one rounding to nearest, moved by more than that rounding."""
     infinity = torch.tensor(torch.inf, dtype=torch.float64)
-    return Interval((lower - _TINY64).nextafter(-infinity), (upper + _TINY64).nextafter(infinity))
+    return Interval((found.lower - _TINY64).nextafter(-infinity), (found.upper + _TINY64).nextafter(infinity))
 
 
 def _sizes(x: Interval) -> Tensor:
@@ -71,7 +71,7 @@ def box_around(x: Tensor, eps: Epsilon, input_range: InputRange | None) -> Inter
     """The box of real points around ``x`` in float64, its ends rounded outward; clipped to ``input_range``."""
     x = x.cpu().double()
     radius = broadcast_to_batch(eps, x, "eps")
-    box = _outward(x - radius, x + radius)
+    box = _outward(Interval(x - radius, x + radius))
     if input_range is None:
         return box
     low, high = (torch.as_tensor(broadcast_to_batch(end, x, "input_range"), dtype=x.dtype) for end in input_range)
@@ -83,17 +83,16 @@ class _Arithmetic:
 
     def __init__(self, *, computed: bool) -> None:
         self.unit, self.tiny = (_U32, _TINY32) if computed else (0.0, 0.0)
-        self.rules = self._rules()
 
     def errors(self, count: int) -> float:
         """The network's own γ of ``count`` roundings."""
-        return _gamma(count, self.unit) if self.unit else 0.0
+        return _gamma(count, self.unit)
 
     def widened(self, x: Interval, error: Tensor | float) -> Interval:
         """``x``, after the network's own rounding by at most ``error``."""
         if not self.unit:
             return x
-        found = _outward(x.lower - error * _SLACK, x.upper + error * _SLACK)
+        found = _outward(Interval(x.lower - error * _SLACK, x.upper + error * _SLACK))
         if not bool((_sizes(found) < _LARGEST).all()):
             raise ArithmeticError("a value may overflow in float32")
         return found
@@ -105,7 +104,7 @@ class _Arithmetic:
             found = rule(function, args, kwargs)
             if found is NotImplemented:
                 return found
-            found = _outward(found.lower, found.upper)
+            found = _outward(found)
             largest = max(float(_sizes(value).amax()) for value in intervals_in((args, kwargs)))
             tiny = count * self.tiny * (1 + largest)
             return self.widened(found, self.errors(count) * _sizes(found) + tiny)
@@ -116,8 +115,7 @@ class _Arithmetic:
         """Sums and differences, without a factor; a Python number is rounded to float32 first."""
         if kwargs or len(args) > 2:
             return NotImplemented
-        found = monotone(function, args, kwargs)
-        found = _outward(found.lower, found.upper)
+        found = _outward(monotone(function, args, kwargs))
         constants = math.fsum(abs(value) for value in args if isinstance(value, float | int))
         return self.widened(found, self.errors(2) * (_sizes(found) + constants) + 2 * self.tiny)
 
@@ -141,7 +139,7 @@ class _Arithmetic:
         if bias is not None:
             value, spread = value + bias, spread + (own + theirs) * bias.abs()
         spread = spread * (1 + 8 * own) * _SLACK + (2 * terms + 2) * self.tiny
-        return self.widened(_outward(value - spread, value + spread), 0.0)
+        return self.widened(_outward(Interval(value - spread, value + spread)), 0.0)
 
     def rounding(self, x: Interval, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The network's own rounding of each output of a linear layer, (batch, outputs)."""
@@ -184,7 +182,7 @@ class _Arithmetic:
                 return NotImplemented
             terms = terms_of(x.lower, args, lower) + 2
             own, tiny = _gamma(terms, _U64) * size * 2, 2 * terms * self.tiny
-            return self.widened(_outward(lower - own, upper + own), self.errors(terms) * size + tiny)
+            return self.widened(_outward(Interval(lower - own, upper + own)), self.errors(terms) * size + tiny)
 
         return applied
 
@@ -193,23 +191,20 @@ class _Arithmetic:
         if any(value is True for value in args) or intervals_in((args[1:], kwargs)):
             return NotImplemented
         x, weight, bias, mean, var = args[:5]
-        shape = (1, -1, *[1] * (x.lower.ndim - 2))
         weight = torch.ones_like(mean) if weight is None else weight
-        bias = (torch.zeros_like(mean) if bias is None else bias).view(shape)
-        mean = mean.view(shape)
-        total = _outward(var + args[-1], var + args[-1])
-        root = _outward(total.lower.sqrt(), total.upper.sqrt())
-        ends = torch.stack([weight / root.lower, weight / root.upper]).unsqueeze(1)
-        scale = _outward(ends.amin(0).view(shape), ends.amax(0).view(shape))
-        centred = _outward(x.lower - mean, x.upper - mean)
-        scaled = monotone(torch.mul, (centred, scale), {})
-        scaled = _outward(scaled.lower, scaled.upper)
+        bias = torch.zeros_like(mean) if bias is None else bias
+        weight, bias, mean, var = (one.view(-1, *[1] * (x.lower.ndim - 2)) for one in (weight, bias, mean, var))
+        total = _outward(monotone(torch.add, (var, args[-1]), {}))
+        root = _outward(monotone(torch.sqrt, (total,), {}))
+        scale = _outward(monotone(torch.div, (weight, root), {}))
+        centred = _outward(monotone(torch.sub, (x, mean), {}))
+        scaled = _outward(monotone(torch.mul, (centred, scale), {}))
         size = (_sizes(x) + mean.abs()) * _sizes(scale) + bias.abs()
         tiny = 8 * self.tiny * (1 + _sizes(scale) + _sizes(x) + mean.abs())
         error = self.errors(_BATCH_NORM_ROUNDINGS) * size + tiny
-        return [self.widened(_outward(scaled.lower + bias, scaled.upper + bias), error), None, None]
+        return [self.widened(_outward(monotone(torch.add, (scaled, bias), {})), error), None, None]
 
-    def _rules(self) -> dict[str, Rule]:
+    def rules(self) -> dict[str, Rule]:
         piecewise = self.rounded(intervals.turning_at(0), 2)  # A slope and a product.
         return {
             **dict.fromkeys(MOVING, increasing),
@@ -298,7 +293,7 @@ class RigorousMargins:
             self._graphs[key] = intervals.trace(self._model, examples)
             if before_last:
                 _end_before_last_layer(self._graphs[key])
-        return _Rigorous(self._graphs[key], self._model, self._arithmetics[arithmetic].rules).run(*inputs)
+        return _Rigorous(self._graphs[key], self._model, self._arithmetics[arithmetic].rules()).run(*inputs)
 
     def proved(self, inputs: Sequence[Interval | Tensor], y: Tensor, arithmetic: str) -> Tensor:
         """Whether class y is that of every point of each box, (batch,)."""
