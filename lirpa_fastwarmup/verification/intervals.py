@@ -168,17 +168,17 @@ def monotone(function: Any, args: Any, kwargs: Any) -> Any:
     return _hull([_call(function, args, kwargs, corner) for corner in corners])
 
 
-def _turning(function: Any, x: Any, others: Any, kwargs: Any, points: Iterable[float]) -> Any:
-    """Elementwise functions of ``x`` that are monotone, in either direction, between consecutive ``points``."""
-    if not isinstance(x, Interval) or intervals_in((others, kwargs)):
-        return NotImplemented
-    inside = [x.lower.clamp(min=point).minimum(x.upper) for point in points]
-    return _hull([function(value, *others, **kwargs) for value in (x.lower, x.upper, *inside)])
-
-
 def turning_at(*points: float) -> Rule:
-    """The rule of functions that are monotone, in either direction, between consecutive ``points``."""
-    return lambda function, args, kwargs: _turning(function, args[0], args[1:], kwargs, points)
+    """The rule of elementwise functions that are monotone, in either direction, between consecutive ``points``."""
+
+    def rule(function: Any, args: Any, kwargs: Any) -> Any:
+        x, *others = args
+        if not isinstance(x, Interval) or intervals_in((others, kwargs)):
+            return NotImplemented
+        inside = [x.lower.clamp(min=point).minimum(x.upper) for point in points]
+        return _hull([function(value, *others, **kwargs) for value in (x.lower, x.upper, *inside)])
+
+    return rule
 
 
 def _bilinear(product: Any, one: Any, other: Any) -> Any:
@@ -220,7 +220,7 @@ def _convolution(function: Any, args: Any, kwargs: Any) -> Any:
 def _multiply(function: Any, args: Any, kwargs: Any) -> Any:
     one, other = args
     if one is other:
-        return _turning(lambda x: function(x, x), one, (), kwargs, [0])
+        return turning_at(0)(lambda x: function(x, x), (one,), kwargs)
     return monotone(function, args, kwargs)
 
 
@@ -232,7 +232,7 @@ def _power(function: Any, args: Any, kwargs: Any) -> Any:
         _require(base.lower >= 0, function)
     if exponent < 0:
         _require(_excludes_zero(base), function)
-    return _turning(function, base, (exponent,), kwargs, [0])
+    return turning_at(0)(function, args, kwargs)
 
 
 def _within(domain: Callable[[Interval], Tensor], rule: Rule, position: int = 0) -> Rule:
@@ -259,7 +259,7 @@ def _softplus(function: Any, args: Any, kwargs: Any) -> Any:
     x, beta, threshold = list(args) + [1, 20][len(args) - 1 :]
     jump = threshold / beta  # Beyond it ATen returns x, which is less than log(1 + exp(beta·x))/beta.
     around = [math.nextafter(jump, -math.inf), jump, math.nextafter(jump, math.inf)]
-    return _turning(function, x, (beta, threshold), kwargs, around)
+    return turning_at(*around)(function, (x, beta, threshold), kwargs)
 
 
 def _batch_norm(function: Any, args: Any, kwargs: Any) -> Any:
