@@ -4,6 +4,7 @@ import dataclasses
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from operator import attrgetter
 from typing import Any, NamedTuple, Self
 
@@ -26,6 +27,7 @@ from lirpa_fastwarmup.version import __version__
 Samples = tuple[Inputs, Tensor] | Iterable[tuple[Inputs, Tensor] | tuple[Inputs, Tensor, Any]]
 Batch = tuple[Tensor, Tensor, Any]  # Packed inputs, labels, and their radius.
 Compute = Callable[[Tensor, Tensor, Any], BatchResult[Result]]  # Of a batch.
+ComputePart = Callable[["_Part"], BatchResult[Result]]
 
 
 def over_batches(
@@ -70,8 +72,10 @@ def over_batches(
 
     own: BatchResult[Result] = BatchResult()
     number = range(sys.maxsize) if indices is None else indices
+    decide = partial(computed, compute)
+    results = _screened(parts, partial(computed, screen), decide, size) if screen else map(decide, parts)
     with patient_group() if ranks.size > 1 else nullcontext() as group:
-        for result in _screened(parts, computed, compute, screen, size):
+        for result in results:
             own.add(result)
             if progress and result.certificates:
                 progress(result.numbered(number).certificates)
@@ -99,8 +103,7 @@ class _Part(NamedTuple):
 
     def joins(self, other: Self) -> bool:
         """Whether both can be in one batch."""
-        by_sample = (is_per_sample(one.radius, one.x) for one in (self, other))
-        return self.radius is other.radius or all(by_sample)
+        return self.radius is other.radius or all(is_per_sample(one.radius, one.x) for one in (self, other))
 
     def joined(self, other: Self) -> Self:
         radius = torch.cat([self.radius, other.radius]) if is_per_sample(self.radius, self.x) else self.radius
@@ -127,31 +130,24 @@ def _own_parts(
 
 
 def _screened(
-    parts: Iterable[_Part],
-    computed: Callable[[Compute[Result], _Part], BatchResult[Result]],
-    compute: Compute[Result],
-    screen: Compute[Result] | None,
-    size: int,
+    parts: Iterable[_Part], screen: ComputePart[Result], compute: ComputePart[Result], size: int
 ) -> Iterator[BatchResult[Result]]:
     """What ``screen`` decides of each part, and ``compute`` of the others, gathered in batches of ``size``."""
     left: _Part | None = None
     for part in parts:
-        if screen is None:
-            yield computed(compute, part)
-            continue
-        result = computed(screen, part)
+        result = screen(part)
         yield result
         decided = {one.index for one in result.certificates}
         others = part.some([at for at, place in enumerate(part.places) if place not in decided])
         if left is not None and not left.joins(others):
-            yield computed(compute, left)
+            yield compute(left)
             left = None
         left = others if left is None else left.joined(others)
         while len(left.y) >= size:
-            yield computed(compute, left.some(range(size)))
+            yield compute(left.some(range(size)))
             left = left.some(range(size, len(left.y)))
     if left is not None and len(left.y):
-        yield computed(compute, left)
+        yield compute(left)
 
 
 def batches_of(samples: Samples, size: int, layout: Layout, eps: Any) -> Iterator[Batch]:

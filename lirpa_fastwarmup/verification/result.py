@@ -107,9 +107,7 @@ class ErrorRate:
         centre = (p + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
         half = _Z / (1 + _Z**2 / n) * math.sqrt(p * (1 - p) / n + _Z**2 / (4 * n**2))
         # At 0 and 1 the interval ends exactly at the rate, which rounding would miss.
-        low = 0.0 if self.count == 0 else max(0.0, centre - half)
-        high = 1.0 if self.count == n else min(1.0, centre + half)
-        return low, high
+        return 0.0 if self.count == 0 else centre - half, 1.0 if self.count == n else centre + half
 
     def as_dict(self) -> dict[str, Any]:
         """Its entry in ``verification.json``."""
@@ -290,11 +288,8 @@ class Verification:
             lines.append(f"{self.checked:,} of the samples that {ATTACK} attacked are proved")
         if COMPLETE in self.stages:
             lines.append(", ".join(f"{count:,} {name}" for name, count in self.outcomes().items()) + f" by {COMPLETE}")
-        lines += [
-            f"  sample {one.index}: {one.complete}"
-            for one in self.certificates
-            if (one.complete or "").startswith("error")
-        ]
+        failed = [one for one in self.certificates if (one.complete or "").startswith("error")]
+        lines += [f"  sample {one.index}: {one.complete}" for one in failed]
         if RIGOROUS in self.stages:
             both, exact = self.rigorous("float32"), self.rigorous("exact", "float32")
             lines.append(f"in spite of rounding: {exact:,} in exact arithmetic, {both:,} also as computed in float32")
