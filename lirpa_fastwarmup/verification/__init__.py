@@ -13,17 +13,6 @@ from lirpa_fastwarmup.verification.radius import certified_radii
 from lirpa_fastwarmup.verification.result import Certificate, ErrorRate, Radius, Stage, Verification
 from lirpa_fastwarmup.verification.vnnlib import robustness_property
 
-__all__ = [
-    "METHODS",
-    "ABCrown",
-    "Attack",
-    "Certificate",
-    "ErrorRate",
-    "Journal",
-    "OutOfMemoryError",
-    "Radius",
-    "Stage",
-    "WorkerError",
-]
-__all__ += ["UnsoundBoundError", "Verification", "attack", "certified_radii", "evaluate", "export", "pgd", "read_onnx"]
-__all__ += ["robustness_property", "verify", "write_onnx"]
+__all__ = ["METHODS", "ABCrown", "Attack", "Certificate", "ErrorRate", "Journal", "OutOfMemoryError", "Radius", "Stage"]
+__all__ += ["UnsoundBoundError", "Verification", "WorkerError", "attack", "certified_radii", "evaluate", "export"]
+__all__ += ["pgd", "read_onnx", "robustness_property", "verify", "write_onnx"]

@@ -41,23 +41,19 @@ def _eager_seconds(run: Run) -> float:
     size = math.ceil(math.ceil(settings.batch_size / world().size) / settings.accumulate)
     x = run.inspected[torch.arange(size) % len(run.inspected)]
     y = torch.zeros(size, dtype=torch.int64, device=x.device)
+    autocast = torch.autocast(x.device.type, torch.bfloat16, enabled=settings.precision == "bf16")
     done, objective.steps_done = objective.steps_done, (settings.ramp_start - 1) * len(run.train_batches) + 1
-    seconds = 0.0
     try:
-        with (
-            unchanged(objective.model),
-            torch.autocast(x.device.type, torch.bfloat16, enabled=settings.precision == "bf16"),
-        ):
+        with unchanged(objective.model), autocast:
             objective.train()
             for _ in range(2):  # The first one also prepares and allocates.
                 started = time.perf_counter()
                 loss = objective(x, y).loss
                 loss.backward()
                 float(loss.detach())  # Waits for a GPU.
-                seconds = time.perf_counter() - started
+            return time.perf_counter() - started
     except NonFiniteLossError:  # To be raised in training, if it occurs there.
         return 0.0
     finally:
         objective.steps_done = done
         objective.zero_grad()
-    return seconds
