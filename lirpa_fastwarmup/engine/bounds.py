@@ -5,7 +5,7 @@ import inspect
 import io
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from lirpa_fastwarmup.boxes import box_ends, check_eps, check_pair, inputs_error
 from lirpa_fastwarmup.engine.compat import engine
 from lirpa_fastwarmup.engine.graph import read_graph
 from lirpa_fastwarmup.engine.inputs import Inputs, Layout, bounded_tensor
-from lirpa_fastwarmup.engine.margins import is_large, margins_one_by_one
+from lirpa_fastwarmup.engine.margins import MarginLinear, is_large, unread_rows
 from lirpa_fastwarmup.engine.module import BoundedModule
 from lirpa_fastwarmup.engine.precision import temporarily
 
@@ -111,13 +111,9 @@ def ibp_margin_bounds(
     """
     boxes = box if isinstance(box, tuple) else (box,)
     dtype = next(x.dtype for x in boxes if x.is_floating_point())
-    last = bounded.final_node()
-    if is_large(last, len(labels)):
-        rows = torch.empty((), dtype=dtype, device=labels.device).expand(len(labels), classes, classes)  # Not read.
-        layer: AbstractContextManager[None] = margins_one_by_one(last, labels)
-    else:
-        rows, layer = _margins(labels, classes, dtype), nullcontext()
-    with layer:
+    large = [last for last in (bounded.final_node(),) if is_large(last, len(labels))]
+    rows = unread_rows(labels, classes, dtype) if large else _margins(labels, classes, dtype)
+    with temporarily(large, "__class__", MarginLinear):
         lower, upper = bounded.compute_bounds(x=boxes, C=rows, method="IBP", reuse_statistics=reuse_statistics)
     others = other_classes(labels, classes)
     return lower.gather(1, others), upper.gather(1, others)

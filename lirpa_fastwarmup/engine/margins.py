@@ -5,15 +5,12 @@ radius |W_y − W_j|·r (Gowal et al., 2018, section 3). They are computed for o
 memory: an array for the whole batch does not fit into a cache.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lirpa_fastwarmup.engine.compat import engine, node_classes
-from lirpa_fastwarmup.engine.precision import temporarily
 
 _Linear: Any = engine.bound_general.BoundLinear
 _WEIGHTS = node_classes("Params", "Buffers", "Constant")
@@ -46,10 +43,6 @@ def _radii_backward(grad: Tensor, weight: Tensor, radius: Tensor, labels: Tensor
     return of_weight.index_add_(0, labels, of_own * radius), of_radius
 
 
-def _like_the_results(weight: Tensor, centre: Tensor, radius: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    return centre.new_empty(len(labels), len(weight)), centre.new_empty(len(labels), len(weight))
-
-
 def _backward(ctx: Any, grad: Tensor, grad_of_radii: Tensor) -> tuple[Tensor | None, ...]:
     weight, centre, radius, labels = ctx.saved_tensors
     # Of the difference of two logits: each one's own gradient, and minus that of the others.
@@ -58,21 +51,19 @@ def _backward(ctx: Any, grad: Tensor, grad_of_radii: Tensor) -> tuple[Tensor | N
     return of_weight + logits.t() @ centre, logits @ weight, of_radius, None
 
 
-_margins.register_fake(_like_the_results)
+_margins.register_fake(lambda weight, centre, radius, labels: (centre @ weight.t(), radius @ weight.t()))
 _margins.register_autograd(_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
 _radii_backward.register_fake(lambda grad, weight, radius, labels: (torch.empty_like(weight), torch.empty_like(radius)))
 
 
 class MarginLinear(_Linear):
-    """A last layer whose margin matrix is not formed; ``labels`` are its classes y."""
-
-    labels: Tensor
+    """A last layer whose margin matrix ``C`` is from :func:`unread_rows`."""
 
     def interval_propagate(self, *v: Any, C: Any = None) -> tuple[Tensor, Tensor]:
         (low, weight, *bias), (high, *_) = (self._preprocess(*ends) for ends in zip(*v, strict=True))
-        centres, radii = _margins(weight, (low + high) / 2, (high - low) / 2, self.labels)
+        centres, radii = _margins(weight, (low + high) / 2, (high - low) / 2, C.labels)
         if bias and bias[0] is not None:
-            centres = centres + (bias[0].index_select(0, self.labels).unsqueeze(1) - bias[0])
+            centres = centres + (bias[0].index_select(0, C.labels).unsqueeze(1) - bias[0])
         return centres - radii, centres + radii
 
 
@@ -87,12 +78,8 @@ def is_large(node: Any, batch: int) -> bool:
     return batch * node.output_shape[-1] * node.inputs[0].output_shape[-1] > _MANY
 
 
-@contextmanager
-def margins_one_by_one(layer: Any, labels: Tensor) -> Iterator[None]:
-    """Let ``layer`` be a :class:`MarginLinear` in the block."""
-    layer.labels = labels
-    try:
-        with temporarily([layer], "__class__", MarginLinear):
-            yield
-    finally:
-        del layer.labels
+def unread_rows(labels: Tensor, classes: int, dtype: torch.dtype) -> Any:
+    """In place of the rows e_y − e_j: a tensor of their shape that takes no memory, with the attribute ``labels``."""
+    rows: Any = torch.empty((), dtype=dtype, device=labels.device).expand(len(labels), classes, classes)
+    rows.labels = labels
+    return rows
