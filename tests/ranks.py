@@ -19,7 +19,6 @@ from torch import Tensor, nn
 import lirpa_fastwarmup as fw
 from lirpa_fastwarmup.distributed import all_gather, patient_group, rank_zero_first
 from lirpa_fastwarmup.engine.batchnorm import normalize_over_ranks
-from lirpa_fastwarmup.recipe.compiled import CompiledSteps
 from lirpa_fastwarmup.recipe.losses import LOSSES
 from tests.networks import SmallResNet, convolutional
 
@@ -119,9 +118,8 @@ def shared_step(rank: int, size: int, count: int, together: bool, options: dict[
 
 def compiled_step(rank: int, size: int, count: int, options: dict[str, Any]) -> dict[str, Any]:
     """As :func:`shared_step`, compiled for real."""
-    warmup = objective(**options)
-    compiled = CompiledSteps(warmup.bounded, warmup.input_range)
-    warmup._compiled = compiled
+    warmup = objective(compile=True, **options)
+    compiled = warmup._compiled
     x, y = batch(count)
     found = step_of(nn.parallel.DistributedDataParallel(warmup), x[rank::size], y[rank::size])
     return {**found, "recordings": len(compiled._steps)}

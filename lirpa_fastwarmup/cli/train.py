@@ -81,7 +81,8 @@ def _resumed_settings(options: argparse.Namespace) -> tuple[Settings, dict[str, 
     saved, typed = vars(settings), common.given_settings(options)
     given = (vars(common.settings_and_origins(options)[0]) if options.preset else saved) | typed
     # What --epochs scales was not asked for, and earlier versions did not scale it.
-    free = {"data_dir", *({"ramp_length", "lr_milestones", "swa_start"} - typed.keys() if "epochs" in typed else ())}
+    free = {"data_dir", "compiled_phases", *({"compile"} - typed.keys())}  # The run has chosen itself what to compile.
+    free |= {*({"ramp_length", "lr_milestones", "swa_start"} - typed.keys() if "epochs" in typed else ())}
     if changed := [name for name in saved if name not in free and given[name] != saved[name]]:
         problem = f"a resumed run keeps its settings, and the command line gives the run in {options.out} others"
         others = ", ".join(f"{name} {saved[name]}, not {given[name]}" for name in changed)

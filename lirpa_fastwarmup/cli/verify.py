@@ -120,9 +120,9 @@ def _run(options: argparse.Namespace, subject: Subject, radii: Sequence[float], 
 
     try:
         at = partial(verify, bounded, samples, float64=options.float64, rigorous=options.rigorous, abcrown=abcrown)
-        verifications = [computed(f"eps {eps}", partial(at, eps), str) for eps in radii]
         search = partial(certified_radii, bounded, samples, largest=largest, tolerance=tolerance)
         certified = computed("radius", search, summary) if options.radius else None
+        verifications = [computed(f"eps {eps}", partial(at, eps), str) for eps in radii]
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"finished batches are kept in {journal.path}; the same command resumes") from None
     used = journal.used_by_all()  # Before rank 0 writes: if that fails, no other rank waits.

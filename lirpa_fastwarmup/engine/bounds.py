@@ -111,7 +111,7 @@ def ibp_margin_bounds(
     """
     boxes = box if isinstance(box, tuple) else (box,)
     dtype = next(x.dtype for x in boxes if x.is_floating_point())
-    large = [last for last in (bounded.final_node(),) if is_large(last, len(labels))]
+    large = [last for last in (bounded.final_node(),) if is_large(last, labels)]
     rows = unread_rows(labels, classes, dtype) if large else _margins(labels, classes, dtype)
     with temporarily(large, "__class__", MarginLinear):
         lower, upper = bounded.compute_bounds(x=boxes, C=rows, method="IBP", reuse_statistics=reuse_statistics)

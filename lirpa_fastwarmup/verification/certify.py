@@ -266,7 +266,8 @@ class Certifier:
         def falsified(index: int) -> bool | None:
             if not searches or found[index]:
                 return True if searches else None
-            return False if first.points is not None or index in first.outcomes else None
+            outcome = first.outcomes.get(index, "error")  # Then nothing was searched.
+            return None if first.points is None and outcome.startswith("error") else False
 
         return [
             Certificate(

@@ -4,15 +4,17 @@ A sample is certified, falsified with a counterexample that the plain network co
 process that crashes, hangs or answers nonsense costs its sample alone.
 """
 
-import json
+import os
+import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from multiprocessing import Pipe
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import IO, Any
 
 import torch
@@ -70,7 +72,7 @@ class ABCrown:
         # Its API chooses mixed-integer programs, which need a licence, for networks without convolutions.
         general = {"device": self.device, "complete_verifier": "bab"}
         sections["general"] = general | sections.get("general", {})
-        sections["bab"] = {"timeout": self.time_limit, **sections.get("bab", {})}
+        sections["bab"] = {**sections.get("bab", {}), "timeout": self.time_limit}
         return sections
 
 
@@ -85,7 +87,9 @@ class _Process:
         self._pipe, other = Pipe()
         with other:
             files: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
-            self._process = subprocess.Popen([*command, str(other.fileno())], pass_fds=[other.fileno()], **files)
+            self._process = subprocess.Popen(
+                [*command, str(other.fileno())], pass_fds=[other.fileno()], start_new_session=True, **files
+            )
         self.ask(start, _START)
 
     def ask(self, content: dict[str, Any], limit: float) -> dict[str, Any]:
@@ -95,14 +99,15 @@ class _Process:
             if self._pipe.poll(limit):
                 return self._pipe.recv()
             reason = f"no answer within {limit:.0f} s"
-        except (EOFError, OSError):
+        except (EOFError, OSError, UnpicklingError):
             reason = f"its process ended with status {self._process.wait()}"
         self.close()
         raise WorkerError(reason)
 
     def close(self) -> None:
         """End the process, whatever it does."""
-        self._process.kill()
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)  # With the processes that it began.
         self._process.wait()
         self._pipe.close()
 
@@ -153,7 +158,7 @@ class CompleteVerifier:
     def outcome(self, lower: Tensor, upper: Tensor, label: int, classes: int) -> str:
         """The outcome for a box of float32 ends: certified, falsified, timeout, or error with its reason."""
         about = {"network": self._digest, "lower": lower, "upper": upper, "label": label}
-        key = PART + digest({**about, "settings": json.dumps(self._start["settings"], sort_keys=True)})
+        key = PART + digest({**about, "settings": str(self._start["settings"])})
         stored = self._journal.get(key) if self._journal else None
         if stored is not None:
             return str(stored)
@@ -161,7 +166,8 @@ class CompleteVerifier:
         write_atomically(path, robustness_property(lower, upper, label, classes).encode())
         try:
             self._process = self._process or self._started()
-            task = {"property": str(path), "shape": list(lower.shape)}
+            point = lower.unsqueeze(0)
+            task = {"property": str(path), "point": point.tolist(), "logits": self._model(point).tolist()}
             answer = self._process.ask(task, 2 * self._abcrown.time_limit + _GRACE)
         except (WorkerError, OSError) as error:
             self._process = None  # Another one takes the next sample.
@@ -181,8 +187,9 @@ class CompleteVerifier:
         """Whether the network itself misclassifies one of ``points`` in the box."""
         if not points:
             return False
-        found = torch.tensor(points, dtype=lower.dtype).view(-1, *lower.shape)
-        return bool((self._model(torch.min(torch.max(found, lower), upper)).argmax(1) != label).any())
+        found = torch.min(torch.max(torch.tensor(points, dtype=lower.dtype).view(-1, *lower.shape), lower), upper)
+        logits = self._model(found[found.flatten(1).isfinite().all(1)])
+        return bool(((logits.argmax(1) != label) & logits.isfinite().all(1)).any())
 
     def _last_words(self) -> str:
         lines = Path(self._log.name).read_text(errors="replace").strip().splitlines()

@@ -1,6 +1,5 @@
 """Certificates and errors of a network on samples: for users, and during training."""
 
-import json
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
@@ -105,7 +104,7 @@ def verify(
         raise ValueError(f"{text}; found {pgd_steps}, {restarts} and {batch_size}")
     packed_range = bounded.layout.pack_range(input_range)
     _check_complete(bounded, abcrown, ordered(methods), float64=float64)
-    settings = "" if abcrown is None else json.dumps(abcrown.configuration(), sort_keys=True, default=str)
+    settings = "" if abcrown is None else str(abcrown.configuration())
     plan = Plan(ordered(methods), pgd_steps, restarts, packed_range, float64, batch_size, seed, rigorous, settings)
     dtypes = (torch.float32, torch.float64) if float64 else (torch.float32,)
     options = {"indices": indices, "journal": journal, "progress": progress, "over_ranks": over_ranks}

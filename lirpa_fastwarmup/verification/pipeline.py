@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from lirpa_fastwarmup.boxes import check_batch, check_shapes, is_per_sample
+from lirpa_fastwarmup.boxes import broadcast_to_batch, check_batch, check_shapes, is_per_sample
 from lirpa_fastwarmup.distributed import SINGLE, World, all_gather, patient_group, world
 from lirpa_fastwarmup.engine.bounds import class_count
 from lirpa_fastwarmup.engine.compat import ENGINE_VERSION
@@ -61,6 +61,8 @@ def over_batches(
     device = bounded.example[0].device
 
     def computed(function: Compute[Result], part: _Part) -> BatchResult[Result]:
+        if not part.places:
+            return BatchResult()
         about = {**described, "screened": function is screen, "x": part.x, "y": part.y, "eps": part.radius}
         key = digest(about) if journal else ""
         if stored := journal.get(key) if journal else None:
@@ -84,7 +86,7 @@ def over_batches(
     for one in by_rank:
         total.add(one)
     total.certificates.sort(key=attrgetter("index"))
-    total.contradictions.sort()
+    total.contradictions = sorted(set(total.contradictions))  # Screened samples may be bounded again.
     return total.numbered(number)
 
 
@@ -146,7 +148,7 @@ def _screened(
         while len(left.y) >= size:
             yield compute(left.some(range(size)))
             left = left.some(range(size, len(left.y)))
-    if left is not None and len(left.y):
+    if left is not None:
         yield compute(left)
 
 
@@ -156,6 +158,8 @@ def batches_of(samples: Samples, size: int, layout: Layout, eps: Any) -> Iterato
     first = 0
     for batch in [samples] if is_whole else samples:
         x, y, own = _batch(batch, layout)
+        if own is not None and not is_per_sample(own, x):  # Batches with other radii may be joined with this one.
+            own = torch.as_tensor(broadcast_to_batch(own, x, "eps")).expand_as(x)
         radius = _rows(eps, x, first) if own is None else _rows(own, x, 0)
         step = size if is_whole or size == 1 else len(x)
         for start in range(0, len(x), step):
@@ -177,7 +181,7 @@ def _rows(eps: Any, x: Tensor, first: int) -> Any:
         raise ValueError(f"eps has radii for {len(eps)} samples only: pass one value, or one per sample")
     if not bool((rows.flatten(1).amax(1) > 0).all()):
         raise ValueError("eps is 0 for some samples: their boxes are the samples themselves. Leave these samples out")
-    return rows.expand(len(x), *rows.shape[1:])
+    return rows.to(x).expand_as(x)
 
 
 def _batch(batch: Any, layout: Layout) -> Batch:

@@ -198,7 +198,7 @@ class Verification:
 
     @property
     def pgd_error(self) -> ErrorRate | None:
-        """Falsified samples; ``None`` without an attack."""
+        """Falsified samples, α,β-CROWN's counterexamples among them; ``None`` if nothing searched for any."""
         found = [sample.falsified for sample in self.certificates]
         return None if found.count(None) == len(found) else _rate([one is True for one in found])
 

@@ -8,7 +8,7 @@ from typing import Any
 from lirpa_fastwarmup.experiments.report.records import ERRORS
 
 # Settings that may differ within a row.
-_WITHIN_ROW = ("seed", "data_dir")
+_WITHIN_ROW = ("seed", "data_dir", "compile", "compiled_phases")
 _ALWAYS = ("method", "eps")
 
 

@@ -3,10 +3,12 @@
 import logging
 import math
 import time
+from functools import partial
 
 import torch
 
 from lirpa_fastwarmup.distributed import broadcast, world
+from lirpa_fastwarmup.engine.precision import products_in_tf32
 from lirpa_fastwarmup.engine.tracing import unchanged
 from lirpa_fastwarmup.experiments.training.build import Run
 from lirpa_fastwarmup.recipe.losses import FULL, RAMP, START
@@ -21,6 +23,8 @@ _FIRST, _EACH = 40.0, 25.0  # Seconds to start the compiler, and to compile a ph
 def phases_that_pay(run: Run) -> tuple[str, ...]:
     """The phases to compile, by the time of an eager step; every process must call this. The run stays as it is."""
     settings = run.settings
+    if run.objective.bounded.over_ranks:  # Such steps cannot be recorded.
+        return ()
     start = min(settings.epochs, settings.ramp_start - 1)
     ramp = min(settings.epochs - start, settings.ramp_length)
     epochs = {START: start, RAMP: ramp, FULL: settings.epochs - start - ramp}
@@ -41,16 +45,17 @@ def _eager_seconds(run: Run) -> float:
     size = math.ceil(math.ceil(settings.batch_size / world().size) / settings.accumulate)
     x = run.inspected[torch.arange(size) % len(run.inspected)]
     y = torch.zeros(size, dtype=torch.int64, device=x.device)
-    autocast = torch.autocast(x.device.type, torch.bfloat16, enabled=settings.precision == "bf16")
+    autocast = partial(torch.autocast, x.device.type, torch.bfloat16, enabled=settings.precision == "bf16")
     done, objective.steps_done = objective.steps_done, (settings.ramp_start - 1) * len(run.train_batches) + 1
     try:
-        with unchanged(objective.model), autocast:
+        with unchanged(objective.model), products_in_tf32(settings.precision != "float32"):
             objective.train()
             for _ in range(2):  # The first one also prepares and allocates.
                 started = time.perf_counter()
-                loss = objective(x, y).loss
+                with autocast():
+                    loss = objective(x, y).loss
                 loss.backward()
-                float(loss.detach())  # Waits for a GPU.
+                objective.raise_pending_errors()  # Waits for a GPU.
             return time.perf_counter() - started
     except NonFiniteLossError:  # To be raised in training, if it occurs there.
         return 0.0

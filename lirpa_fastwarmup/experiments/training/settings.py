@@ -163,9 +163,7 @@ class Settings:
     seed: int = _setting("optimisation", "seed of weights, sample order, augmentation and attack", 0, "N")
 
     pgd_steps: int = _setting("attack after training", "steps of PGD", 50, "N")
-    compiled_phases: tuple[str, ...] = dataclasses.field(
-        default=(), metadata={"help": "phases that the run itself chose to compile"}
-    )
+    compiled_phases: tuple[str, ...] = dataclasses.field(default=(), metadata={"help": "those that a run chose itself"})
     pgd_restarts: int = _setting("attack after training", "random starts of PGD; 0 for no attack", 3, "N")
 
     def __post_init__(self) -> None:
