@@ -111,7 +111,7 @@ def test_growth_over_training(axes):
 @pytest.mark.parametrize("draw", [plots.draw_relu_states, plots.draw_growth_over_training])
 @pytest.mark.parametrize("history", [[], [{"epoch": 1.0}]])
 def test_histories_without_layers_are_refused(axes, draw, history):
-    with pytest.raises(ValueError, match="no statistics of ReLU layers"):
+    with pytest.raises(ValueError, match="no statistics of ReLUs"):
         draw(axes, history)
 
 

@@ -97,9 +97,8 @@ def _run(options: argparse.Namespace, subject: Subject, radii: Sequence[float], 
     low, high = (x.min(), x.max()) if ends is None else map(torch.as_tensor, ends)
     largest = float((high - low).max()) or 1.0
     tolerance = _TOLERANCE * largest
-    abcrown = None
-    if options.abcrown is not None:
-        abcrown = ABCrown(options.abcrown, options.abcrown_python, float(options.time_limit), device.type)
+    given_abcrown = options.abcrown, options.abcrown_python, float(options.time_limit), device.type
+    abcrown = None if options.abcrown is None else ABCrown(*given_abcrown)
     started, contradictions = time.perf_counter(), list[str]()
 
     def computed(title: str, compute: Callable[..., _R], text: Callable[[_R], str]) -> _R:

@@ -14,19 +14,15 @@ from lirpa_fastwarmup.engine.compat import engine, node_classes
 
 _Linear: Any = engine.bound_general.BoundLinear
 _WEIGHTS = node_classes("Params", "Buffers", "Constant")
+_AT_ONCE = 2**15  # Elements that stay in a core's cache; PyTorch divides no operation on so few among threads.
 _MANY = 2**22  # Elements of the array for the whole batch from which on this is faster.
-
-
-def _rows(weight: Tensor) -> int:
-    """Rows whose differences stay in a core's cache; PyTorch divides no operation of this size among threads."""
-    return max(1, 2**15 // weight.shape[1])
 
 
 @torch.library.custom_op("lirpa_fastwarmup::margins", mutates_args=())
 def _margins(weight: Tensor, centre: Tensor, radius: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Centres and radii of the margins, (batch, classes)."""
     centres, radii = (centre.new_empty(len(labels), len(weight)) for _ in range(2))
-    size, own = _rows(weight), weight[labels]
+    size, own = max(1, _AT_ONCE // weight.shape[1]), weight[labels]
     for rows, *results in zip(weight.split(size), centres.split(size, 1), radii.split(size, 1), strict=True):
         differences = torch.empty_like(rows)
         for sample in zip(own, centre, radius, *results, strict=True):
@@ -40,7 +36,7 @@ def _margins(weight: Tensor, centre: Tensor, radius: Tensor, labels: Tensor) -> 
 def _radii_backward(grad: Tensor, weight: Tensor, radius: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of the radii with respect to ``weight`` and ``radius``, from that with respect to the radii."""
     of_weight, of_radius, of_own = torch.zeros_like(weight), torch.zeros_like(radius), torch.zeros_like(radius)
-    size, own = _rows(weight), weight[labels]
+    size, own = max(1, _AT_ONCE // weight.shape[1]), weight[labels]
     for rows, of_rows, of_margins in zip(weight.split(size), of_weight.split(size), grad.split(size, 1), strict=True):
         differences, signs = torch.empty_like(rows), torch.empty_like(rows)
         for row, given, extent, to_radius, to_own in zip(own, of_margins, radius, of_radius, of_own, strict=True):

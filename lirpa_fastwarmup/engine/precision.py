@@ -60,11 +60,6 @@ def _float32_products(settings: Sequence[_Products], tf32: bool) -> Iterator[Non
         yield
 
 
-def _eager() -> AbstractContextManager[None]:
-    """Run functions that ``torch.compile`` compiled as they are written."""
-    return torch.compiler.set_stance("force_eager") if hasattr(torch.compiler, "set_stance") else _without_dynamo()
-
-
 @contextmanager
 def _without_dynamo() -> Iterator[None]:
     """Before PyTorch 2.6, keep compiled functions from installing their compiler, which they do at every call."""
@@ -79,7 +74,8 @@ def _without_dynamo() -> Iterator[None]:
 def exact_arithmetic(device: torch.device) -> Iterator[None]:
     """Run eagerly, without autocast, TF32 or bfloat16 products, and restore the process's settings on exit."""
     on_cpu, on_device = torch.autocast("cpu", enabled=False), torch.autocast(device.type, enabled=False)
-    with _float32_products(_COARSE, tf32=False), _eager(), on_cpu, on_device:
+    eager = torch.compiler.set_stance("force_eager") if hasattr(torch.compiler, "set_stance") else _without_dynamo()
+    with _float32_products(_COARSE, tf32=False), eager, on_cpu, on_device:
         yield
 
 

@@ -11,10 +11,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
-_SOURCES = {
-    "CTBench": "CTBench, commit 0f18162, scripts/examples",
-    "expressive-losses": "expressive-losses, commit 3df64fa, README",
-}
+_SOURCES = {"CTBench": "CTBench, commit 0f18162, scripts/examples"}
+_SOURCES["expressive-losses"] = "expressive-losses, commit 3df64fa, README"
 # How cells are read that are not JSON; κ is constant.
 _READERS: dict[str, Callable[[str], Any]] = {"batchnorm_policy": str, "kappa": lambda cell: (float(cell),) * 2}
 _READERS["lr_milestones"] = lambda cell: tuple(map(int, cell.split()))

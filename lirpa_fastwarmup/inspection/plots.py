@@ -99,8 +99,7 @@ def _column(history: History, name: str, scale: float = 1) -> list[float]:
 def _relu_layers(history: History) -> list[str]:
     names = [name.partition("/")[2] for name in history[-1] if name.startswith("always_active/")] if history else []
     if not names:
-        reason = "the network has none, or an earlier version wrote it"
-        raise ValueError(f"the history has no statistics of ReLU layers: {reason}")
+        raise ValueError("the history has no statistics of ReLUs: the network has none, or an earlier version wrote it")
     return names
 
 

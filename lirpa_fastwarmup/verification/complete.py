@@ -30,7 +30,7 @@ _START = 300.0  # Seconds within which the process must be ready.
 _GRACE = 60.0  # Seconds beyond twice the time limit, which α,β-CROWN reads between its stages: then it hangs.
 # By the first word of α,β-CROWN's status, such as safe-incomplete.
 _OUTCOMES = {"safe": "certified", "verified": "certified", "unsafe": "falsified"}
-_OUTCOMES |= {"unknown": "timeout", "timeout": "timeout"}
+_OUTCOMES |= dict.fromkeys(("unknown", "timeout"), "timeout")
 
 
 @dataclass(frozen=True)
@@ -129,10 +129,12 @@ class CompleteVerifier:
         with ExitStack() as stack:
             self._folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             self._log = stack.enter_context((self._folder / "log").open("w+b"))
+            # How far above its file the folder is from which a module is imported.
+            levels = {name: name.count(".") + file.endswith("__init__.py") for name, file in sources.items()}
             self._start: dict[str, Any] = {
                 "checkout": str(Path(abcrown.checkout).resolve()),
                 "network": str(self._folder / "network.pt"),
-                "paths": sorted({str(_root(name, Path(file))) for name, file in sources.items()}),
+                "paths": sorted({str(Path(file).parents[levels[name]]) for name, file in sources.items()}),
                 "sources": sources,
                 "settings": abcrown.configuration(),
             }
@@ -207,10 +209,5 @@ def _sources(model: nn.Module) -> dict[str, str]:
                 "the network in a module of its own, and import it"
             )
         if file is not None and not name.startswith("torch."):
-            found[name] = file
+            found[name] = str(Path(file).resolve())
     return found
-
-
-def _root(name: str, file: Path) -> Path:
-    """The folder from which the module ``name`` in ``file`` is imported."""
-    return file.resolve().parents[name.count(".") + (file.stem == "__init__")]

@@ -143,11 +143,6 @@ class BatchResult(Generic[Result]):
     stages: dict[str, Stage] = field(default_factory=dict)
     contradictions: list[tuple[int, str]] = field(default_factory=list)
 
-    @property
-    def is_final(self) -> bool:
-        """Whether no outcome is an error, which another attempt may avoid."""
-        return not any(str(getattr(one, "complete", "")).startswith("error") for one in self.certificates)
-
     def numbered(self, numbers: Sequence[int]) -> BatchResult[Result]:
         """The same with ``numbers`` in place of the indices 0, 1, ..."""
         certificates = [replace(sample, index=numbers[sample.index]) for sample in self.certificates]

@@ -205,6 +205,7 @@ class _Arithmetic:
         return [self.widened(_outward(monotone(torch.add, (scaled, bias), {})), error), None, None]
 
     def rules(self) -> dict[str, Rule]:
+        pooled = self.averaged(lambda x, args, result: math.prod(args[1] if len(args[1]) > 1 else [args[1][0]] * 3))
         piecewise = self.rounded(intervals.turning_at(0), 2)  # A slope and a product.
         return {
             **dict.fromkeys(MOVING, increasing),
@@ -217,7 +218,7 @@ class _Arithmetic:
             **dict.fromkeys(["leaky_relu", "_prelu_kernel"], piecewise),
             **dict.fromkeys(["mm", "bmm"], self.matmul),
             **dict.fromkeys(BATCH_NORM, self.batch_norm),
-            **dict.fromkeys(["avg_pool2d", "avg_pool3d"], self.averaged(_pooled)),
+            **dict.fromkeys(["avg_pool2d", "avg_pool3d"], pooled),
             **dict.fromkeys(["_adaptive_avg_pool2d", "_adaptive_avg_pool3d"], self.averaged(_adaptively_pooled)),
             **dict.fromkeys(["mean", "sum"], self.averaged(lambda x, _, result: x.numel() // result.numel())),
             "abs": intervals.turning_at(0),
@@ -226,10 +227,6 @@ class _Arithmetic:
             "addmm": self.addmm,
             "convolution": self.convolution,
         }
-
-
-def _pooled(x: Tensor, args: Any, result: Tensor) -> int:
-    return math.prod(args[1] if len(args[1]) > 1 else [args[1][0]] * 3)
 
 
 def _adaptively_pooled(x: Tensor, args: Any, result: Tensor) -> int:

@@ -100,7 +100,8 @@ def _error_table(record: RunRecord) -> list[tuple[str, ...]]:
     for one in verification.get("results", ()):
         source = f"by verify on {verification.get('dataset', 'test data')} (decided: {_decided(one['stages'])})"
         methods, samples = ", ".join(verification.get("methods", ())), _text(verification.get("samples"), ",")
-        errors = (_interval(one[name]) for name in ERRORS)
+        rates = ((rate["value"], *rate["interval_95"]) if rate else () for rate in (one[name] for name in ERRORS))
+        errors = ("{:.2%} [{:.2%}, {:.2%}]".format(*rate) if rate else "–" for rate in rates)
         rows.append((source, methods, _attack(verification), samples, _radius(one["eps"]), *errors))
     return [head, *rows] if rows else []
 
@@ -122,10 +123,6 @@ def _decided(stages: Mapping[str, Mapping[str, Any]]) -> str:
 
 def _radius(eps: Any) -> str:
     return setting_text(eps) if isinstance(eps, int | float | None) else "one per channel or element"
-
-
-def _interval(rate: Mapping[str, Any] | None) -> str:
-    return "–" if rate is None else "{:.2%} [{:.2%}, {:.2%}]".format(rate["value"], *rate["interval_95"])
 
 
 def _picture(figure: Figure, caption: str, *, wide: bool = False) -> _Picture:

@@ -17,7 +17,7 @@ from lirpa_fastwarmup.recipe.objective import NonFiniteLossError
 logger = logging.getLogger(__name__)
 
 _SAVED = 0.3  # The fraction of an eager step that a compiled one saves at least (docs/performance.md).
-_FIRST, _EACH = 40.0, 25.0  # Seconds to start the compiler, and to compile a phase.
+_COST = 45.0  # Seconds to compile a phase.
 
 
 def phases_that_pay(run: Run) -> tuple[str, ...]:
@@ -30,10 +30,7 @@ def phases_that_pay(run: Run) -> tuple[str, ...]:
     epochs = {START: start, RAMP: ramp, FULL: settings.epochs - start - ramp}
     seconds = broadcast(_eager_seconds(run))
     steps = len(run.train_batches) * settings.accumulate
-    gains = {phase: count * steps * seconds * _SAVED - _EACH for phase, count in epochs.items()}
-    chosen = tuple(phase for phase, gain in gains.items() if gain > 0)
-    if sum(gains[phase] for phase in chosen) <= _FIRST:
-        chosen = ()
+    chosen = tuple(phase for phase, count in epochs.items() if count * steps * seconds * _SAVED > _COST)
     which = f"those {' and '.join(chosen)} are compiled" if chosen else "too few to repay compiling them"
     logger.info("a training step takes %.2g s: %s (--compile or --no-compile to choose)", seconds, which)
     return chosen

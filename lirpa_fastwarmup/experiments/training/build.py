@@ -74,8 +74,7 @@ def build_run(settings: Settings, device: torch.device) -> Run:
     if settings.sync_batchnorm:
         bounded.join_ranks()
     objective = _objective(settings, bounded, input_range, len(train_batches))
-    if settings.compile is None:
-        objective.compiled_phases = settings.compiled_phases
+    objective.compiled_phases = losses.PHASES if settings.compile else settings.compiled_phases
     average = _average(settings, bounded.wrapped)
     return Run(
         settings=settings,
@@ -126,7 +125,6 @@ def _objective(settings: Settings, bounded: BoundedModule, input_range: InputRan
         input_range=input_range,
         loss=_loss(settings),
         **{name: getattr(settings, name) for name in ("kappa", "reg_weight", "tol")},
-        compile=settings.compile or False,
         regularizers=("tightness", "relu_balance") if settings.regularizers else (),
         penalties={name: weight for name, weight in penalties.items() if weight},
         # The last batch of an epoch runs eagerly: few steps would not repay another compilation.
