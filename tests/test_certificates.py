@@ -114,6 +114,26 @@ def test_a_verification_prints_as_a_table():
     assert found._repr_html_() == f"<pre>{found}</pre>"
 
 
+@pytest.mark.parametrize("restarts", [0, 2])
+@pytest.mark.parametrize("shape", [(), (8, 1, 1, 1), (1, 8, 8)])
+def test_batches_have_radii_of_their_own(shape, restarts):
+    bounded, x, y = trained_digits()
+    radii = [0.001, 0.03, 0.01]
+    given = {"restarts": restarts, "methods": ("IBP", "CROWN-IBP"), "pgd_steps": 5}
+    parts = list(zip(x.split(8), y.split(8), radii, strict=True))
+    own = [(one, labels, torch.full(shape, eps) if shape else eps) for one, labels, eps in parts]
+    found = fw.verify(bounded, own, None, **given).certificates
+    alone = [
+        sample for one, labels, eps in parts for sample in fw.verify(bounded, (one, labels), eps, **given).certificates
+    ]
+    assert [one.index for one in found] == list(range(24))
+    assert len({one.verified for one in found}) == 2
+    for one, other, eps in zip(found, alone, [eps for eps in radii for _ in range(8)], strict=True):
+        assert (one.verified, one.method, one.prediction) == (other.verified, other.method, other.prediction)
+        assert one.margin == pytest.approx(other.margin, rel=1e-4, abs=1e-6)
+        assert one.eps == pytest.approx(eps)
+
+
 def test_indices_name_samples(tmp_path):
     bounded, x, y = trained_digits()
     numbers = list(range(100, 124))
