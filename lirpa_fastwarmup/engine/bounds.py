@@ -103,18 +103,17 @@ def _margin_product(labels: Tensor, margins: Tensor, weight: Tensor) -> Tensor:
 
 
 def ibp_margin_bounds(
-    bounded: BoundedModule, box: Any, labels: Tensor, classes: int, *, reuse_statistics: bool = False
+    bounded: Any, box: Any, labels: Tensor, classes: int, *, reuse_statistics: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """IBP lower and upper bounds on z_y − z_j for j ≠ y over the box, each of shape (batch, classes − 1).
-
-    ``box`` is a BoundedTensor, or a tuple of the network's inputs.
-    """
+    """IBP lower and upper bounds on z_y − z_j for j ≠ y, each (batch, classes − 1), over a box, or a tuple of boxes."""
     boxes = box if isinstance(box, tuple) else (box,)
     dtype = next(x.dtype for x in boxes if x.is_floating_point())
     large = [last for last in (bounded.final_node(),) if is_large(last, labels)]
     rows = unread_rows(labels, classes, dtype) if large else _margins(labels, classes, dtype)
+    # The engine's own module always uses the statistics of the last forward pass.
+    options = {"reuse_statistics": reuse_statistics} if isinstance(bounded, BoundedModule) else {}
     with temporarily(large, "__class__", MarginLinear):
-        lower, upper = bounded.compute_bounds(x=boxes, C=rows, method="IBP", reuse_statistics=reuse_statistics)
+        lower, upper = bounded.compute_bounds(x=boxes, C=rows, method="IBP", **options)
     others = other_classes(labels, classes)
     return lower.gather(1, others), upper.gather(1, others)
 
