@@ -87,7 +87,7 @@ def over_batches(
     for one in by_rank:
         total.add(one)
     total.certificates.sort(key=attrgetter("index"))
-    total.contradictions = sorted(set(total.contradictions))  # Screened samples may be bounded again.
+    total.contradictions = list(dict.fromkeys(total.contradictions))  # Screened samples may be bounded again.
     return total.numbered(number)
 
 
