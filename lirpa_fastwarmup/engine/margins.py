@@ -1,8 +1,7 @@
 """IBP bounds on a last layer's margins z_y − z_j for many classes, without an array (batch, classes, features).
 
 For the weights W of a layer, its input's centre m and radius r, the margins have the centre (W_y − W_j)·m and the
-radius |W_y − W_j|·r (Gowal et al., 2018, section 3). They are computed for one sample after the other, in the same
-memory, which stays in the cache.
+radius |W_y − W_j|·r (Gowal et al., 2018, section 3), computed for one sample after the other in the same memory.
 """
 
 from typing import Any
