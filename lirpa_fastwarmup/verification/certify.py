@@ -26,8 +26,7 @@ from lirpa_fastwarmup.verification.rigorous import RigorousMargins, box_around
 logger = logging.getLogger(__name__)
 
 NAMES = (*METHODS, COMPLETE)  # Cheapest first.
-# The fraction, and the least number in a batch, of samples proved before the attack that are attacked nevertheless.
-_CHECKED, _FEWEST = 0.05, 10
+_CHECKED, _FEWEST = 0.05, 10  # The fraction, and the fewest of a batch, of proved samples that are attacked too.
 
 
 @dataclass(frozen=True)
