@@ -31,7 +31,7 @@ def phases_that_pay(run: Run) -> tuple[str, ...]:
     seconds = broadcast(_eager_seconds(run))
     steps = len(run.train_batches) * settings.accumulate
     chosen = tuple(phase for phase, count in epochs.items() if count * steps * seconds * _SAVED > _COST)
-    which = f"those {' and '.join(chosen)} are compiled" if chosen else "too few to repay compiling them"
+    which = f"steps {' and '.join(chosen)} are compiled" if chosen else "there are too few to repay compiling them"
     logger.info("a training step takes %.2g s: %s (--compile or --no-compile to choose)", seconds, which)
     return chosen
 
