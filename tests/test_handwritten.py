@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import gradcheck
 
-from lirpa_fastwarmup.engine.batchnorm import normalize_by_batch, scale_interval
+from lirpa_fastwarmup.engine.batchnorm import normalize_by_batch
 from lirpa_fastwarmup.recipe.regularizers import state_moments
 
 SHAPES = [(6, 3), (4, 3, 5), (3, 3, 4, 4), (2, 3, 2, 2, 2)]
@@ -43,19 +43,6 @@ def test_normalisation_gives_gradients_where_they_are_asked_for_only():
     assert x.grad is None
     assert bias.grad is None
     assert weight.grad is not None
-
-
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_an_interval_scaled_by_either_sign(shape):
-    lower, width, shift = leaf(*shape), leaf(*shape), leaf(3)
-    scale = torch.tensor([1.5, -0.7, 0.3], dtype=torch.float64, requires_grad=True)
-    upper = (lower + width.abs()).detach().requires_grad_()
-    broadcast = (1, 3, *[1] * (len(shape) - 2))
-    ends = [end * scale.view(broadcast) + shift.view(broadcast) for end in (lower, upper)]
-    new_lower, new_upper = scale_interval(lower, upper, scale, shift)
-    assert torch.allclose(new_lower, torch.minimum(*ends))
-    assert torch.allclose(new_upper, torch.maximum(*ends))
-    assert gradcheck(scale_interval, (lower, upper, scale, shift))
 
 
 @pytest.mark.parametrize("offset", [-2.0, 0.0, 2.0], ids=["mostly inactive", "mixed", "mostly active"])

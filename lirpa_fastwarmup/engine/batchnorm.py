@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lirpa_fastwarmup.distributed import differentiable_all_reduce
 from lirpa_fastwarmup.engine.compat import engine
 from lirpa_fastwarmup.engine.precision import temporarily
+from lirpa_fastwarmup.engine.products import PER_CHANNEL, interval_of_product
 
 _engine: Any = engine.bound_general
 BoundBatchNormalization: Any = _engine.BoundBatchNormalization
@@ -71,40 +72,8 @@ def normalize_over_ranks(
     return (deviation * _per_channel(weight / (var + eps).sqrt(), x) + _per_channel(bias, x)).to(dtype), mean, var
 
 
-def scale_interval(lower: Tensor, upper: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-    """The interval of scale·z + shift, (channels,) each, for z in [lower, upper], ``(batch, channels, *space)`` each.
-
-    It is differentiable once.
-    """
-    return _ScaledInterval.apply(lower, upper, _per_channel(scale, lower), _per_channel(shift, lower))
-
-
 def _per_channel(values: Tensor, x: Tensor) -> Tensor:
     return values.view(1, -1, *[1] * (x.ndim - 2))
-
-
-class _ScaledInterval(torch.autograd.Function):
-    # In place, by centre and radius: a chain of operations would read and write about twice as much memory.
-
-    @staticmethod
-    def forward(ctx: Any, lower: Tensor, upper: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(lower, upper, scale)
-        centre = (lower + upper).mul_(scale / 2).add_(shift)
-        radius = (upper - lower).mul_(scale.abs() / 2)
-        return centre - radius, centre.add_(radius)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_lower: Tensor, grad_upper: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        lower, upper, scale = ctx.saved_tensors
-        grad_centre, grad_radius = grad_lower + grad_upper, grad_upper - grad_lower
-        over = [dim for dim in range(lower.ndim) if dim != 1]
-        grad_shift = grad_centre.sum(over, keepdim=True)
-        grad_scale = (lower + upper).mul_(grad_centre).sum(over, keepdim=True)
-        grad_scale += (upper - lower).mul_(grad_radius).sum(over, keepdim=True) * scale.sign()
-        grad_centre.mul_(scale / 2)
-        grad_radius.mul_(scale.abs() / 2)
-        return grad_centre - grad_radius, grad_centre.add_(grad_radius), grad_scale / 2, grad_shift
 
 
 class SharedBatchNorm(BoundBatchNormalization):
@@ -137,11 +106,15 @@ class SharedBatchNorm(BoundBatchNormalization):
     def interval_propagate(self, *v: Any) -> Any:
         if self.bn_mode != "forward" or _engine.Interval.get_perturbation(v[0])[0] != math.inf:
             return super().interval_propagate(*v)
-        (lower, upper), weight, bias = v[0], v[1][0], v[2][0]
+        scale_and_shift = self.scale_and_shift(*(interval[0] for interval in v[1:]))
+        return interval_of_product(PER_CHANNEL, *v[0], *(_per_channel(one, v[0][0]) for one in scale_and_shift))
+
+    def scale_and_shift(self, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+        """The map s·z + t that intervals go through: s and t, (channels,) each."""
         if not self.training:
-            self.current_mean, self.current_var = v[3][0], v[4][0]
+            self.current_mean, self.current_var = mean, var
         scale = weight / (self.current_var + self.eps).sqrt()
-        return scale_interval(lower, upper, scale, bias - self.current_mean * scale)
+        return scale, bias - self.current_mean * scale
 
     def _count_batch(self) -> float:
         """Count a batch, as nn.BatchNorm does, and return the momentum of the running statistics."""

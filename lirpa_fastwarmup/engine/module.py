@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from lirpa_fastwarmup.boxes import check_input_shapes
 from lirpa_fastwarmup.engine import batchnorm, tracing
+from lirpa_fastwarmup.engine.affine import affine_interval
 from lirpa_fastwarmup.engine.compat import ENGINE_VERSION, engine
 from lirpa_fastwarmup.engine.equality import check_same_function
 from lirpa_fastwarmup.engine.inputs import Layout, Unpacked
@@ -78,6 +79,7 @@ class BoundedModule(engine.BoundedModule):
         any_batch: whether the model supports batches of another size than the example's.
         untested: operators and attributes, with their places, whose bounds have not been tested.
         over_ranks: whether :meth:`join_ranks` was called.
+        radius_dtype: to which IBP in training mode rounds radii and absolute weights before it multiplies them.
 
     Raises:
         TypeError: ``model`` is a BoundedModule already, or does not return one tensor.
@@ -96,6 +98,7 @@ class BoundedModule(engine.BoundedModule):
 
     wrapped: nn.Module
     over_ranks = False
+    radius_dtype: torch.dtype | None = None
     _arguments: dict[str, Any]
     _built, _bounding = False, False
 
@@ -305,6 +308,19 @@ class BoundedModule(engine.BoundedModule):
             if x is not None and not reuse_statistics and any(map(_keeps_batch, self._modules.values())):
                 super().forward(*x)
             return super().compute_bounds(x, *args, **kwargs)
+
+    def IBP_general(self, node: Any = None, C: Any = None, **kwargs: Any) -> Any:  # noqa: N802 (the engine's)
+        """IBP of one node, as in the engine; in training mode, by :mod:`.affine`, and without 0.7's checks for NaN."""
+        walks = self.training and node.perturbed and C is None and not any(map(kwargs.get, kwargs))
+        if walks and not hasattr(node, "interval") and not self._options.get("loss_fusion"):
+            ends = affine_interval(node, self._interval, self.radius_dtype)
+            if ends is None:
+                ends = node.interval_propagate(*map(self._interval, node.inputs))
+            node.lower, node.upper = node.interval = ends
+        return super().IBP_general(node, C=C, **kwargs)
+
+    def _interval(self, node: Any) -> Any:
+        return getattr(node, "interval", None) or self.IBP_general(node)
 
 
 def _keeps_batch(node: Any) -> bool:

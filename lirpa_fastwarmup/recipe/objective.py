@@ -23,6 +23,7 @@ from lirpa_fastwarmup import boxes
 from lirpa_fastwarmup.boxes import Epsilon
 from lirpa_fastwarmup.engine import bounds, graph, inputs, plain
 from lirpa_fastwarmup.engine.module import BoundedModule
+from lirpa_fastwarmup.engine.precision import temporarily
 from lirpa_fastwarmup.recipe.compiled import CompiledSteps, scalar_like
 from lirpa_fastwarmup.recipe.losses import FULL, IBP, PHASES, RAMP, START, Loss, LossStep
 from lirpa_fastwarmup.recipe.regularizers import BUILT_IN, Regularizer, relu_balance, tightness, undefined
@@ -297,8 +298,13 @@ class ShortWarmup(nn.Module):
         loss = F.cross_entropy(logits, y)
         values = {"clean_loss": loss, "clean_error": (logits.detach().argmax(1) != y).to(loss.dtype).mean()}
         regularizers = {**terms.fading, **{name: term for name, (term, _) in terms.constant.items()}}
-        # Autocast would round bounds more coarsely than the gap between them.
-        with torch.autocast(x.device.type, enabled=False):
+        # Autocast would round centres more coarsely than the gap between bounds. Radii are sums of positive terms.
+        coarse = torch.is_autocast_enabled(x.device.type) and torch.get_autocast_dtype(x.device.type) == torch.bfloat16
+        radius_dtype = torch.bfloat16 if coarse else self.bounded.radius_dtype
+        with (
+            torch.autocast(x.device.type, enabled=False),
+            temporarily([self.bounded], "radius_dtype", radius_dtype),
+        ):
             if regularizers or terms.phase != START:
                 step = LossStep(self.bounded, x, y, logits, box, eps, self._range, fraction, terms.phase, *starts)
                 found = (IBP() if terms.phase == START else terms.loss)(step)

@@ -1,0 +1,113 @@
+"""Intervals through the product of a constant and the input: of centre c and radius r, W·c + b ± |W|·r.
+
+(Gowal et al., 2018, section 3.) Forward and backward in one function, which overwrites what a chain of operations would
+copy: beside the products themselves, memory takes most of the time.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+_Gradients = Sequence[Any]  # Tensors, where needed.
+
+
+class Product(NamedTuple):
+    """A product of an input and a weight, plus a bias, and its gradients with respect to those of the three needed."""
+
+    forward: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    backward: Callable[[Tensor, Tensor, Tensor, Sequence[bool]], _Gradients]
+
+
+def convolution(*arguments: Any) -> Product:
+    """The product of ``torch.convolution`` with these arguments behind the bias."""
+
+    def backward(grad: Tensor, x: Tensor, weight: Tensor, needed: Sequence[bool]) -> _Gradients:
+        return torch.ops.aten.convolution_backward(grad, x, weight, [grad.shape[1]], *arguments, needed)
+
+    return Product(lambda x, weight, bias: torch.convolution(x, weight, bias, *arguments), backward)
+
+
+def _backward_of_linear(grad: Tensor, x: Tensor, weight: Tensor, needed: Sequence[bool]) -> _Gradients:
+    return (
+        grad.mm(weight) if needed[0] else None,
+        grad.t().mm(x) if needed[1] else None,
+        grad.sum(0) if needed[2] else None,
+    )
+
+
+def _backward_per_channel(grad: Tensor, x: Tensor, weight: Tensor, needed: Sequence[bool]) -> _Gradients:
+    over = [dim for dim in range(x.ndim) if dim != 1]
+    return (
+        grad * weight if needed[0] else None,
+        (grad * x).sum(over, keepdim=True) if needed[1] else None,
+        grad.sum(over, keepdim=True) if needed[2] else None,
+    )
+
+
+# On vectors (batch, features).
+LINEAR = Product(F.linear, _backward_of_linear)
+# Of (batch, channels, *space) and (1, channels, 1, …).
+PER_CHANNEL = Product(lambda x, w, b: x * w if b is None else torch.addcmul(b, x, w), _backward_per_channel)
+
+
+def interval_of_product(
+    product: Product,
+    lower: Tensor,
+    upper: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    rectified: bool = False,
+    radius_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The interval of ``product`` over [lower, upper], or over its ReLU if ``rectified``; differentiable once.
+
+    With ``radius_dtype``, factors of |W|·r are rounded to it. Its terms are at least 0, so that rounding to bfloat16
+    changes the sum by at most 2⁻⁷; a centre could change by more than its radius.
+    """
+    return _Interval.apply(product, lower, upper, weight, bias, rectified, radius_dtype or lower.dtype)
+
+
+class _Interval(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        product: Product,
+        lower: Tensor,
+        upper: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        rectified: bool,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor]:
+        low, high, half = *((lower.relu(), upper.relu()) if rectified else (lower, upper)), weight / 2
+        # Twice the centre and the radius. The halves of the weight make up for it.
+        total, width = low + high, (high.sub_(low) if rectified else high - low).to(dtype)
+        del low, high
+        ctx.product = product
+        ctx.save_for_backward(total, width, half, *((lower, upper) if rectified else ()))
+        radius = product.forward(width, half.abs().to(dtype), None)
+        centre = product.forward(total, half, bias)
+        return centre - radius, centre.add_(radius)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_lower: Tensor, grad_upper: Tensor) -> tuple[Any, ...]:
+        total, width, half, *before = ctx.saved_tensors
+        needed, backward, low = ctx.needs_input_grad[2:5], ctx.product.backward, width.dtype
+        of_total, of_weight, of_bias = backward(grad_lower + grad_upper, total, half, needed)
+        grad_radius = (grad_upper - grad_lower).to(low)
+        of_width, of_size, _ = backward(grad_radius, width, half.abs().to(low), [*needed[:2], False])
+        ends: Any = (None, None)
+        if needed[0]:
+            ends = of_total - of_width, of_total.add_(of_width)
+            if before:
+                backward_of_relu = torch.ops.aten.threshold_backward.grad_input
+                ends = [backward_of_relu(grad, x, 0, grad_input=grad) for grad, x in zip(ends, before, strict=True)]
+        if needed[1]:
+            of_weight = of_weight.addcmul_(of_size, half.sign()).div_(2)
+        return None, *ends, of_weight, of_bias, None, None
