@@ -1,5 +1,6 @@
-"""Computation in micro-batches that fit into memory."""
+"""Computation in micro-batches that fit into memory, and memory that is kept for the next step."""
 
+import ctypes
 import logging
 import re
 import weakref
@@ -17,6 +18,7 @@ logger = logging.getLogger(__name__)
 
 _OUT_OF_MEMORY = r"(?i)out of memory|can't allocate|not enough memory|bad_alloc|could not create a primitive"
 _USABLE = 0.8  # Of the free memory; operators use the rest internally.
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # Parameters of mallopt.
 
 
 class OutOfMemoryError(RuntimeError):
@@ -94,6 +96,19 @@ class _PeakBytes(TorchDispatchMode):
     def _change(self, size: int) -> None:
         self._alive += size
         self.peak = max(self.peak, self._alive)
+
+
+def keep_freed_memory() -> bool:
+    """Let the process keep memory that tensors on the CPU free, for later tensors; whether this C library can.
+
+    glibc otherwise returns it to the system many times a training step, and every page that is allocated again costs a
+    page fault: up to a quarter of an eager step (docs/performance.md). For training scripts, once, at their beginning:
+    it holds for the whole process, whose memory then stays at its peak.
+    """
+    with suppress(AttributeError, OSError, TypeError):  # Of other C libraries.
+        mallopt = ctypes.CDLL(None).mallopt
+        return bool(mallopt(_TRIM_THRESHOLD, -1)) and bool(mallopt(_MMAP_MAX, 0))
+    return False
 
 
 def is_out_of_memory(error: BaseException) -> bool:

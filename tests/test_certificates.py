@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
+import platform
 import re
 import resource
+import subprocess
 import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -484,6 +486,29 @@ def test_the_cache_of_a_control_group_is_available_memory(tmp_path):
     (group / "memory.max").write_text("10000\n")
     (group / "memory.stat").write_text("anon 1000\nactive_file 7\ninactive_file 5000\n")
     assert memory.free_memory(tmp_path) == 10000 - 6000 + 5000
+
+
+_FAULTS = """
+import resource, sys, torch
+from lirpa_fastwarmup.memory import keep_freed_memory
+if "keep" in sys.argv:
+    assert keep_freed_memory()
+for number in range(30):
+    if number == 20:  # The places of blocks have settled.
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.zeros(40_000_000, dtype=torch.uint8)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the setting is glibc's")
+def test_freed_memory_is_kept_on_request():
+    kept, returned = (
+        int(subprocess.run([sys.executable, "-c", _FAULTS, *more], capture_output=True, check=True, text=True).stdout)
+        for more in (["keep"], [])
+    )
+    assert returned > 10 * 40_000_000 / 4096 / 2  # Pages, of which some are large.
+    assert kept < returned / 20
 
 
 def test_radii_of_a_classifier_whose_margins_are_known():

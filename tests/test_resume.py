@@ -449,7 +449,7 @@ def test_options_beside_resume_must_be_those_of_the_run(stopped, capsys):
 
 def test_what_a_run_chose_to_compile_is_not_asked_of_the_command_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda graph, **_: graph)
-    monkeypatch.setattr("lirpa_fastwarmup.experiments.training.run.phases_that_pay", lambda run: ("in the ramp",))
+    monkeypatch.setattr("lirpa_fastwarmup.experiments.training.choices._phases_that_pay", lambda run: ("in the ramp",))
     with pytest.raises(TrainingInterrupted):
         train(SETTINGS, tmp_path, progress=SignalAt(4))
     assert cli.main(["train", "mnist5k", "--resume", "--out", str(tmp_path)]) == 1  # Of another width than the preset.

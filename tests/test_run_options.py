@@ -15,7 +15,7 @@ from lirpa_fastwarmup import cli
 from lirpa_fastwarmup.engine.precision import products_in_tf32
 from lirpa_fastwarmup.experiments import data
 from lirpa_fastwarmup.experiments.presets import preset
-from lirpa_fastwarmup.experiments.training import METHODS, autocompile, load_model, resume, train
+from lirpa_fastwarmup.experiments.training import METHODS, choices, load_model, resume, train
 from lirpa_fastwarmup.experiments.training.build import build_run
 from lirpa_fastwarmup.experiments.training.interrupt import StopRequest
 from lirpa_fastwarmup.experiments.training.loop import Position, train_epoch
@@ -419,8 +419,8 @@ def test_only_whole_batches_of_a_run_are_compiled(tmp_path, monkeypatch):
 
 
 def phases_chosen(monkeypatch, seconds, **changes):
-    monkeypatch.setattr(autocompile, "_eager_seconds", lambda run: seconds)
-    return autocompile.phases_that_pay(build_run(SMALL.replace(**changes), CPU))
+    monkeypatch.setattr(choices, "_eager_seconds", lambda run, precision: seconds)
+    return choices._phases_that_pay(build_run(SMALL.replace(**changes), CPU))
 
 
 def test_the_phases_that_repay_it_are_compiled(monkeypatch):
@@ -432,6 +432,28 @@ def test_the_phases_that_repay_it_are_compiled(monkeypatch):
     assert phases_chosen(monkeypatch, 9.0, epochs=3, ramp_start=1, ramp_length=9) == ()  # 16 s less 25 s.
 
 
+@pytest.mark.parametrize(("rounded", "chosen"), [(0.5, "bf16"), (0.99, "tf32"), (2.0, "tf32")])
+def test_the_precision_that_pays_is_chosen_once(rounded, chosen, tmp_path, monkeypatch):
+    seconds = {"tf32": 1e-3, "bf16": 1e-3 * rounded}
+    monkeypatch.setattr(choices, "_eager_seconds", lambda run, precision: seconds[precision])
+    automatic, given = SMALL.replace(precision="auto", epochs=2), SMALL.replace(precision=chosen, epochs=2)
+    expected = train(given, tmp_path / "given")["weights"]
+    with pytest.raises(KeyboardInterrupt):
+        train(automatic, tmp_path / "automatic", progress=StopAfterFirstEpoch())
+    seconds["bf16"] = 1e-3 / rounded
+    assert cli.main(["train", "--resume", "--out", str(tmp_path / "automatic"), "--precision", "auto"]) == 0
+    summary = read_json(tmp_path / "automatic" / "summary.json")
+    assert summary["settings"]["precision"] == chosen
+    assert summary["weights"] == expected
+
+
+def test_a_step_is_timed_in_either_precision():
+    run = build_run(SMALL.replace(precision="auto"), CPU)
+    before = {name: value.clone() for name, value in run.objective.state_dict().items()}
+    assert all(choices._eager_seconds(run, precision) > 0 for precision in ("tf32", "bf16"))
+    assert all(torch.equal(value, before[name]) for name, value in run.objective.state_dict().items())
+
+
 def test_the_choice_changes_nothing_else_and_is_kept(tmp_path, monkeypatch):
     attacked = SMALL.with_method("mtl-ibp", alpha=0.3)  # Whose random starts must be the same.
     chosen = train(attacked, tmp_path / "auto")
@@ -439,12 +461,12 @@ def test_the_choice_changes_nothing_else_and_is_kept(tmp_path, monkeypatch):
     assert chosen["weights"] == eager["weights"]
     assert chosen["settings"]["compiled_phases"] == []
     monkeypatch.setattr(CompiledSteps.__init__, "__kwdefaults__", {"batch_size": None, "backend": "eager"})
-    monkeypatch.setattr(autocompile, "_eager_seconds", lambda run: 1e3)
+    monkeypatch.setattr(choices, "_eager_seconds", lambda run, precision: 1e3)
     longer = attacked.replace(epochs=2)
     train(longer, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         train(longer, tmp_path / "parts", progress=StopAfterFirstEpoch())
-    monkeypatch.setattr(autocompile, "_eager_seconds", lambda run: pytest.fail("measured again"))
+    monkeypatch.setattr(choices, "_eager_seconds", lambda run, precision: pytest.fail("measured again"))
     resumed = resume(tmp_path / "parts")
     assert resumed["settings"]["compiled_phases"] == ["in the ramp", "at full ε"]
     assert resumed["weights"] == read_json(tmp_path / "whole" / "summary.json")["weights"]

@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     level = logging.WARNING if rank in (None, "0") else logging.ERROR
     logging.basicConfig(format="%(levelname)s: %(message)s", level=level, stream=sys.stderr)
     if level == logging.WARNING:
-        compiling = "lirpa_fastwarmup.recipe.compiled", "lirpa_fastwarmup.experiments.training.autocompile"
+        compiling = "lirpa_fastwarmup.recipe.compiled", "lirpa_fastwarmup.experiments.training.choices"
         for name in (__name__, *compiling):  # It takes a minute, without other output.
             logging.getLogger(name).setLevel(logging.INFO)
     try:

@@ -49,7 +49,9 @@ def _train(options: argparse.Namespace) -> int:
     from tqdm.contrib.logging import logging_redirect_tqdm
 
     from lirpa_fastwarmup.distributed import local_device, process_group
+    from lirpa_fastwarmup.memory import keep_freed_memory
 
+    keep_freed_memory()
     device = local_device(common.device_named(options.device))
     with process_group(device) as ranks:
         console = _Console(settings.epochs) if ranks.is_rank_zero else None
@@ -80,8 +82,9 @@ def _resumed_settings(options: argparse.Namespace) -> tuple[Settings, dict[str, 
     settings = settings_of_run(_folder(options))
     saved, typed = vars(settings), common.given_settings(options)
     given = (vars(common.settings_and_origins(options)[0]) if options.preset else saved) | typed
+    free = {"data_dir", "compiled_phases", *({"compile"} - typed.keys())}  # The run has chosen itself what to compile,
+    free |= {"precision"} if given["precision"] == "auto" else set()  # and its precision.
     # What --epochs scales was not asked for, and earlier versions did not scale it.
-    free = {"data_dir", "compiled_phases", *({"compile"} - typed.keys())}  # The run has chosen itself what to compile.
     free |= {*({"ramp_length", "lr_milestones", "swa_start"} - typed.keys() if "epochs" in typed else ())}
     if changed := [name for name in saved if name not in free and given[name] != saved[name]]:
         problem = f"a resumed run keeps its settings, and the command line gives the run in {options.out} others"

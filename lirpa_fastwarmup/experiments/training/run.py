@@ -12,9 +12,9 @@ from torch.nn.parallel import DistributedDataParallel
 from lirpa_fastwarmup import distributed, storage, version
 from lirpa_fastwarmup.engine.compat import ENGINE_VERSION
 from lirpa_fastwarmup.experiments.training import checkpoint, interrupt, network
-from lirpa_fastwarmup.experiments.training.autocompile import phases_that_pay
 from lirpa_fastwarmup.experiments.training.build import Run, build_run
 from lirpa_fastwarmup.experiments.training.checkpoint import CHECKPOINT, CURVES, HISTORY, MODEL, SUMMARY
+from lirpa_fastwarmup.experiments.training.choices import choose
 from lirpa_fastwarmup.experiments.training.loop import Position, train_epoch
 from lirpa_fastwarmup.experiments.training.progress import ADVERSARIAL, EpochMeans, Progress
 from lirpa_fastwarmup.experiments.training.settings import Settings
@@ -59,9 +59,7 @@ def train(
     with checkpoint.claimed(out, overwrite=overwrite):
         run = build_run(settings, torch.device(device))
         join_ranks(run)
-        if settings.compile is None:
-            run.objective.compiled_phases = phases_that_pay(run)
-            run.settings = settings.replace(compiled_phases=run.objective.compiled_phases)
+        choose(run)
         ramp_end = settings.ramp_start + settings.ramp_length - 1
         if ramp_end > settings.epochs:
             text = "eps reaches %g only after %d epochs, and training ends after %d: the network is never trained at it"

@@ -23,7 +23,7 @@ Loss = Literal["ibp", "crown-ibp", "crown-ibp-fused", "sabr", "mtl-ibp", "cc-ibp
 BatchNormPolicy = Literal["clean", "running", "adversarial"]
 Schedule = Literal["smoothed", "linear"]
 Select = Literal["last", "validation", "test"]
-Precision = Literal["float32", "tf32", "bf16"]
+Precision = Literal["float32", "tf32", "bf16", "auto"]
 
 # Plain interval bound propagation: the network's own initialisation and nothing added to the loss.
 _PLAIN: dict[str, Any] = {"init": "default", "regularizers": False}
@@ -159,7 +159,7 @@ class Settings:
     compile: bool | None = _setting(
         "optimisation", "compile the training step; if unset, in phases that repay it", None
     )
-    precision: Precision = _setting("optimisation", "precision of training; errors are in float32", "tf32")
+    precision: Precision = _setting("optimisation", "precision of training (errors are in float32)", "tf32")
     seed: int = _setting("optimisation", "seed of weights, sample order, augmentation and attack", 0, "N")
 
     pgd_steps: int = _setting("attack after training", "steps of PGD", 50, "N")

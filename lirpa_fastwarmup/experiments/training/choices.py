@@ -1,9 +1,8 @@
-"""Chooses, once for a run, the phases whose training steps repay being compiled."""
+"""Chooses, once for a run, what pays on this machine: the precision, if it is "auto", and the phases to compile."""
 
 import logging
 import math
 import time
-from functools import partial
 
 import torch
 
@@ -18,17 +17,32 @@ logger = logging.getLogger(__name__)
 
 _SAVED = 0.3  # The fraction of an eager step that a compiled one saves at least (docs/performance.md).
 _COST = 45.0  # Seconds to compile a phase.
+_FASTER = 0.95  # Less would not repay the rounding.
 
 
-def phases_that_pay(run: Run) -> tuple[str, ...]:
-    """The phases to compile, by the time of an eager step; every process must call this. The run stays as it is."""
+def choose(run: Run) -> None:
+    """Choose what the settings of ``run`` leave open, by the time of eager steps; every process must call this.
+
+    The choice stands in the settings from then on. Nothing else of the run changes.
+    """
+    if run.settings.precision == "auto":
+        exact, rounded = (broadcast(_eager_seconds(run, precision)) for precision in ("tf32", "bf16"))
+        precision = "bf16" if rounded < _FASTER * exact else "tf32"
+        run.settings = run.settings.replace(precision=precision)
+        logger.info("a step takes %.2g s, and %.2g s with bfloat16: --precision %s", exact, rounded, precision)
+    if run.settings.compile is None:
+        run.objective.compiled_phases = _phases_that_pay(run)
+        run.settings = run.settings.replace(compiled_phases=run.objective.compiled_phases)
+
+
+def _phases_that_pay(run: Run) -> tuple[str, ...]:
     settings = run.settings
     if run.objective.bounded.over_ranks:  # Such steps cannot be recorded.
         return ()
     start = min(settings.epochs, settings.ramp_start - 1)
     ramp = min(settings.epochs - start, settings.ramp_length)
     epochs = {START: start, RAMP: ramp, FULL: settings.epochs - start - ramp}
-    seconds = broadcast(_eager_seconds(run))
+    seconds = broadcast(_eager_seconds(run, settings.precision))
     steps = len(run.train_batches) * settings.accumulate
     chosen = tuple(phase for phase, count in epochs.items() if count * steps * seconds * _SAVED > _COST)
     which = f"steps {' and '.join(chosen)} are compiled" if chosen else "there are too few to repay compiling them"
@@ -36,20 +50,19 @@ def phases_that_pay(run: Run) -> tuple[str, ...]:
     return chosen
 
 
-def _eager_seconds(run: Run) -> float:
+def _eager_seconds(run: Run, precision: str) -> float:
     """Seconds of an eager step in the ramp, forward and backward, on samples of the test set."""
     objective, settings = run.objective, run.settings
     size = math.ceil(math.ceil(settings.batch_size / world().size) / settings.accumulate)
     x = run.inspected[torch.arange(size) % len(run.inspected)]
     y = torch.zeros(size, dtype=torch.int64, device=x.device)
-    autocast = partial(torch.autocast, x.device.type, torch.bfloat16, enabled=settings.precision == "bf16")
     done, objective.steps_done = objective.steps_done, (settings.ramp_start - 1) * len(run.train_batches) + 1
     try:
-        with unchanged(objective.model), products_in_tf32(settings.precision != "float32"):
+        with unchanged(objective.model), products_in_tf32(precision != "float32"):
             objective.train()
             for _ in range(2):  # The first one also prepares and allocates.
                 started = time.perf_counter()
-                with autocast():
+                with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
                     loss = objective(x, y).loss
                 loss.backward()
                 objective.raise_pending_errors()  # Waits for a GPU.
