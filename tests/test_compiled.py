@@ -79,7 +79,37 @@ def test_fifty_states_of_a_run():
             assert_same_step(eager, compiled, x[step], y[step])
         optimizer.step()
         eager.step()
-    assert_compiled(compiled, 3)
+    assert_compiled(compiled)
+
+
+def own_regularizer(bounded):
+    return fw.regularizers.volume(bounded)
+
+
+STEPS = {"before the ramp": STARTING, "in the ramp": RAMPING, "at full ε": FULL}
+SHARED = {
+    "the recipe": ({}, 1),
+    "with the clean loss": ({"kappa": (1.0, 0.5)}, 1),
+    "no regularisers": ({"regularizers": ()}, 2),  # Steps before the ramp cost a third of the others.
+    "an attack": ({"loss": fw.losses.MTLIBP()}, 2),  # They do not attack either.
+    "a loss that changes": ({"loss": fw.losses.CrownIBP()}, 3),
+    "a regulariser of one's own": ({"regularizers": (own_regularizer,)}, 3),  # Whose cost is unknown.
+}
+
+
+@pytest.mark.parametrize("first", STEPS)
+@pytest.mark.parametrize("name", SHARED)
+def test_phases_share_a_recording(name, first, x, y):
+    options, recordings = SHARED[name]
+    eager, compiled = pair(networks.convolutional(), x, **options)
+    eager.generator, compiled.generator = torch.Generator(), torch.Generator()
+    for phase in (first, *STEPS):
+        eager.steps_done = compiled.steps_done = STEPS[phase]
+        compiled.load_state_dict(eager.state_dict())
+        assert_same_step(eager, compiled, x, y)
+        assert phase in compiled.phases_recorded_with(phase)
+    assert_compiled(compiled, recordings)
+    assert len(set(map(compiled.phases_recorded_with, STEPS))) == recordings
 
 
 class TiedWeights(nn.Module):

@@ -21,6 +21,7 @@ from lirpa_fastwarmup.experiments.training.interrupt import StopRequest
 from lirpa_fastwarmup.experiments.training.loop import Position, train_epoch
 from lirpa_fastwarmup.experiments.training.progress import EpochMeans, Progress
 from lirpa_fastwarmup.recipe.compiled import CompiledSteps
+from lirpa_fastwarmup.recipe.losses import PHASES
 from lirpa_fastwarmup.storage import read_json
 
 CPU = torch.device("cpu")
@@ -426,8 +427,11 @@ def phases_chosen(monkeypatch, seconds, **changes):
 def test_the_phases_that_repay_it_are_compiled(monkeypatch):
     length = {"epochs": 20, "ramp_start": 2, "ramp_length": 5}  # Of 1, 5 and 14 epochs, each of two steps.
     assert phases_chosen(monkeypatch, 1e-3, **length) == ()
-    assert phases_chosen(monkeypatch, 20.0, **length) == ("in the ramp", "at full ε")
-    assert phases_chosen(monkeypatch, 1e3, **length) == ("before the ramp", "in the ramp", "at full ε")
+    assert phases_chosen(monkeypatch, 4.0, **length) == PHASES  # 48 s, by one compilation of 45 s.
+    assert (
+        phases_chosen(monkeypatch, 4.0, **length, regularizers=False) == PHASES[1:]
+    )  # 45.6 s without the first epoch.
+    assert phases_chosen(monkeypatch, 1e3, **length, regularizers=False) == PHASES
     assert phases_chosen(monkeypatch, 1e3, epochs=1, ramp_start=2) == ("before the ramp",)
     assert phases_chosen(monkeypatch, 9.0, epochs=3, ramp_start=1, ramp_length=9) == ()  # 16 s less 25 s.
 

@@ -22,9 +22,9 @@ from lirpa_fastwarmup.engine.module import BoundedModule
 
 logger = logging.getLogger(__name__)
 
-# (box, x, y, eps, fraction, ...) -> 0-dim tensors by name, "loss" among them.
+# (box, x, y, eps, fraction, clean_weight, ...) -> 0-dim tensors by name, "loss" among them.
 Step = Callable[..., Mapping[str, Tensor]]
-# x, y, eps, fraction and anything else that differs from step to step, all on one device.
+# x, y, eps, fraction, clean_weight and anything else that differs from step to step, all on one device.
 Batch = tuple[Tensor, ...]
 
 # The largest relative differences to the eager step, of the loss and of the gradient. They find mistakes: rounding
@@ -60,7 +60,7 @@ class CompiledSteps:
         return {**self.__dict__, "_steps": {}}  # Compiled code cannot be pickled, and belongs to one network.
 
     def run(
-        self, step: Step, key: tuple[Any, ...], x: Tensor, y: Tensor, eps: Epsilon, fraction: float, *more: Tensor
+        self, step: Step, key: tuple[Any, ...], x: Tensor, y: Tensor, eps: Epsilon, *scalars: float, starts: Any = ()
     ) -> dict[str, Tensor] | None:
         """The values of ``step``, compiled; ``None`` where it must run eagerly. Only the loss has a gradient.
 
@@ -69,7 +69,7 @@ class CompiledSteps:
         """
         if self._failed or not self._suits(x, eps):
             return None
-        batch = (x, y, scalar_like(x, eps), scalar_like(x, fraction), *more)
+        batch = (x, y, *(scalar_like(x, scalar) for scalar in (eps, *scalars)), *starts)
         key = (*key, *self._state_key(batch))
         if key not in self._steps:
             try:
@@ -162,7 +162,8 @@ class _RecordedStep:
     def _compare_with_eager(self, step: Step, batch: Batch) -> None:
         """Raise RuntimeError unless the losses and gradients agree on a batch not recorded."""
         x, y, eps, fraction = batch[0].flip(0), batch[1].flip(0), batch[2] * 0.75, batch[3] * 0.75
-        other = (x, y, eps, fraction, *batch[4:])
+        # The weight of the clean loss may be 0 or 1 now, and other in a later phase.
+        other = (x, y, eps, fraction, torch.full_like(batch[4], 0.25), *batch[5:])
         with tracing.unchanged(self._bounded.wrapped):
             loss = step(bounds.input_box(x, eps, self._input_range), *other)["loss"]
             expected = torch.autograd.grad(loss, self._parameters(), allow_unused=True)

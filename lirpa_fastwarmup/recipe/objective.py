@@ -25,7 +25,7 @@ from lirpa_fastwarmup.engine import bounds, graph, inputs, plain
 from lirpa_fastwarmup.engine.module import BoundedModule
 from lirpa_fastwarmup.engine.precision import temporarily
 from lirpa_fastwarmup.recipe.compiled import CompiledSteps, scalar_like
-from lirpa_fastwarmup.recipe.losses import FULL, IBP, PHASES, RAMP, START, Loss, LossStep
+from lirpa_fastwarmup.recipe.losses import CCIBP, EXPIBP, FULL, IBP, MTLIBP, PHASES, RAMP, SABR, START, Loss, LossStep
 from lirpa_fastwarmup.recipe.regularizers import BUILT_IN, Regularizer, relu_balance, tightness, undefined
 from lirpa_fastwarmup.recipe.schedule import Schedule
 
@@ -69,12 +69,13 @@ class StepLoss:
 class Terms(NamedTuple):
     """The terms of the loss in one phase of training, throughout which every step does the same computation.
 
-    ``fading`` regularisers have the weight λ·(1 − ε/ε_max), ``constant`` penalties their own.
+    ``fading`` regularisers have the weight λ·(1 − ε/ε_max), ``constant`` penalties their own; ``mixed`` tells whether
+    the clean loss may have a weight beside the robust one.
     """
 
     phase: str
     loss: Loss
-    kappa: tuple[float, float]
+    mixed: bool
     reg_weight: float
     fading: Mapping[str, Regularizer]
     constant: Mapping[str, tuple[Regularizer, float]]
@@ -83,7 +84,7 @@ class Terms(NamedTuple):
     def key(self) -> tuple[Any, ...]:
         """The phase, and everything else in which the terms of one objective may differ."""
         weights = tuple((name, weight) for name, (_, weight) in self.constant.items())
-        return self.phase, self.loss, self.kappa, self.reg_weight, tuple(self.fading), weights
+        return self.phase, self.loss, self.mixed, self.reg_weight, tuple(self.fading), weights
 
 
 class ValueChecks:
@@ -267,28 +268,61 @@ class ShortWarmup(nn.Module):
         fraction = self.fraction
         phase = START if fraction == 0 else RAMP if fraction < 1 else FULL
         fading = self.regularizers if fraction < 1 else {}
-        terms = Terms(phase, self.loss, self.kappa, self.reg_weight, fading, self.penalties)
+        terms = Terms(phase, self.loss, self.kappa != (0.0, 0.0), self.reg_weight, fading, self.penalties)
         if not self.training:
-            terms = terms._replace(loss=IBP(), kappa=(0.0, 0.0), constant={})
+            terms = terms._replace(loss=IBP(), mixed=False, constant={})
         smallest = self.min_eps if terms.fading or terms.constant else 0.0
         eps = self._max_eps(max_eps) * fraction
         eps = eps.clamp(min=smallest) if isinstance(eps, Tensor) else max(eps, smallest)
-        step = partial(self._compute, terms)
+        first, last = self.kappa
+        clean_weight = 1.0 if phase == START else first + (last - first) * fraction
         attack = getattr(terms.loss, "attack", None)
         starts = () if attack is None or phase == START else (attack.starts(x, self.generator),)
         values = None
         if phase in self.compiled_phases:
-            values = self._compiled.run(step, terms.key, x, y, eps, fraction, *starts)
+            values = self._recorded(terms, x, y, eps, fraction, clean_weight, *starts)
         if values is None:
-            values = step(bounds.input_box(x, eps, self._range), x, y, eps, fraction, *starts)
+            box = bounds.input_box(x, eps, self._range)
+            values = self._compute(terms, box, x, y, eps, fraction, clean_weight, *starts)
         step_loss = self._step_loss(values, eps)
         loss = step_loss.loss.detach()
         facts = [loss, torch.full_like(loss, self.steps_done), step_loss.eps]
         self._checks.require("loss", loss.isfinite(), facts, _not_finite)
         return step_loss
 
+    def phases_recorded_with(self, phase: str) -> tuple[str, ...]:
+        """The phases whose steps one compiled step computes, ``phase`` among them.
+
+        Terms that a phase lacks have the weight 0 in it, so they must be cheap, and the loss the same in all of them.
+        """
+        phases: tuple[str, ...] = ()
+        if BUILT_IN.keys() >= self.regularizers.keys() and type(self.loss) in (IBP, SABR, MTLIBP, CCIBP, EXPIBP):
+            # Without regularisers, steps before the ramp propagate no bounds; and they never attack.
+            phases = PHASES if self.regularizers and type(self.loss) is IBP else (RAMP, FULL)
+        return phases if phase in phases else (phase,)
+
+    def _recorded(
+        self, terms: Terms, x: Tensor, y: Tensor, eps: Epsilon, fraction: float, clean_weight: float, *starts: Tensor
+    ) -> dict[str, Tensor] | None:
+        """What :meth:`_compute` returns, compiled; ``None`` where it must run eagerly."""
+        fading, phases = terms.fading, self.phases_recorded_with(terms.phase)
+        if len(phases) > 1:
+            terms = terms._replace(phase=RAMP, fading=self.regularizers, mixed=terms.mixed or START in phases)
+        step, key = partial(self._compute, terms), (" and ".join(phases), *terms.key)
+        values = self._compiled.run(step, key, x, y, eps, fraction, clean_weight, starts=starts)
+        absent = {f"terms.{name}" for name in terms.fading.keys() - fading.keys()}
+        return None if values is None else {name: value for name, value in values.items() if name not in absent}
+
     def _compute(
-        self, terms: Terms, box: Any, x: Tensor, y: Tensor, eps: Epsilon, fraction: float | Tensor, *starts: Tensor
+        self,
+        terms: Terms,
+        box: Any,
+        x: Tensor,
+        y: Tensor,
+        eps: Epsilon,
+        fraction: float | Tensor,
+        clean_weight: float | Tensor,
+        *starts: Tensor,
     ) -> dict[str, Tensor]:
         """The loss of one step and its components, 0-dim; regularisers and penalties as "terms.name".
 
@@ -314,9 +348,7 @@ class ShortWarmup(nn.Module):
             computed = {name: term(self.bounded) for name, term in regularizers.items()}
         if terms.phase != START:
             loss = found.loss
-            if terms.kappa != (0.0, 0.0):
-                first, last = terms.kappa
-                clean_weight = first + (last - first) * fraction
+            if terms.mixed:
                 loss = clean_weight * values["clean_loss"] + (1 - clean_weight) * loss
         if terms.fading:
             loss = loss + terms.reg_weight * (1 - fraction) * sum(computed[name] for name in terms.fading)

@@ -44,7 +44,11 @@ def _phases_that_pay(run: Run) -> tuple[str, ...]:
     epochs = {START: start, RAMP: ramp, FULL: settings.epochs - start - ramp}
     seconds = broadcast(_eager_seconds(run, settings.precision))
     steps = len(run.train_batches) * settings.accumulate
-    chosen = tuple(phase for phase, count in epochs.items() if count * steps * seconds * _SAVED > _COST)
+    together = dict.fromkeys(map(run.objective.phases_recorded_with, epochs))
+    paying = [
+        phases for phases in together if sum(epochs[phase] for phase in phases) * steps * seconds * _SAVED > _COST
+    ]
+    chosen = tuple(phase for phases in paying for phase in phases if epochs[phase])
     which = f"steps {' and '.join(chosen)} are compiled" if chosen else "there are too few to repay compiling them"
     logger.info("a training step takes %.2g s: %s (--compile or --no-compile to choose)", seconds, which)
     return chosen
