@@ -1,13 +1,15 @@
 """IBP bounds on a last layer's margins z_y − z_j for many classes, without an array (batch, classes, features).
 
 For the weights W of a layer, its input's centre m and radius r, the margins have the centre (W_y − W_j)·m and the
-radius |W_y − W_j|·r (Gowal et al., 2018, section 3), computed for one sample after the other in the same memory.
+radius |W_y − W_j|·r (Gowal et al., 2018, section 3). They are computed for one sample after the other in the same
+memory; in a recorded step, by sums that a compiler fuses with their terms.
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from lirpa_fastwarmup.engine.compat import engine, node_classes
 
@@ -17,11 +19,18 @@ _AT_ONCE = 2**15  # Elements that stay in a core's cache; PyTorch divides no ope
 _MANY = 2**22  # Elements of the array for the whole batch from which on this is faster.
 
 
-@torch.library.custom_op("lirpa_fastwarmup::margins", mutates_args=())
-def _margins(weight: Tensor, centre: Tensor, radius: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def _is_recorded() -> bool:
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+
+
+def _centres_and_radii(weight: Tensor, centre: Tensor, radius: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Centres and radii of the margins, (batch, classes)."""
+    own = weight[labels]
+    if _is_recorded():
+        differences = own.unsqueeze(1) - weight
+        return (differences * centre.unsqueeze(1)).sum(2), (differences.abs() * radius.unsqueeze(1)).sum(2)
     centres, radii = (centre.new_empty(len(labels), len(weight)) for _ in range(2))
-    size, own = max(1, _AT_ONCE // weight.shape[1]), weight[labels]
+    size = max(1, _AT_ONCE // weight.shape[1])
     for rows, *results in zip(weight.split(size), centres.split(size, 1), radii.split(size, 1), strict=True):
         differences = torch.empty_like(rows)
         for sample in zip(own, centre, radius, *results, strict=True):
@@ -31,11 +40,16 @@ def _margins(weight: Tensor, centre: Tensor, radius: Tensor, labels: Tensor) -> 
     return centres, radii
 
 
-@torch.library.custom_op("lirpa_fastwarmup::margins_backward", mutates_args=())
-def _radii_backward(grad: Tensor, weight: Tensor, radius: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def _gradients_of_radii(grad: Tensor, weight: Tensor, radius: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of the radii with respect to ``weight`` and ``radius``, from that with respect to the radii."""
+    own = weight[labels]
+    if _is_recorded():
+        differences, given = own.unsqueeze(1) - weight, grad.unsqueeze(2)
+        signed = differences.sign() * given
+        of_weight, of_own = -(signed * radius.unsqueeze(1)).sum(0), signed.sum(1)
+        return of_weight.index_add(0, labels, of_own * radius), (differences.abs() * given).sum(1)
     of_weight, of_radius, of_own = torch.zeros_like(weight), torch.zeros_like(radius), torch.zeros_like(radius)
-    size, own = max(1, _AT_ONCE // weight.shape[1]), weight[labels]
+    size = max(1, _AT_ONCE // weight.shape[1])
     for rows, of_rows, of_margins in zip(weight.split(size), of_weight.split(size), grad.split(size, 1), strict=True):
         differences, signs = torch.empty_like(rows), torch.empty_like(rows)
         for row, given, extent, to_radius, to_own in zip(own, of_margins, radius, of_radius, of_own, strict=True):
@@ -47,17 +61,20 @@ def _radii_backward(grad: Tensor, weight: Tensor, radius: Tensor, labels: Tensor
     return of_weight.index_add_(0, labels, of_own * radius), of_radius
 
 
-def _backward(ctx: Any, grad: Tensor, grad_of_radii: Tensor) -> tuple[Tensor | None, ...]:
-    weight, centre, radius, labels = ctx.saved_tensors
-    # Of the difference of two logits: each one's own gradient, and minus that of the others.
-    logits = (-grad).scatter_add(1, labels.unsqueeze(1), grad.sum(1, keepdim=True))
-    of_weight, of_radius = _radii_backward(grad_of_radii.contiguous(), weight, radius, labels)
-    return of_weight + logits.t() @ centre, logits @ weight, of_radius, None
+class _Margins(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(*inputs)
+        return _centres_and_radii(*inputs)
 
-
-_margins.register_fake(lambda weight, centre, radius, labels: (centre @ weight.t(), radius @ weight.t()))
-_margins.register_autograd(_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
-_radii_backward.register_fake(lambda grad, weight, radius, labels: (torch.empty_like(weight), torch.empty_like(radius)))
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, grad_of_radii: Tensor) -> tuple[Tensor | None, ...]:
+        weight, centre, radius, labels = ctx.saved_tensors
+        # Of the difference of two logits: each one's own gradient, and minus that of the others.
+        logits = (-grad).scatter_add(1, labels.unsqueeze(1), grad.sum(1, keepdim=True))
+        of_weight, of_radius = _gradients_of_radii(grad_of_radii.contiguous(), weight, radius, labels)
+        return of_weight + logits.t() @ centre, logits @ weight, of_radius, None
 
 
 class MarginLinear(_Linear):
@@ -65,7 +82,7 @@ class MarginLinear(_Linear):
 
     def interval_propagate(self, *v: Any, C: Any = None) -> tuple[Tensor, Tensor]:
         (low, weight, *bias), (high, *_) = (self._preprocess(*ends) for ends in zip(*v, strict=True))
-        centres, radii = _margins(weight, (low + high) / 2, (high - low) / 2, C.labels)
+        centres, radii = _Margins.apply(weight, (low + high) / 2, (high - low) / 2, C.labels)
         if bias and bias[0] is not None:
             centres = centres + (bias[0].index_select(0, C.labels).unsqueeze(1) - bias[0])
         return centres - radii, centres + radii
@@ -80,9 +97,7 @@ def is_large(node: Any, labels: Tensor) -> bool:
     if not isinstance(node, _Linear) or not _is_constant(node.inputs[1]) or node.is_input_perturbed(1):
         return False
     elements = len(labels) * node.output_shape[-1] * node.inputs[0].output_shape[-1]
-    # What is recorded for a compiler is not written either. A GPU would wait for thousands of small launches.
-    recorded = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
-    return labels.device.type == "cpu" and elements > (4 * _MANY if recorded else _MANY)
+    return labels.device.type == "cpu" and elements > _MANY  # A GPU would wait for thousands of small launches.
 
 
 def unread_rows(labels: Tensor, classes: int, dtype: torch.dtype) -> Any:
