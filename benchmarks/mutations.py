@@ -168,10 +168,10 @@ CNN | BoundLinear.interval_propagate
     IBP, margins: last bias not multiplied | C.matmul(lb) if not => lb if not
 CNN | lirpa_fastwarmup.engine.bounds:_margin_product
     IBP, margins: sign | weight.index_select(0, labels).unsqueeze(1) - weight => weight - weight[labels, None]
-CNN | lirpa_fastwarmup.engine.batchnorm:_ScaledInterval.forward
-    IBP, BatchNorm: radius by the scale, not by its absolute value | scale.abs() / 2 => scale / 2
-CNN | lirpa_fastwarmup.engine.batchnorm:SharedBatchNorm.interval_propagate
-    IBP, BatchNorm: statistics from before training | v[3][0], v[4][0] => 0 * v[3][0], 0 * v[4][0] + 1
+CNN | lirpa_fastwarmup.engine.products:_Interval.forward
+    IBP, BatchNorm: radius by the scale, not by its absolute value | half.abs() => half
+CNN | lirpa_fastwarmup.engine.batchnorm:SharedBatchNorm.scale_and_shift
+    IBP, BatchNorm: statistics from before training | = mean, var => = 0 * mean, 0 * var + 1
     IBP, BatchNorm: no eps under the root | (self.current_var + self.eps) => self.current_var
 ResNet | BoundAdd.interval_propagate
     IBP, sum: upper end of a branch in the lower end | x[0] + y[0] => x[0] + y[1]

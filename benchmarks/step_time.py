@@ -21,6 +21,19 @@ import torch
 from ctrain_step import ctrain_step
 
 from lirpa_fastwarmup.engine.precision import products_in_tf32
+from lirpa_fastwarmup.memory import keep_freed_memory
+
+
+def in_bf16(make: Callable[[measure.Setup], measure.Step], setup: measure.Setup) -> measure.Step:
+    """A step as `--precision bf16` takes it: under autocast, which rounds the clean pass and the radii of bounds."""
+    step = make(setup)
+
+    def under_autocast() -> None:
+        with torch.autocast(torch.device(setup.device).type, torch.bfloat16):
+            step()
+
+    return under_autocast
+
 
 STEPS: dict[str, Callable[[measure.Setup], measure.Step]] = {
     "clean": measure.clean_step,
@@ -33,6 +46,9 @@ STEPS: dict[str, Callable[[measure.Setup], measure.Step]] = {
     "CROWN-IBP fused compiled": partial(
         measure.certified_step, bound="crown-ibp-fused", regularizers=False, compile=True
     ),
+    "clean bf16": partial(in_bf16, measure.clean_step),
+    "eager bf16": partial(in_bf16, measure.certified_step),
+    "compiled bf16": partial(in_bf16, partial(measure.certified_step, compile=True)),
     "CTRAIN Shi-IBP": ctrain_step,
 }
 VARIED = {"batch": "batch", "depth": "extra", "classes": "classes", "width": "width"}
@@ -73,7 +89,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=STEPS, default=list(STEPS), help="the first is the base of ratios")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--tf32", action="store_true", help="let a GPU round products to TF32")
-    parser.add_argument("--bf16", action="store_true", help="all steps under autocast to bfloat16")
+    parser.add_argument("--keep-memory", action="store_true", help="as the command line: keep_freed_memory()")
     parser.add_argument("--channels-last", action="store_true", help="images and weights in channels-last memory")
     parser.add_argument("--threads", type=int, help="of the CPU")
     parser.add_argument("--json", type=Path)
@@ -86,6 +102,8 @@ def main() -> None:
     )
     if options.threads:
         torch.set_num_threads(options.threads)
+    if options.keep_memory:
+        keep_freed_memory()
     what, *values = options.vary or ["width", *options.width]
     rows = []
     where = measure.machine(options.device)
@@ -94,8 +112,7 @@ def main() -> None:
         changes = {"width": options.width[0], VARIED[what]: None if value is None else int(value)}
         setup = dataclasses.replace(base, **changes)
         print(f"\n{setup}\n{'step':<32}{'seconds':>9}{'ratio':>8}{'peak MB':>9}", flush=True)
-        kind = torch.device(options.device).type
-        with products_in_tf32(options.tf32), torch.autocast(kind, torch.bfloat16, enabled=options.bf16):
+        with products_in_tf32(options.tf32):
             for row in measured(setup, options.only, options.rounds):
                 print(f"{row['step']:<32}{row['seconds']:>9.4f}{row['ratio']:>8.2f}{row['peak_bytes'] / 1e6:>9.0f}")
                 rows.append(row)
