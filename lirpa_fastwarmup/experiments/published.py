@@ -34,24 +34,19 @@ def _rows(name: str, **wanted: str) -> Iterator[dict[str, str]]:
                 yield {column: cell for column, cell in row.items() if cell}
 
 
-def _row(name: str, eps: float, **wanted: str) -> dict[str, str] | None:
-    """The row for the radius ``eps``."""
-    rows = _rows(name, **wanted)
-    return next((row for row in rows if abs(float(Fraction(row["eps"])) - eps) <= _SAME * eps), None)
-
-
-def _values(row: dict[str, str]) -> dict[str, Any]:
-    """The settings in a row; its other cells are their problem and their source."""
-    names = row.keys() - {"method", "dataset", "eps", "source"}
-    return {name: _READERS.get(name, json.loads)(row[name]) for name in row if name in names}
+def _published(name: str, eps: float, **wanted: str) -> Published | None:
+    """The settings in the row for the radius ``eps``; its other cells are their problem and their source."""
+    for row in _rows(name, **wanted):
+        if abs(float(Fraction(row["eps"])) - eps) <= _SAME * eps:
+            cells = {column: row[column] for column in row if column not in ("method", "dataset", "eps", "source")}
+            settings = {column: _READERS.get(column, json.loads)(cell) for column, cell in cells.items()}
+            return Published(settings, _SOURCES[row.get("source", "CTBench")])
+    return None
 
 
 def loss_settings(method: str, dataset: str, eps: float) -> Published | None:
     """The settings of ``method``'s loss, its attack and its penalty; ``None`` where nobody published any."""
-    row = _row("published", eps, method=method, dataset=dataset)
-    if row is None:
-        return None
-    return Published(_values(row), _SOURCES[row["source"]])
+    return _published("published", eps, method=method, dataset=dataset)
 
 
 def known_problems(name: str, **wanted: str) -> str:
@@ -61,12 +56,12 @@ def known_problems(name: str, **wanted: str) -> str:
 
 def ctbench_schedule(method: str, dataset: str, eps: float) -> Published:
     """CTBench's epochs, ramp, learning rate and averages for a problem; raises ValueError if it has none."""
-    row = _row("schedules", eps, dataset=dataset)
-    if row is None:
+    found = _published("schedules", eps, dataset=dataset)
+    if found is None:
         problem = f"CTBench has no schedule for {dataset} at ε = {eps:g}, only for {known_problems('schedules')}"
         options = "--epochs, --ramp-length and --lr-milestones where the preset's do not suit you"
         raise ValueError(f"{problem}: leave --schedule ctbench out, and set {options}")
-    found = _values(row) | {"precise_bn": True, "schedule": "smoothed"}
+    settings = found.settings | {"precise_bn": True, "schedule": "smoothed"}
     if method not in ("mtl-ibp", "cc-ibp", "exp-ibp"):
-        found["swa_start"] = None
-    return Published(found, _SOURCES["CTBench"])
+        settings["swa_start"] = None
+    return found._replace(settings=settings)
