@@ -5,7 +5,7 @@ per layer, 40 to 64 % of a layer is always inactive, and the ratios ρ and s lie
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from lirpa_fastwarmup.inspection.statistics import AffineStatistics, Finding, Inspection, ReluStatistics
 
@@ -22,41 +22,37 @@ _SPREAD, _SPREAD_TO_GAP = 1e-4, 1e-3
 
 def findings(found: Inspection) -> tuple[Finding, ...]:
     """The problems of a network, the most serious first; only "not finite" if some numbers are not."""
-    if broken := _not_finite(found):
-        return (broken,)
     checks = (_exploded, _inactive, _active, _constant, _imbalanced, _unstable, _without_batchnorm)
-    return tuple(finding for finding in (check(found) for check in checks) if finding)
+    return tuple(_not_finite(found)) or tuple(finding for check in checks for finding in check(found))
 
 
-def _not_finite(found: Inspection) -> Finding | None:
-    kind = "not finite"
+def _not_finite(found: Inspection) -> Iterator[Finding]:
     if weights := _names(layer for layer in found.affine if not math.isfinite(layer.weight_std or 0.0)):
         text = f"weights of {_listed(weights)} are NaN or infinite: return to an earlier checkpoint, and lower the "
-        return Finding(kind, weights, text + "learning rate or clip gradients")
-    if not (layers := [layer for layer in found.relus if not math.isfinite(layer.half_width)]):
-        return None
-    text = f"bounds of layer {layers[0].name} have half-width {layers[0].half_width}, outside the floating-point range"
-    text += ": call ibp_init_ before training, use fewer layers, or reduce eps"
-    return Finding(kind, _names(layers), text)
+        yield Finding("not finite", weights, text + "learning rate or clip gradients")
+    elif layers := [layer for layer in found.relus if not math.isfinite(layer.half_width)]:
+        text = f"bounds of layer {layers[0].name} have half-width {layers[0].half_width}, outside the floating-point "
+        text += "range: call ibp_init_ before training, use fewer layers, or reduce eps"
+        yield Finding("not finite", _names(layers), text)
 
 
-def _constant(found: Inspection) -> Finding | None:
+def _constant(found: Inspection) -> Iterator[Finding]:
     output = found.output
     if output is None or found.samples < 2 or output.spread > max(_SPREAD, _SPREAD_TO_GAP * output.gap):
-        return None
+        return
     text = (
         f"outputs differ by {output.spread:.2g} between the samples, and the predicted class leads by "
         f"{output.gap:.2g}: the network is constant. After training, it has collapsed: retrain from ibp_init_ with "
         "full BatchNorm and a longer ramp of ε (ramp_length). Before training, IBP-initialised weights pass a signal "
         "only with BatchNorm in training mode"
     )
-    return Finding("constant outputs", (), text)
+    yield Finding("constant outputs", (), text)
 
 
-def _exploded(found: Inspection) -> Finding | None:
+def _exploded(found: Inspection) -> Iterator[Finding]:
     growth = found.growth_per_layer
     if not (growth > _GROWTH and found.relus[-1].growth > _TOTAL_GROWTH):
-        return None
+        return
     kind, last = "exploded bounds", found.relus[-1]
     hidden = [layer for layer in found.affine if not layer.classification and layer.expected_gain]
     gains = [layer.expected_gain or 1.0 for layer in hidden]
@@ -86,52 +82,44 @@ def _exploded(found: Inspection) -> Finding | None:
         )
     else:
         text += ": train with the tightness regulariser (ShortWarmup), with a larger reg_weight if it was already on"
-    return Finding(kind, _names(layer for layer in found.relus if layer.gain > _GROWTH), text)
+    yield Finding(kind, _names(layer for layer in found.relus if layer.gain > _GROWTH), text)
 
 
-def _inactive(found: Inspection) -> Finding | None:
-    if not (layers := [layer for layer in found.relus if layer.always_inactive >= _ONE_STATE or layer.dead >= _DEAD]):
-        return None
-    worst = max(layers, key=lambda layer: (layer.dead, layer.always_inactive))
-    longer_ramp = "raise reg_weight, or let ε grow over more epochs (ramp_length)"
-    remedy = "insert_batchnorm, or raise reg_weight" if _lacks_batchnorm(found, layers) else longer_ramp
-    text = (
-        f"{worst.always_inactive:.0%} of layer {worst.name} is always inactive, and {worst.dead:.0%} of its units are "
-        f"in every sample{_and_others(layers)}: {remedy}; also look for large negative biases"
-    )
-    return Finding("inactive ReLUs", _names(layers), text)
+def _inactive(found: Inspection) -> Iterator[Finding]:
+    if layers := [layer for layer in found.relus if layer.always_inactive >= _ONE_STATE or layer.dead >= _DEAD]:
+        worst = max(layers, key=lambda layer: (layer.dead, layer.always_inactive))
+        longer_ramp = "raise reg_weight, or let ε grow over more epochs (ramp_length)"
+        remedy = "insert_batchnorm, or raise reg_weight" if _lacks_batchnorm(found, layers) else longer_ramp
+        text = f"{worst.always_inactive:.0%} of layer {worst.name} is always inactive, and {worst.dead:.0%} of its "
+        text += f"units are in every sample{_and_others(layers)}: {remedy}; also look for large negative biases"
+        yield Finding("inactive ReLUs", _names(layers), text)
 
 
-def _active(found: Inspection) -> Finding | None:
-    if not (layers := [layer for layer in found.relus if layer.always_active >= _ONE_STATE]):
-        return None
-    worst = max(layers, key=lambda layer: layer.always_active)
-    remedy = "insert_batchnorm" if _lacks_batchnorm(found, layers) else "raise reg_weight"
-    text = f"{worst.always_active:.0%} of layer {worst.name} is always active{_and_others(layers)} and therefore "
-    text += f"linear on these inputs: look for large positive biases, or {remedy}"
-    return Finding("active ReLUs", _names(layers), text)
+def _active(found: Inspection) -> Iterator[Finding]:
+    if layers := [layer for layer in found.relus if layer.always_active >= _ONE_STATE]:
+        worst = max(layers, key=lambda layer: layer.always_active)
+        remedy = "insert_batchnorm" if _lacks_batchnorm(found, layers) else "raise reg_weight"
+        text = f"{worst.always_active:.0%} of layer {worst.name} is always active{_and_others(layers)} and therefore "
+        text += f"linear on these inputs: look for large positive biases, or {remedy}"
+        yield Finding("active ReLUs", _names(layers), text)
 
 
-def _imbalanced(found: Inspection) -> Finding | None:
+def _imbalanced(found: Inspection) -> Iterator[Finding]:
     stable = [layer for layer in found.relus if layer.always_active + layer.always_inactive >= _STABLE_ENOUGH]
     # Layers in one state are reported by other checks.
     mixed = [layer for layer in stable if max(layer.always_active, layer.always_inactive) < _ONE_STATE]
-    if not (layers := [layer for layer in mixed if layer.balance < _BALANCE]):
-        return None
-    worst = min(layers, key=lambda layer: layer.balance)
-    remedy = "insert_batchnorm, or raise" if _lacks_batchnorm(found, layers) else "raise"
-    text = (
-        f"active and inactive neurons of layer {worst.name} are out of balance{_and_others(layers)}: ρ = "
-        f"{worst.mean_ratio:.2g} and s = {worst.variance_ratio:.2g}; the regulariser aims at 0.5 to 2: {remedy} "
-        "reg_weight"
-    )
-    return Finding("imbalanced ReLUs", _names(layers), text)
+    if layers := [layer for layer in mixed if layer.balance < _BALANCE]:
+        worst = min(layers, key=lambda layer: layer.balance)
+        remedy = "insert_batchnorm, or raise" if _lacks_batchnorm(found, layers) else "raise"
+        text = f"active and inactive neurons of layer {worst.name} are out of balance{_and_others(layers)}: ρ = "
+        text += f"{worst.mean_ratio:.2g} and s = {worst.variance_ratio:.2g}; the regulariser aims at 0.5 to 2: "
+        yield Finding("imbalanced ReLUs", _names(layers), f"{text}{remedy} reg_weight")
 
 
-def _unstable(found: Inspection) -> Finding | None:
+def _unstable(found: Inspection) -> Iterator[Finding]:
     layers = [layer for layer in found.relus if layer.unstable >= _UNSTABLE]
-    if not layers or _exploded(found):  # That finding names the cause.
-        return None
+    if not layers or any(_exploded(found)):  # That finding names the cause.
+        return
     worst = max(layers, key=lambda layer: layer.half_width / max(layer.distance, 1e-300))
     remedy = "This is expected before training; after it, train with this eps, or reduce it"
     if _lacks_batchnorm(found, layers):
@@ -140,15 +128,14 @@ def _unstable(found: Inspection) -> Finding | None:
         f"{worst.unstable:.0%} of layer {worst.name} is unstable{_and_others(layers)}: its bounds have half-width "
         f"{worst.half_width:.3g}, and their centres lie {worst.distance:.3g} from 0 on average. {remedy}"
     )
-    return Finding("unstable ReLUs", _names(layers), text)
+    yield Finding("unstable ReLUs", _names(layers), text)
 
 
-def _without_batchnorm(found: Inspection) -> Finding | None:
+def _without_batchnorm(found: Inspection) -> Iterator[Finding]:
     hidden = [layer for layer in found.affine if not layer.classification]
-    if not (lacking := _names(layer for layer in hidden if not layer.batchnorm)):
-        return None
-    text = f"{len(lacking)} of {len(hidden)} hidden layers lack BatchNorm ({_listed(lacking)}), which keeps ReLUs "
-    return Finding("no BatchNorm", lacking, text + "balanced: insert_batchnorm before training")
+    if lacking := _names(layer for layer in hidden if not layer.batchnorm):
+        text = f"{len(lacking)} of {len(hidden)} hidden layers lack BatchNorm ({_listed(lacking)}), which keeps ReLUs "
+        yield Finding("no BatchNorm", lacking, text + "balanced: insert_batchnorm before training")
 
 
 def _lacks_batchnorm(found: Inspection, layers: Sequence[ReluStatistics]) -> bool:
