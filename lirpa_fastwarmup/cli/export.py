@@ -35,8 +35,6 @@ def add_to(command: argparse.ArgumentParser) -> None:
 
 
 def _export(options: argparse.Namespace) -> int:
-    if options.out is None and options.run is None:
-        raise ValueError("name the folder for the files with --out DIR")
     check_named(options)
     if options.eps is not None:
         check_radius(options.eps, None)
@@ -44,15 +42,15 @@ def _export(options: argparse.Namespace) -> int:
     eps = subject.eps if options.eps is None else options.eps
     if eps is None:
         raise ValueError("name the radius of the properties with --eps")
-    count = len(subject.samples)
+    dataset, count = subject.dataset, len(subject.dataset.test)
     for given in options.samples:  # Before a long range is listed.
         if not given or not 0 <= given[0] <= given[-1] < count:
             shown = f"{given.start}-{given.stop - 1}" if len(given) != 1 else given.start
-            raise ValueError(f"there is no sample {shown}: {subject.dataset} has {count} test samples, from index 0")
+            raise ValueError(f"there is no sample {shown}: {dataset.name} has {count} test samples, from index 0")
     indices = list(dict.fromkeys(index for given in options.samples for index in given))
-    chosen = subject.samples.take(torch.tensor(indices))
+    chosen = dataset.test.take(torch.tensor(indices))
     out = options.out or options.run / _FOLDER
-    given = {"indices": indices, "input_range": subject.input_range, "timeout": options.timeout}
+    given = {"indices": indices, "input_range": dataset.input_range, "timeout": options.timeout}
     note = export(subject.network, chosen.inputs, chosen.labels, eps, out, **given)
     print(f"{len(indices)} properties at eps {eps} written to {out}")
     if note:

@@ -59,11 +59,11 @@ def _of_run(options: argparse.Namespace) -> tuple[fw.BoundedModule, Tensor, floa
         text = f"{', '.join(fixed)}: the network in {folder} is already trained, with its own settings"
         raise ValueError(f"{text}. Omit these options, or name a preset to inspect a fresh network")
     subject = subject_of_run(folder, options)
-    samples = _inputs(subject.samples, options.samples).to(common.device_named(options.device))
+    samples = _inputs(subject.dataset.test, options.samples).to(common.device_named(options.device))
     bounded = fw.BoundedModule(subject.network.to(samples.device), samples[:2], allow_untested=subject.allow_untested)
     eps = subject.eps if options.eps is None else options.eps
     assert eps is not None  # Only external models have no radius of their own.
-    return bounded.train(options.training is True), samples, eps, subject.input_range
+    return bounded.train(options.training is True), samples, eps, subject.dataset.input_range
 
 
 def _inputs(samples: data.Split, count: int | None) -> Tensor:

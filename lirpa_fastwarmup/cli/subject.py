@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lirpa_fastwarmup import boxes, models, storage
+from lirpa_fastwarmup import models, storage
 from lirpa_fastwarmup.cli.options import add_trust, find_factories_here, number
 from lirpa_fastwarmup.experiments import data
 from lirpa_fastwarmup.experiments.training import load_model, load_weights
@@ -21,15 +21,12 @@ _SAVE = "save only the state dict, torch.save(model.state_dict(), FILE)"
 
 @dataclass(frozen=True)
 class Subject:
-    """A network in evaluation mode on the CPU, and its test samples."""
+    """A network in evaluation mode on the CPU, and the dataset with its test samples."""
 
     network: nn.Module
     name: str  # Its file or factory.
-    dataset: str
+    dataset: data.Dataset
     example: Tensor  # Inputs that it accepts, of two samples, or of one if it refuses batches.
-    samples: data.Split
-    classes: int
-    input_range: boxes.InputRange | None
     eps: float | None  # The radius that it was trained for; None for external networks.
     allow_untested: bool = False
 
@@ -53,12 +50,14 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def check_named(options: argparse.Namespace) -> None:
-    """Raise ValueError unless the options name one network."""
+    """Raise ValueError unless the options name one network, and a folder for the results."""
     if (options.run is None) == (options.model is None):
         raise ValueError("name either the folder of a training run, or a network with --model")
     given = [f"--{name}" for name in ("weights", "mean", "std") if getattr(options, name) is not None]
     if options.run is not None and given:
         raise ValueError(f"{', '.join(given)} is for an external model, and not for the run in {options.run}")
+    if options.run is None and options.out is None:
+        raise ValueError("name the folder for the results with --out DIR")
 
 
 def subject_of(options: argparse.Namespace) -> Subject:
@@ -126,7 +125,7 @@ def _state_dict(path: Path) -> dict[str, Any]:
 
 @torch.no_grad()
 def _subject(network: nn.Module, name: str, dataset: data.Dataset, eps: float | None, *, untested: bool) -> Subject:
-    example, classes = torch.zeros(2, *dataset.in_shape), dataset.classes
+    example = torch.zeros(2, *dataset.in_shape)
     text = f"the network {name} cannot be run on samples of {dataset.name}, of shape {dataset.in_shape}"
     with storage.refused(text, RuntimeError):
         try:
@@ -134,7 +133,8 @@ def _subject(network: nn.Module, name: str, dataset: data.Dataset, eps: float | 
         except RuntimeError:  # It may accept single samples only.
             example = example[:1]
             outputs = network(example)
-    if outputs.shape != (len(example), classes):
-        found = f"{dataset.name} has labels of {classes} classes, and the network {name} gives {tuple(outputs.shape)}"
-        raise ValueError(f"{found} for {len(example)} sample(s): a certificate needs one score per class")
-    return Subject(network, name, dataset.name, example, dataset.test, classes, dataset.input_range, eps, untested)
+    if outputs.shape != (len(example), dataset.classes):
+        found = f"the network {name} gives {tuple(outputs.shape)} for {len(example)} sample(s)"
+        text = f"{dataset.name} has labels of {dataset.classes} classes, and {found}"
+        raise ValueError(f"{text}: a certificate needs one score per class")
+    return Subject(network, name, dataset, example, eps, untested)

@@ -61,8 +61,6 @@ def add_to(command: argparse.ArgumentParser) -> None:
 def _verify(options: argparse.Namespace) -> int:
     check_named(options)
     out = options.out or options.run
-    if out is None:
-        raise ValueError("name the folder for the results with --out DIR")
     if options.run is not None and not options.run.is_dir():
         raise FileNotFoundError(f"there is no folder {options.run}: name the folder of a training run")
     for eps in options.eps or ():
@@ -81,18 +79,18 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _run(options: argparse.Namespace, subject: Subject, radii: Sequence[float], out: Path, device: torch.device) -> int:
-    ranks, total, limit = world(), len(subject.samples), options.limit
+    ranks, total, limit = world(), len(subject.dataset.test), options.limit
     if limit is not None and not 1 <= limit <= total:
-        raise ValueError(f"the test set of {subject.dataset} has {total} samples; cannot take {limit}")
+        raise ValueError(f"the test set of {subject.dataset.name} has {total} samples; cannot take {limit}")
     indices = spread_indices(total, limit or total)
-    chosen = subject.samples if limit is None else subject.samples.take(indices)
+    chosen = subject.dataset.test if limit is None else subject.dataset.test.take(indices)
     network, example = subject.network.to(device), subject.example.to(device)
     bounded = fw.BoundedModule(network, example, allow_untested=subject.allow_untested).eval()
     samples, journal = Batches(chosen, options.batch_size), Journal.of_rank(out / JOURNAL)
     plan = {name: getattr(options, name) for name in ("methods", "pgd_steps", "seed")}
     given = {**plan, "restarts": options.pgd_restarts, "batch_size": options.batch_size, "journal": journal}
-    given |= {"indices": indices.tolist(), "input_range": subject.input_range}
-    x, ends = chosen.inputs, subject.input_range
+    given |= {"indices": indices.tolist(), "input_range": subject.dataset.input_range}
+    x, ends = chosen.inputs, subject.dataset.input_range
     # The widest box worth certifying: the input range, or what the samples of unclipped data span.
     low, high = (x.min(), x.max()) if ends is None else map(torch.as_tensor, ends)
     largest = float((high - low).max()) or 1.0
@@ -126,8 +124,8 @@ def _run(options: argparse.Namespace, subject: Subject, radii: Sequence[float], 
         raise KeyboardInterrupt(f"finished batches are kept in {journal.path}; the same command resumes") from None
     used = journal.used_by_all()  # Before rank 0 writes: if that fails, no other rank waits.
     if ranks.is_rank_zero:
-        about = {"network": subject.name, "dataset": subject.dataset, "samples": len(chosen)}
-        about |= {"classes": subject.classes, **plan, "pgd_restarts": options.pgd_restarts}
+        about = {"network": subject.name, "dataset": subject.dataset.name, "samples": len(chosen)}
+        about |= {"classes": subject.dataset.classes, **plan, "pgd_restarts": options.pgd_restarts}
         about["input_range"] = None if ends is None else [torch.as_tensor(end).tolist() for end in ends]
         about["seconds"] = time.perf_counter() - started
         write_results(out, bounded, verifications, certified, tolerance, about)

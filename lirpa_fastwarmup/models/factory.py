@@ -91,10 +91,7 @@ def _imported_file(path: Path) -> ModuleType:
 
 
 def _made(factory: Callable[..., Any], name: str, given: dict[str, Any]) -> nn.Module:
-    try:
-        signature = inspect.signature(factory)
-    except ValueError:  # Some callables written in C have no signature.
-        signature = inspect.Signature()
+    signature = inspect.signature(factory)
     by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     arguments = {key: given[key] for key, one in signature.parameters.items() if key in given and one.kind in by_name}
     try:

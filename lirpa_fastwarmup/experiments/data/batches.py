@@ -116,7 +116,6 @@ class Batches:
         for name, generator in self._generators.items():
             if (state[name] is None) is not (generator is None):
                 raise ValueError(f"the state does not fit these batches: they differ in their random {name}")
-        for name, generator in self._generators.items():
             if generator is not None:
                 generator.set_state(state[name])
         self._first = self._position = int(state["position"])

@@ -72,13 +72,6 @@ def _from_buffer(content: Any, dtype: Any, shape: Any, order: Any) -> _Bytes:
     return result
 
 
-def _encode(text: str, encoding: str) -> bytes:
-    """Replaces codecs.encode, by which Python 3 pickles bytes in the protocols of Python 2."""
-    if encoding != "latin1":
-        raise pickle.UnpicklingError(f"it contains bytes encoded as {encoding!r}")
-    return text.encode(encoding)
-
-
 class _ArrayUnpickler(pickle.Unpickler):
     """Reads uint8 arrays and plain values, and refuses any other function or class that a pickle names."""
 
@@ -86,7 +79,7 @@ class _ArrayUnpickler(pickle.Unpickler):
         module = module.replace("numpy._core", "numpy.core")  # Its name in numpy 2.
         # Functions of numpy are replaced, too: they crash the process on invalid array states.
         allowed = {
-            ("_codecs", "encode"): _encode,
+            ("_codecs", "encode"): str.encode,  # Python 3 pickles bytes so in the protocols of Python 2.
             ("numpy", "dtype"): _Type,
             ("numpy", "ndarray"): _Bytes,
             ("numpy.core.multiarray", "_reconstruct"): _Bytes,
