@@ -21,8 +21,7 @@ from lirpa_fastwarmup.experiments.presets import PRESETS
 from lirpa_fastwarmup.experiments.training import Settings
 from lirpa_fastwarmup.experiments.training.build import Run, build_run
 from lirpa_fastwarmup.experiments.training.interrupt import StopRequest
-from lirpa_fastwarmup.experiments.training.loop import Position, train_epoch
-from lirpa_fastwarmup.experiments.training.progress import EpochMeans, Progress
+from lirpa_fastwarmup.experiments.training.loop import EpochMeans, Position, Progress, train_epoch
 
 PHASES = {"before the ramp": 0.0, "in the ramp": 0.5, "at full eps": 1.0}
 

@@ -17,7 +17,7 @@ import torch
 from lirpa_fastwarmup import cli
 from lirpa_fastwarmup.experiments.presets import preset
 from lirpa_fastwarmup.experiments.training import OutputExistsError, TrainingInterrupted, resume, train
-from lirpa_fastwarmup.experiments.training.progress import Progress
+from lirpa_fastwarmup.experiments.training.loop import Progress
 from lirpa_fastwarmup.storage import FolderInUseError, read_json, write_tensors
 
 # Three batches an epoch, everything random in use, and a state beside the weights' own.

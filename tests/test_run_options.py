@@ -18,8 +18,7 @@ from lirpa_fastwarmup.experiments.presets import preset
 from lirpa_fastwarmup.experiments.training import METHODS, choices, load_model, resume, train
 from lirpa_fastwarmup.experiments.training.build import build_run
 from lirpa_fastwarmup.experiments.training.interrupt import StopRequest
-from lirpa_fastwarmup.experiments.training.loop import Position, train_epoch
-from lirpa_fastwarmup.experiments.training.progress import EpochMeans, Progress
+from lirpa_fastwarmup.experiments.training.loop import EpochMeans, Position, Progress, train_epoch
 from lirpa_fastwarmup.recipe.compiled import CompiledSteps
 from lirpa_fastwarmup.recipe.losses import PHASES
 from lirpa_fastwarmup.storage import read_json

@@ -14,7 +14,7 @@ import lirpa_fastwarmup as fw
 from lirpa_fastwarmup.experiments import data
 from lirpa_fastwarmup.experiments.presets import preset
 from lirpa_fastwarmup.experiments.training import OutputExistsError, load_model, train
-from lirpa_fastwarmup.experiments.training.progress import EpochMeans
+from lirpa_fastwarmup.experiments.training.loop import EpochMeans
 from lirpa_fastwarmup.storage import read_json
 
 SMALL = preset("mnist5k").replace(

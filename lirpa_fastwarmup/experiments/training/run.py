@@ -15,8 +15,7 @@ from lirpa_fastwarmup.experiments.training import checkpoint, interrupt, network
 from lirpa_fastwarmup.experiments.training.build import Run, build_run
 from lirpa_fastwarmup.experiments.training.checkpoint import CHECKPOINT, CURVES, HISTORY, MODEL, SUMMARY
 from lirpa_fastwarmup.experiments.training.choices import choose
-from lirpa_fastwarmup.experiments.training.loop import Position, train_epoch
-from lirpa_fastwarmup.experiments.training.progress import ADVERSARIAL, EpochMeans, Progress
+from lirpa_fastwarmup.experiments.training.loop import ADVERSARIAL, EpochMeans, Position, Progress, train_epoch
 from lirpa_fastwarmup.experiments.training.settings import Settings
 from lirpa_fastwarmup.experiments.training.summary import draw_curves, history_row, summarise
 from lirpa_fastwarmup.recipe.losses import MTLIBP
