@@ -99,7 +99,6 @@ class _Console:
     def __init__(self, epochs: int) -> None:
         self._epochs = epochs
         self._bar: Any = None
-        self._dead: dict[str, str] = {}
 
     def close(self) -> None:
         """Close the bar, so that the next output starts on a line of its own."""
@@ -116,12 +115,11 @@ class _Console:
         if means:
             shown = ("eps", "loss", "clean_loss", "robust_loss", "clean_error", "verified_error")
             values = {name: f"{means[name]:.4g}" for name in shown if not math.isnan(means[name])}
-            self._bar.set_postfix(values | self._dead, refresh=False)
+            self._bar.set_postfix(values, refresh=False)
 
     def epoch_done(self, row: Mapping[str, float], seconds: float) -> None:
         self.close()
         dead = "" if math.isnan(row["dead"]) else f"dead {row['dead']:5.1%}  "
-        self._dead = {"dead": f"{row['dead']:.1%}"} if dead else {}  # Shown during the next epoch.
         errors = f"standard error {row['standard_error']:6.2%}  verified error {row['verified_error']:6.2%}  "
         if math.isnan(row["verified_error"]):  # Computed only at the end of the run.
             errors = ""
