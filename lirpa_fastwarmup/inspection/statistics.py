@@ -211,10 +211,8 @@ class Inspection:
         return [relus, [_AFFINE_HEAD, *map(_affine_row, self.affine)]]
 
 
-_RELU_HEAD = (
-    *("ReLU layer", "neurons", "half-width", "gain", "growth", "active", "inactive", "unstable", "dead"),
-    *("ρ", "s", "|centre|"),
-)
+_RELU_HEAD: tuple[str, ...] = ("ReLU layer", "neurons", "half-width", "gain", "growth", "active", "inactive")
+_RELU_HEAD += ("unstable", "dead", "ρ", "s", "|centre|")
 _AFFINE_HEAD = ("affine layer", "fan-in", "weight std", "IBP std", "ratio", "expected gain", "BatchNorm")
 _LEGEND = (
     "gain: half-width over that of the layer before (healthy: below 2); growth: over that of the input. ρ, s: mean and "

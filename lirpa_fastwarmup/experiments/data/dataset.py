@@ -52,10 +52,6 @@ class Split:
         """The samples as input of a network, float (samples, …)."""
         return self.as_inputs(self.images)
 
-    def to(self, device: torch.device | str) -> Split:
-        """The same samples on another device."""
-        return Split(self.images.to(device), self.labels.to(device))
-
     def take(self, indices: Tensor) -> Split:
         """The samples at ``indices``, on the CPU or the samples' device, in that order."""
         return Split(self.images[indices], self.labels[indices])
@@ -156,6 +152,6 @@ def place(split: Split, device: torch.device) -> Split:
         return split
     free, size = torch.cuda.mem_get_info(device)[0], split.images.nbytes
     if size <= free / 2:
-        return split.to(device)
+        return Split(split.images.to(device), split.labels.to(device))
     logger.info("samples take %.1f GB of %.1f GB free on %s: batches are copied", size / 1e9, free / 1e9, device)
     return split
