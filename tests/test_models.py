@@ -357,7 +357,7 @@ def test_other_classes_and_inputs_are_told():
     with pytest.raises(ValueError, match=r"the dataset has 4 classes, the network's output is \(2, 3\)"):
         models.build("factories:nothing", (1, 8, 8), 4)
     with pytest.raises(
-        ValueError, match=r"cannot be run on a batch of two inputs of shape \(1, 9, 9\).*mat1"
+        ValueError, match=r"cannot be run on a batch of 2 input\(s\) of shape \(1, 9, 9\).*mat1"
     ) as caught:
         models.build("factories:nothing", (1, 9, 9), 3)
     assert isinstance(caught.value.__cause__, RuntimeError)

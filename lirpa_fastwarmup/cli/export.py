@@ -5,7 +5,6 @@ from pathlib import Path
 
 import torch
 
-from lirpa_fastwarmup.boxes import check_radius
 from lirpa_fastwarmup.cli.options import number
 from lirpa_fastwarmup.cli.subject import add_arguments, check_named, subject_of
 from lirpa_fastwarmup.verification import export
@@ -36,8 +35,6 @@ def add_to(command: argparse.ArgumentParser) -> None:
 
 def _export(options: argparse.Namespace) -> int:
     check_named(options)
-    if options.eps is not None:
-        check_radius(options.eps, None)
     subject = subject_of(options)
     eps = subject.eps if options.eps is None else options.eps
     if eps is None:

@@ -14,6 +14,7 @@ from lirpa_fastwarmup.experiments import data
 from lirpa_fastwarmup.experiments.training import load_model, load_weights
 from lirpa_fastwarmup.experiments.training.checkpoint import MODEL
 from lirpa_fastwarmup.experiments.training.network import load_dataset, read_model
+from lirpa_fastwarmup.models.factory import check_output
 from lirpa_fastwarmup.verification import read_onnx
 
 _SAVE = "save only the state dict, torch.save(model.state_dict(), FILE)"
@@ -123,18 +124,11 @@ def _state_dict(path: Path) -> dict[str, Any]:
     return content
 
 
-@torch.no_grad()
 def _subject(network: nn.Module, name: str, dataset: data.Dataset, eps: float | None, *, untested: bool) -> Subject:
     example = torch.zeros(2, *dataset.in_shape)
-    text = f"the network {name} cannot be run on samples of {dataset.name}, of shape {dataset.in_shape}"
-    with storage.refused(text, RuntimeError):
-        try:
-            outputs = network.eval()(example)
-        except RuntimeError:  # It may accept single samples only.
-            example = example[:1]
-            outputs = network(example)
-    if outputs.shape != (len(example), dataset.classes):
-        found = f"the network {name} gives {tuple(outputs.shape)} for {len(example)} sample(s)"
-        text = f"{dataset.name} has labels of {dataset.classes} classes, and {found}"
-        raise ValueError(f"{text}: a certificate needs one score per class")
-    return Subject(network, name, dataset, example, eps, untested)
+    try:
+        check_output(network, name, example, dataset.classes)
+    except ValueError:  # It may accept single samples only.
+        example = example[:1]
+        check_output(network, name, example, dataset.classes)
+    return Subject(network.eval(), name, dataset, example, eps, untested)

@@ -45,7 +45,7 @@ def build(
             raise ValueError(f"the network {name} needs {needed}: name a network for them, {advice}")
         return factory(**given)
     model = _made(factory, name, {**given, "num_classes": classes})
-    _check_output(model, name, in_shape, classes)
+    check_output(model, name, torch.zeros(2, *in_shape), classes)
     return model
 
 
@@ -108,20 +108,22 @@ def _made(factory: Callable[..., Any], name: str, given: dict[str, Any]) -> nn.M
 
 
 @torch.no_grad()
-def _check_output(model: nn.Module, name: str, in_shape: tuple[int, ...], classes: int) -> None:
+def check_output(model: nn.Module, name: str, x: Tensor, classes: int) -> None:
+    """Raise ValueError unless the network ``name`` returns a score per class for the inputs ``x``."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         with torch.random.fork_rng(devices=[]):
-            output = model.eval()(torch.zeros(2, *in_shape))
+            output = model.eval()(x)
     except Exception as error:
-        batch = f"a batch of two inputs of shape {tuple(in_shape)}, the dataset's ({type(error).__name__}: {error})"
-        advice = "let the factory take in_shape, or fit it to these inputs"
+        shape = f"{tuple(x.shape[1:])}, the dataset's ({type(error).__name__}: {error})"
+        batch = f"a batch of {len(x)} input(s) of shape {shape}"
+        advice = "fit it to these inputs, or let a factory take in_shape"
         raise ValueError(f"the network {name!r} cannot be run on {batch}: {advice}") from error
     finally:
         for module, training in modes:
             module.training = training
-    if not isinstance(output, Tensor) or output.shape != (2, classes):
+    if not isinstance(output, Tensor) or output.shape != (len(x), classes):
         found = tuple(output.shape) if isinstance(output, Tensor) else f"of type {type(output).__name__}"
         problem = f"the dataset has {classes} classes, the network's output is {found}"
         advice = f"make {name!r} return a tensor of shape (batch, {classes}), or let it take classes"
-        raise ValueError(f"{problem}, and training needs a score per class: {advice}")
+        raise ValueError(f"{problem}, and training and certificates need a score per class: {advice}")
