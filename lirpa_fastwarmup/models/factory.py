@@ -125,5 +125,5 @@ def check_output(model: nn.Module, name: str, x: Tensor, classes: int) -> None:
     if not isinstance(output, Tensor) or output.shape != (len(x), classes):
         found = tuple(output.shape) if isinstance(output, Tensor) else f"of type {type(output).__name__}"
         problem = f"the dataset has {classes} classes, the network's output is {found}"
-        advice = f"make {name!r} return a tensor of shape (batch, {classes}), or let it take classes"
+        advice = f"make {name!r} return a tensor of shape (batch, {classes}), let it take classes, or name other data"
         raise ValueError(f"{problem}, and training and certificates need a score per class: {advice}")

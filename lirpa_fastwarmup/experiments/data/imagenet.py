@@ -10,7 +10,6 @@ import torch
 from lirpa_fastwarmup.experiments.data.dataset import Dataset, Split
 from lirpa_fastwarmup.experiments.data.download import CorruptFileError, Source, extracted_folder, missing_files
 
-_SHAPE = (3, 64, 64)
 _TINY = "tiny-imagenet-200.zip"
 TINY_SOURCE = Source(_TINY, f"http://cs231n.stanford.edu/{_TINY}", "md5:90528d7ca1a48142e341f4ef8d21d0de")
 _WNIDS, _ANNOTATIONS = "wnids.txt", "val/val_annotations.txt"
@@ -56,7 +55,7 @@ def _validation_files(folder: Path, classes: dict[str, int]) -> Iterator[tuple[P
 
 
 def _decode(files: Sequence[tuple[Path, int]]) -> Split:
-    images = torch.empty(len(files), *_SHAPE, dtype=torch.uint8)
+    images = torch.empty(len(files), 3, 64, 64, dtype=torch.uint8)
 
     def decode(position: int) -> None:
         images[position] = torch.from_numpy(_read_jpeg(files[position][0])).permute(2, 0, 1)

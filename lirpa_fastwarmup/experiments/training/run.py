@@ -17,7 +17,8 @@ from lirpa_fastwarmup.experiments.training.checkpoint import CHECKPOINT, CURVES,
 from lirpa_fastwarmup.experiments.training.choices import choose
 from lirpa_fastwarmup.experiments.training.loop import ADVERSARIAL, EpochMeans, Position, Progress, train_epoch
 from lirpa_fastwarmup.experiments.training.settings import Settings
-from lirpa_fastwarmup.experiments.training.summary import draw_curves, history_row, summarise
+from lirpa_fastwarmup.experiments.training.summary import history_row, summarise
+from lirpa_fastwarmup.inspection.plots import save_training_curves
 from lirpa_fastwarmup.recipe.losses import MTLIBP
 from lirpa_fastwarmup.recipe.objective import NonFiniteLossError
 from lirpa_fastwarmup.verification.folder import WRITTEN as CERTIFICATES
@@ -164,7 +165,11 @@ def _run_to_end(
     with interrupt.handled_by(stop.interrupt):  # The checkpoint holds all that the summary is computed from.
         summary = summarise(run, position, out, started)
         if distributed.world().is_rank_zero:
-            draw_curves(position.history, run.settings, out / CURVES)
+            title = "{preset}, method {method}, ε = {eps:g}, seed {seed}".format_map(summary)
+            try:
+                save_training_curves(position.history, out / CURVES, title=title)
+            except ImportError as error:  # Without matplotlib.
+                logger.warning("%s was not drawn: %s", CURVES, error)
             summary["files"] = {HISTORY: storage.file_sum(out / HISTORY)}
             storage.write_json(out / SUMMARY, summary)  # Last: a run with a summary is complete.
     return summary

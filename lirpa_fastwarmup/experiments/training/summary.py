@@ -1,6 +1,5 @@
-"""What a run reports: the rows of its history, its curves, and the summary of the network that it keeps."""
+"""What a run reports: the rows of its history, and the summary of the network that it keeps."""
 
-import logging
 import math
 import subprocess
 import time
@@ -17,13 +16,9 @@ from lirpa_fastwarmup.experiments.training.build import Run
 from lirpa_fastwarmup.experiments.training.checkpoint import MODEL
 from lirpa_fastwarmup.experiments.training.loop import Position, learning_rate
 from lirpa_fastwarmup.experiments.training.network import load_weights, read_model
-from lirpa_fastwarmup.experiments.training.settings import Settings
 from lirpa_fastwarmup.inspection.layers import inspect
-from lirpa_fastwarmup.inspection.plots import save_training_curves
 from lirpa_fastwarmup.inspection.statistics import history_columns
 from lirpa_fastwarmup.verification import evaluate
-
-logger = logging.getLogger(__name__)
 
 _PRECISE_BATCH = 1000
 _SELECTION = {
@@ -31,15 +26,6 @@ _SELECTION = {
     "validation": "the best epoch by verified error on the held-out part of the training set",
     "test": "the best epoch by verified error on the test set itself: these errors are optimistic",
 }
-
-
-def draw_curves(history: list[dict[str, float]], settings: Settings, path: Path) -> None:
-    """Draw the curves of a run, if matplotlib is installed."""
-    title = f"{settings.preset}, method {settings.method}, ε = {settings.eps:g}, seed {settings.seed}"
-    try:
-        save_training_curves(history, path, title=title)
-    except ImportError as error:
-        logger.warning("%s was not drawn: %s", path.name, error)
 
 
 def history_row(run: Run, position: Position) -> dict[str, float]:
