@@ -64,7 +64,7 @@ def _facts(record: RunRecord) -> list[tuple[str, str]]:
         "test samples": _text(summary.get("test_samples"), ","),
         "seconds per epoch": _text(summary.get("train_seconds_per_epoch"), ".1f"),
         "operators with untested bounds": "; ".join(summary.get("untested", ())),
-        **{name: summary.get(name) for name in ("seed", "device", "engine", "torch", "git")},
+        **{name: summary.get(name) for name in ("seed", "device", "engine", "torch")},
     }
     return [(name, str(value)) for name, value in facts.items() if value not in (None, "", "–")]
 

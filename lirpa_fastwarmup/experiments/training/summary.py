@@ -1,7 +1,6 @@
 """What a run reports: the rows of its history, and the summary of the network that it keeps."""
 
 import math
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -95,22 +94,7 @@ def summarise(run: Run, position: Position, out: Path, started: float) -> dict[s
         "engine": f"auto_LiRPA {ENGINE_VERSION}",
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
-        "git": _commit(),
         "untested": list(run.evaluated.untested),
         "weights": storage.weights_sum(network.state_dict()),
         "settings": settings.as_dict(),
     }
-
-
-def _commit() -> str:
-    """The commit of the checkout that this package runs from, or "unknown" if it is installed."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        git("ls-files", "--error-unmatch", Path(__file__).name)
-        return git("describe", "--always", "--dirty", "--abbrev=12")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
