@@ -5,7 +5,7 @@ import json
 import pytest
 
 from lirpa_fastwarmup import cli
-from lirpa_fastwarmup.experiments.report.comparison import comparison, setting_text
+from lirpa_fastwarmup.experiments.report.page import comparison, setting_text
 from lirpa_fastwarmup.experiments.report.records import read_summary
 from lirpa_fastwarmup.inspection.statistics import as_markdown, as_text
 

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from lirpa_fastwarmup.experiments.report.comparison import comparison
+from lirpa_fastwarmup.experiments.report.page import comparison
 from lirpa_fastwarmup.experiments.report.records import read_summary
 from lirpa_fastwarmup.inspection.statistics import as_markdown, as_text
 
