@@ -55,35 +55,24 @@ PER_CHANNEL = Product(lambda x, w, b: x * w if b is None else torch.addcmul(b, x
 
 
 def interval_of_product(
-    product: Product,
-    lower: Tensor,
-    upper: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    *,
-    rectified: bool = False,
-    radius_dtype: torch.dtype | None = None,
+    product: Product, *tensors: Tensor | None, rectified: bool = False, radius_dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The interval of ``product`` over [lower, upper], or over its ReLU if ``rectified``; differentiable once.
+    """The interval of ``product``; ``tensors`` are lower and upper end of the input's, weight, and bias or ``None``.
 
-    With ``radius_dtype``, factors of |W|·r are rounded to it. Its terms are at least 0, so that rounding to bfloat16
-    changes the sum by at most 2⁻⁷; a centre could change by more than its radius.
+    It is differentiable once. ``rectified``: the product is of the input's ReLU. With ``radius_dtype``, the factors of
+    |W|·r are rounded to it. Its terms are at least 0, so that rounding to bfloat16 changes the sum by at most 2⁻⁷; a
+    centre could change by more than its radius.
     """
-    return _Interval.apply(product, lower, upper, weight, bias, rectified, radius_dtype or lower.dtype)
+    return _Interval.apply(product, rectified, radius_dtype, *tensors)
 
 
 class _Interval(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        product: Product,
-        lower: Tensor,
-        upper: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        rectified: bool,
-        dtype: torch.dtype,
+        ctx: Any, product: Product, rectified: bool, radius_dtype: torch.dtype | None, *tensors: Any
     ) -> tuple[Tensor, Tensor]:
+        lower, upper, weight, bias = tensors
+        dtype = radius_dtype or lower.dtype
         low, high, half = *((lower.relu(), upper.relu()) if rectified else (lower, upper)), weight / 2
         # Twice the centre and the radius. The halves of the weight make up for it.
         total, width = low + high, (high.sub_(low) if rectified else high - low).to(dtype)
@@ -98,7 +87,8 @@ class _Interval(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_lower: Tensor, grad_upper: Tensor) -> tuple[Any, ...]:
         total, width, half, *before = ctx.saved_tensors
-        needed, backward, low = ctx.needs_input_grad[2:5], ctx.product.backward, width.dtype
+        needed = any(ctx.needs_input_grad[3:5]), *ctx.needs_input_grad[5:]
+        backward, low = ctx.product.backward, width.dtype
         of_total, of_weight, of_bias = backward(grad_lower + grad_upper, total, half, needed)
         grad_radius = (grad_upper - grad_lower).to(low)
         of_width, of_size, _ = backward(grad_radius, width, half.abs().to(low), [*needed[:2], False])
@@ -110,4 +100,4 @@ class _Interval(torch.autograd.Function):
                 ends = [backward_of_relu(grad, x, 0, grad_input=grad) for grad, x in zip(ends, before, strict=True)]
         if needed[1]:
             of_weight = of_weight.addcmul_(of_size, half.sign()).div_(2)
-        return None, *ends, of_weight, of_bias, None, None
+        return None, None, None, *ends, of_weight, of_bias

@@ -313,21 +313,13 @@ class ShortWarmup(nn.Module):
         absent = {f"terms.{name}" for name in terms.fading.keys() - fading.keys()}
         return None if values is None else {name: value for name, value in values.items() if name not in absent}
 
-    def _compute(
-        self,
-        terms: Terms,
-        box: Any,
-        x: Tensor,
-        y: Tensor,
-        eps: Epsilon,
-        fraction: float | Tensor,
-        clean_weight: float | Tensor,
-        *starts: Tensor,
-    ) -> dict[str, Tensor]:
+    def _compute(self, terms: Terms, box: Any, x: Tensor, y: Tensor, eps: Epsilon, *rest: Any) -> dict[str, Tensor]:
         """The loss of one step and its components, 0-dim; regularisers and penalties as "terms.name".
 
-        ``eps`` is the radius of ``box`` before it is clipped; ``starts`` are those of the loss's attack, if it has one.
+        ``eps`` is the radius of ``box`` before it is clipped; ``rest`` are ε/ε_max, the weight of the clean loss, and
+        the starts of the loss's attack, if it has one.
         """
+        fraction, clean_weight, *starts = rest
         logits = self.bounded(x)
         loss = F.cross_entropy(logits, y)
         values = {"clean_loss": loss, "clean_error": (logits.detach().argmax(1) != y).to(loss.dtype).mean()}
