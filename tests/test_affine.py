@@ -72,6 +72,8 @@ OTHERS = {
     **networks.ON_8X8,
     "branches": Branches,
     "tokens": Tokens,
+    # The tightness term compares with the width of what the first layer reads.
+    "a ReLU first": lambda: nn.Sequential(nn.ReLU(), nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(72, 3)),
     "computed weight": lambda: nn.Sequential(
         nn.Flatten(), scaled(nn.Linear(64, 6)), nn.BatchNorm1d(6), nn.Linear(6, 3)
     ),
@@ -86,7 +88,7 @@ def margins_bounds_and_gradients(bounded, x, y):
     bounded.zero_grad()
     lower, upper = bounded.compute_bounds(x=(fw.input_box(x, 0.02),), method="IBP")
     layers = graph.activation_bounds(bounded) if graph.read_graph(bounded).activations else []
-    ends = [end for layer in layers for end in (layer.lower, layer.upper)]
+    ends = [end for layer in layers for end in (layer.lower, layer.upper)] + [graph.input_half_width(bounded)]
     loss = (y * lower).sum() + (upper * y.flip(0)).sum() + sum((end * end).sum() for end in ends)
     loss.backward()
     grads = {name: value.grad for name, value in bounded.wrapped.named_parameters() if value.grad is not None}

@@ -5,7 +5,7 @@ the bias s·b + t. The engine forms the interval behind every operator.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,18 +22,19 @@ _LINEAR: Any = (*node_classes("Linear", "MatMul"), MarginMatMul)
 
 
 def affine_interval(
-    node: Any, interval_of: Callable[[Any], Any], radius_dtype: torch.dtype | None = None
+    node: Any, interval_of: Callable[[Any], Any], first: Sequence[Any], radius_dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor] | None:
     """IBP of an affine layer, or of the BatchNorm behind one; ``None`` where the engine must compute it.
 
-    ``interval_of`` gives the interval of another node; ``radius_dtype`` as :func:`interval_of_product`.
+    ``interval_of`` gives the interval of another node. Those in ``first`` are always formed, as regularisers read them.
+    ``radius_dtype`` is that of :func:`interval_of_product`.
     """
     is_norm = isinstance(node, SharedBatchNorm) and node.bn_mode == "forward"
     layer = node.inputs[0] if is_norm else node
     if not _is_affine(layer) or (is_norm and len(layer.output_name) > 1):
         return None
     source = layer.inputs[0]
-    rectified = type(source) is _engine.BoundRelu and len(source.output_name) == 1
+    rectified = type(source) is _engine.BoundRelu and len(source.output_name) == 1 and source not in first
     box, weight, *rest = [interval_of(one) for one in (source.inputs[0] if rectified else source, *layer.inputs[1:])]
     if torch.is_autocast_enabled(box[0].device.type) or _engine.Interval.get_perturbation(box)[0] != math.inf:
         return None

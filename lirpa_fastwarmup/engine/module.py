@@ -14,6 +14,7 @@ from lirpa_fastwarmup.engine import batchnorm, tracing
 from lirpa_fastwarmup.engine.affine import affine_interval
 from lirpa_fastwarmup.engine.compat import ENGINE_VERSION, engine
 from lirpa_fastwarmup.engine.equality import check_same_function
+from lirpa_fastwarmup.engine.graph import read_graph
 from lirpa_fastwarmup.engine.inputs import Layout, Unpacked
 from lirpa_fastwarmup.engine.nodes import CUSTOM_OPERATORS, adopt
 from lirpa_fastwarmup.engine.operators import review
@@ -313,7 +314,8 @@ class BoundedModule(engine.BoundedModule):
         """IBP of one node, as in the engine; in training mode, by :mod:`.affine`, and without 0.7's checks for NaN."""
         walks = self.training and node.perturbed and C is None and not any(map(kwargs.get, kwargs))
         if walks and not hasattr(node, "interval") and not self._options.get("loss_fusion"):
-            ends = affine_interval(node, self._interval, self.radius_dtype)
+            first = read_graph(self).first_sources
+            ends = affine_interval(node, self._interval, first, self.radius_dtype)
             if ends is None:
                 ends = node.interval_propagate(*map(self._interval, node.inputs))
             node.lower, node.upper = node.interval = ends
