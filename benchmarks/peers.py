@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 import lirpa_fastwarmup as fw
 from lirpa_fastwarmup.engine.compat import engine
+from lirpa_fastwarmup.memory import keep_freed_memory
 
 EPS, ALPHA, RATIO = 0.05, 0.3, 0.4
 KINDS = ("MTL-IBP", "EXP-IBP", "CC-IBP", "SABR")
@@ -236,6 +237,7 @@ def main() -> None:
         compare()
         return
     print(measure.machine("cpu"))
+    keep_freed_memory()  # Page faults would slow all of them, each by another amount.
     for width in options.width:
         setup = measure.Setup(width=width, hidden=options.hidden, shape=(3, 32, 32), batch=options.batch)
         time_steps(setup, options.steps, options.rounds)
