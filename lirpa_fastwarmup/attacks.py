@@ -130,7 +130,7 @@ def attack(
         step_size: length of a step, as a fraction of the box's half-width at each coordinate.
         input_range: lowest and highest valid input; ``None`` for unclipped data.
         generator: source of the starting points, on the CPU; by default torch's own.
-        starts: starting points from :func:`random_starts` instead, for a batch attacked in micro-batches.
+        starts: starting points ``(restarts, *x.shape)``, from 0 to 1 across the box, for a batch in micro-batches.
 
     Raises:
         TypeError: labels are not int64.
@@ -155,7 +155,7 @@ def attack(
         if len(left) == 0:
             break
         box = lower[left], upper[left]
-        noise = random_starts(x, 1, generator)[0] if starts is None else starts[restart]
+        noise = torch.rand(x.shape, generator=generator) if starts is None else starts[restart]
         start = box[0] + noise.to(x)[left] * (box[1] - box[0])
         stride = step_size * (box[1] - box[0]) / 2
         other = _descend(model, start, y[left], *box, [stride] * steps, until_misclassified=True)
@@ -163,14 +163,6 @@ def attack(
         better = before.or_better(other, until_misclassified=True)
         found.points[left], found.margins[left], found.succeeded[left] = better.points, better.margins, better.succeeded
     return found
-
-
-def random_starts(x: Tensor, restarts: int, generator: torch.Generator | None) -> Tensor:
-    """Starting points relative to the box, from 0 to 1: shape (restarts, batch, *input), on the CPU.
-
-    A sample's starts depend only on the generator and its place in the batch.
-    """
-    return torch.rand((restarts, *x.shape), generator=generator)
 
 
 def pgd(model: nn.Module, x: Tensor, y: Tensor, eps: Epsilon, **options: Any) -> Tensor:

@@ -25,8 +25,9 @@ def box_ends(x: Tensor, eps: Epsilon, input_range: InputRange | None) -> tuple[T
 def check_eps(eps: Epsilon, input_range: InputRange | None = None) -> None:
     """Refuse a radius that is not one, or that exceeds the width of ``input_range`` (``None`` for any width).
 
-    Raises TypeError if ``eps`` is neither a number nor a tensor of numbers, and ValueError if it is negative, infinite,
-    NaN, empty or wider than the input range, or if the range is invalid.
+    Raises TypeError if ``eps`` is neither a number nor a tensor of numbers, or as :func:`check_pair`, and ValueError if
+    ``eps`` is negative, infinite, NaN, empty or wider than the range, or if a lower end of the range exceeds the upper
+    end, or is NaN.
     """
     found = f"a tensor of {eps.dtype}" if isinstance(eps, Tensor) else type(eps).__name__
     if found in ("bool", "a tensor of torch.bool") or not isinstance(eps, numbers.Real | Tensor):
@@ -34,10 +35,13 @@ def check_eps(eps: Epsilon, input_range: InputRange | None = None) -> None:
     values = eps.detach().flatten().tolist() if isinstance(eps, Tensor) else [float(eps)]
     if not values or not all(math.isfinite(value) and value >= 0 for value in values):
         raise ValueError(f"eps must be finite and at least 0, in units of the input; found {eps}")
-    check_range(input_range)
+    check_pair(input_range)
     if input_range is None:
         return
-    width = float((torch.as_tensor(input_range[1]) - torch.as_tensor(input_range[0])).max())
+    low, high = (torch.as_tensor(end).cpu() for end in input_range)
+    if not bool((low <= high).all()):
+        raise ValueError(f"input_range must not begin above its end; found {input_range}")
+    width = float((high - low).max())
     if max(values) > width:
         raise ValueError(
             f"eps is {eps}, and the input range {input_range} is only {width:g} wide, so every box would be the whole "
@@ -58,15 +62,6 @@ def check_positive(eps: Epsilon) -> None:
             f"eps must be above 0, found {eps}: a box of radius 0 is the sample itself, which the standard error "
             "covers. Pass the radius to certify, in units of the input, such as 8/255"
         )
-
-
-def check_range(input_range: InputRange | None) -> None:
-    """As :func:`check_pair`, and ValueError if a lower end exceeds the upper end, or is NaN."""
-    check_pair(input_range)
-    if input_range is not None:
-        low, high = (torch.as_tensor(end).cpu() for end in input_range)
-        if not bool((low <= high).all()):
-            raise ValueError(f"input_range must not begin above its end; found {input_range}")
 
 
 def check_pair(input_range: InputRange | None) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lirpa_fastwarmup.attacks import attack, random_starts
+from lirpa_fastwarmup.attacks import attack
 from lirpa_fastwarmup.boxes import Epsilon, InputRange, box_ends, is_per_sample
 from lirpa_fastwarmup.engine import soundness
 from lirpa_fastwarmup.engine.bounds import METHODS, MarginBounds, input_box, proved
@@ -72,8 +72,8 @@ def attack_samples(
     model: nn.Module, x: Tensor, y: Tensor, eps: Epsilon, samples: Tensor, plan: Plan, micro_batches: MicroBatches
 ) -> Tensor:
     """The worst points that the attack finds for ``samples``, indices into the batch, in micro-batches."""
-    # The starting points depend on the seed alone, so that an interrupted verification resumes with the same ones.
-    starts = random_starts(x, plan.restarts, torch.Generator().manual_seed(plan.seed))
+    # The starts depend on the seed and a sample's place alone, so that an interrupted run resumes with the same ones.
+    starts = torch.rand((plan.restarts, *x.shape), generator=torch.Generator().manual_seed(plan.seed))
     radii = per_sample(eps, x)
     options: dict[str, Any] = {"steps": plan.pgd_steps, "restarts": plan.restarts, "input_range": plan.input_range}
 
