@@ -207,23 +207,21 @@ class Inspection:
 
     def tables(self) -> list[Table]:
         """The statistics of ReLU layers and of affine layers as two tables."""
-        relus: Table = [_RELU_HEAD, *map(_relu_row, self.relus)] if self.relus else [("no ReLU layers",)]
+        rows = [tuple(map(format, dataclasses.astuple(layer), _RELU_COLUMNS.values())) for layer in self.relus]
+        relus: Table = [tuple(_RELU_COLUMNS), *rows] if rows else [("no ReLU layers",)]
         return [relus, [_AFFINE_HEAD, *map(_affine_row, self.affine)]]
 
 
-_RELU_HEAD: tuple[str, ...] = ("ReLU layer", "neurons", "half-width", "gain", "growth", "active", "inactive")
-_RELU_HEAD += ("unstable", "dead", "ρ", "s", "|centre|")
+# The columns of ReLU layers, in the order of the fields, and the formats of their values.
+_RELU_COLUMNS = {"ReLU layer": "", "neurons": ",", "half-width": ".3g", "gain": ".3g", "growth": ".3g"}
+_RELU_COLUMNS |= dict.fromkeys(("active", "inactive", "unstable", "dead"), ".1%")
+_RELU_COLUMNS |= dict.fromkeys(("ρ", "s", "|centre|"), ".3g")
 _AFFINE_HEAD = ("affine layer", "fan-in", "weight std", "IBP std", "ratio", "expected gain", "BatchNorm")
 _LEGEND = (
     "gain: half-width over that of the layer before (healthy: below 2); growth: over that of the input. ρ, s: mean and "
     "variance of always-active over always-inactive neurons (healthy: 0.5 to 2; nan or inf if a state is empty). "
     "|centre|: mean distance of the bounds' centres from 0 (healthy: above the half-width)."
 )
-
-
-def _relu_row(layer: ReluStatistics) -> tuple[str, ...]:
-    formats = ("", ",", *[".3g"] * 3, *[".1%"] * 4, *[".3g"] * 3)
-    return tuple(map(format, dataclasses.astuple(layer), formats))
 
 
 def _affine_row(layer: AffineStatistics) -> tuple[str, ...]:
