@@ -1,4 +1,4 @@
-"""A folder for another verifier: the network, its properties, and the configuration of α,β-CROWN."""
+"""A folder for another verifier: the network, its properties in VNN-LIB, and the configuration of α,β-CROWN."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +10,6 @@ from lirpa_fastwarmup.engine.graph import StructureError
 from lirpa_fastwarmup.recipe.full_batchnorm import fold_batchnorm
 from lirpa_fastwarmup.storage import make_folder, write_atomically
 from lirpa_fastwarmup.verification.onnx import write_onnx
-from lirpa_fastwarmup.verification.vnnlib import robustness_property
 
 NETWORK, PROPERTIES, INSTANCES, CONFIGURATION = "network.onnx", "properties", "instances.csv", "abcrown.yaml"
 
@@ -85,6 +84,31 @@ def without_inserted_batchnorm(model: nn.Module) -> tuple[nn.Module, str]:
         f"{NETWORK} is the folded network: inserted BatchNorm is part of its weights. Certificates of the run are of "
         "the network before folding, whose outputs differ by rounding."
     )
+
+
+def robustness_property(lower: Tensor, upper: Tensor, label: int, classes: int, *, comment: str = "") -> str:
+    """The property whose counterexamples are the points of a box at which another class reaches the score of ``label``.
+
+    Inputs X_0, X_1, … are the flattened box in row-major order, without a batch dimension. Bounds are written with all
+    digits, so that the property describes exactly this box. The answer "unsat" certifies the sample.
+    """
+    if not 0 <= label < classes:
+        raise ValueError(f"label {label} is none of the {classes} classes, 0 to {classes - 1}")
+    if not bool((lower <= upper).all()):
+        raise ValueError("the box is empty: its lower end is not below its upper end")
+    lows, highs = lower.double().flatten().tolist(), upper.double().flatten().tolist()
+    lines = [f"; {line}" for line in comment.splitlines()]
+    lines += [f"(declare-const X_{place} Real)" for place in range(len(lows))]
+    lines += [f"(declare-const Y_{place} Real)" for place in range(classes)]
+    for place, (low, high) in enumerate(zip(lows, highs, strict=True)):
+        lines += [f"(assert (>= X_{place} {_decimal(low)}))", f"(assert (<= X_{place} {_decimal(high)}))"]
+    others = [f"    (and (>= Y_{other} Y_{label}))" for other in range(classes) if other != label]
+    return "\n".join([*lines, "(assert (or", *others, "))", ""])
+
+
+def _decimal(value: float) -> str:
+    """All digits of ``value``, without an exponent, which not every VNN-LIB parser accepts."""
+    return format(value, "f") if float(format(value, "f")) == value else f"{value:.60f}".rstrip("0")
 
 
 _CONFIGURATION = """\
