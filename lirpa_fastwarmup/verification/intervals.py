@@ -6,19 +6,19 @@ list have a rule. A rule calls the traced operator, with all of its attributes, 
 """
 
 import copy
-import functools
 import itertools
 import math
 import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.functional_tensor import dispatch_functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.node import map_aggregate
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 _SILU_MINIMUM = -1.2784645427610738  # Where x·sigmoid(x) is smallest.
 _GELU_MINIMA = -0.7517915246935645, -0.7524614220710162  # Of the exact function, and of the approximation by tanh.
@@ -129,30 +129,24 @@ class Propagation(torch.fx.Interpreter):
 
 def intervals_in(arguments: Any) -> list[Interval]:
     """The intervals among an operator's arguments, in order."""
-    found: list[Interval] = []
-    map_aggregate(arguments, lambda value: found.append(value) if isinstance(value, Interval) else None)
-    return found
+    return [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Interval)]
 
 
 def _call(function: Any, args: Any, kwargs: Any, values: Iterable[Tensor]) -> Any:
     """``function``'s result with ``values`` in place of the intervals, in the order of :func:`intervals_in`."""
     ends = iter(values)
-    args, kwargs = map_aggregate((args, kwargs), lambda value: next(ends) if isinstance(value, Interval) else value)
+    args, kwargs = tree_map_only(Interval, lambda _: next(ends), (args, kwargs))
     return function(*args, **kwargs)
 
 
 def _pair(lower: Any, upper: Any) -> Any:
     """Intervals from results at the lower and upper ends; NotImplemented in place of indices."""
-    if isinstance(lower, tuple | list):
-        return [_pair(*ends) for ends in zip(lower, upper, strict=True)]
-    return Interval(lower, upper) if lower.is_floating_point() else NotImplemented
+    return tree_map(lambda low, high: Interval(low, high) if low.is_floating_point() else NotImplemented, lower, upper)
 
 
 def _hull(results: list[Any]) -> Any:
     """The smallest intervals that contain all ``results`` of one operator."""
-    if isinstance(results[0], tuple | list):
-        return [_hull(list(outputs)) for outputs in zip(*results, strict=True)]
-    return _pair(functools.reduce(torch.minimum, results), functools.reduce(torch.maximum, results))
+    return tree_map(lambda *ends: _pair(reduce(torch.minimum, ends), reduce(torch.maximum, ends)), *results)
 
 
 def increasing(function: Any, args: Any, kwargs: Any) -> Any:

@@ -28,15 +28,7 @@ from torch import Tensor, nn
 
 from lirpa_fastwarmup.boxes import Epsilon, InputRange, broadcast_to_batch
 from lirpa_fastwarmup.verification import intervals
-from lirpa_fastwarmup.verification.intervals import (
-    BATCH_NORM,
-    MOVING,
-    Interval,
-    Rule,
-    increasing,
-    intervals_in,
-    monotone,
-)
+from lirpa_fastwarmup.verification.intervals import MOVING, Interval, Rule, increasing, intervals_in, monotone
 
 logger = logging.getLogger(__name__)
 
@@ -217,7 +209,7 @@ class _Arithmetic:
             "mul": self.rounded(monotone, 2),
             **dict.fromkeys(["leaky_relu", "_prelu_kernel"], piecewise),
             **dict.fromkeys(["mm", "bmm"], self.matmul),
-            **dict.fromkeys(BATCH_NORM, self.batch_norm),
+            **dict.fromkeys(intervals.BATCH_NORM, self.batch_norm),
             **dict.fromkeys(["avg_pool2d", "avg_pool3d"], pooled),
             **dict.fromkeys(["_adaptive_avg_pool2d", "_adaptive_avg_pool3d"], self.averaged(_adaptively_pooled)),
             **dict.fromkeys(["mean", "sum"], self.averaged(lambda x, _, result: x.numel() // result.numel())),
