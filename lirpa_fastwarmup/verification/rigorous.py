@@ -200,8 +200,7 @@ class _Arithmetic:
         pooled = self.averaged(lambda x, args, result: math.prod(args[1] if len(args[1]) > 1 else [args[1][0]] * 3))
         piecewise = self.rounded(intervals.turning_at(0), 2)  # A slope and a product.
         return {
-            **dict.fromkeys(MOVING, increasing),
-            **dict.fromkeys(["relu", "amax", "amin", "maximum", "minimum"], increasing),
+            **dict.fromkeys([*MOVING, "relu", "amax", "amin", "maximum", "minimum"], increasing),
             **dict.fromkeys(["max_pool2d_with_indices", "max_pool3d_with_indices", "adaptive_max_pool2d"], increasing),
             **dict.fromkeys(["view", "_unsafe_view"], intervals.view),
             **dict.fromkeys(["clamp", "clamp_min", "clamp_max", "hardtanh", "constant_pad_nd", "fill"], self.clipped),

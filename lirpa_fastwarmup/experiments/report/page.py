@@ -133,10 +133,13 @@ def comparison(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> list[tuple[str,
     """The table over finished runs (name, ``summary.json``), its heading first; errors are in percent."""
     groups: dict[str, list[tuple[str, Mapping[str, Any]]]] = {}
     for name, summary in runs:
-        settings = {setting: value for setting, value in summary["settings"].items() if setting not in _WITHIN_ROW}
-        key = json.dumps([summary["dataset"], settings], sort_keys=True)
+        same = {setting: value for setting, value in summary["settings"].items() if setting not in _WITHIN_ROW}
+        key = json.dumps([summary["dataset"], same], sort_keys=True)
         groups.setdefault(key, []).append((name, summary))
-    columns = _differing([group[0][1] for group in groups.values()])
+    # The settings that differ between rows and have no column of their own.
+    settings, elsewhere = [group[0][1]["settings"] for group in groups.values()], {*_WITHIN_ROW, *_ALWAYS, "dataset"}
+    names = dict.fromkeys(name for one in settings for name in one if name not in elsewhere)
+    columns = [name for name in names if len({json.dumps(one.get(name)) for one in settings}) > 1]
     heads = ("dataset", "method", "ε", *columns, "seeds", "standard %", "PGD %", "verified %", "runs")
     return [heads, *(_row(group, columns) for group in groups.values())]
 
@@ -151,13 +154,6 @@ def _row(group: Sequence[tuple[str, Mapping[str, Any]]], columns: Sequence[str])
         *(_error([summary[name] for summary in summaries]) for name in ERRORS),
         ", ".join(name for name, _ in group),
     )
-
-
-def _differing(summaries: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The settings that differ between rows and have no column of their own."""
-    settings, elsewhere = [summary["settings"] for summary in summaries], {*_WITHIN_ROW, *_ALWAYS, "dataset"}
-    names = dict.fromkeys(name for one in settings for name in one if name not in elsewhere)
-    return [name for name in names if len({json.dumps(one.get(name)) for one in settings}) > 1]
 
 
 def setting_text(value: Any) -> str:
