@@ -40,7 +40,8 @@ def affine_interval(
         return None
     (lower, upper), weight, bias = box, weight[0], rest[0][0] if rest else None
     if isinstance(layer, _CONVOLUTION):
-        product = convolution(*_arguments(layer, lower.ndim - 2))
+        plain = False, [0] * (lower.ndim - 2), layer.groups
+        product = convolution(layer.stride, layer.padding, layer.dilation, *plain)
     else:
         product = LINEAR
         upper = layer._preprocess(upper, weight, bias)[0]
@@ -57,10 +58,3 @@ def _is_affine(node: Any) -> bool:
     if isinstance(node, _CONVOLUTION):
         return not getattr(node, "transposed", False) and not node.is_input_perturbed(1)
     return type(node) in _LINEAR and not node.is_input_perturbed(1) and len(node.inputs[0].output_shape) == 2
-
-
-def _arguments(node: Any, rank: int) -> tuple[Any, ...]:
-    """The arguments of ``torch.convolution`` behind the bias."""
-    if isinstance(node, BoundConvNd):
-        return node.arguments
-    return node.stride, node.padding, node.dilation, False, [0] * rank, node.groups

@@ -1,11 +1,13 @@
 """Names the user's layer that a node of the engine belongs to, and what to write instead of it."""
 
+import csv
 import io
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,36 +16,10 @@ from torch import Tensor, nn
 from lirpa_fastwarmup.engine.compat import engine, preserved_export_settings, silenced_warnings
 from lirpa_fastwarmup.engine.precision import temporarily
 
-_STATISTICS = "use nn.BatchNorm1d, 2d or 3d, whose statistics are constants in evaluation mode"
-_SLIDING = "use nn.Conv1d, or nn.Linear over the positions, of which all methods have bounds"
-# By the class of a layer, by a function (in lower case) that no release bounds, or else by an operator.
-_INSTEAD = {
-    "LayerNorm GroupNorm InstanceNorm1d InstanceNorm2d InstanceNorm3d RMSNorm LocalResponseNorm": _STATISTICS,
-    "layer_norm group_norm instance_norm rms_norm linalg_vector_norm cosine_similarity var std": _STATISTICS,
-    "GRU LSTM RNN GRUCell LSTMCell RNNCell MultiheadAttention scaled_dot_product_attention": _SLIDING,
-    "ELU CELU SELU GELU Mish Softplus Elu Selu Erf": "use nn.SiLU, nn.GELU(approximate='tanh') or nn.LeakyReLU",
-    "PReLU": "use nn.LeakyReLU, whose slope is fixed",
-    "LogSigmoid": "use -F.softplus(-x)",
-    "GLU": "use slices, x[:, :n] * torch.sigmoid(x[:, n:])",
-    "Softsign Sqrt Log Exp Sin Cos Tan Atan Sign Round Floor": "use nn.Tanh, nn.Sigmoid, nn.Softplus or nn.ReLU",
-    "Hardshrink Softshrink Threshold Greater Less Where": "use nn.LeakyReLU, nn.Hardtanh or torch.clamp",
-    "softmax log_softmax": "return the logits, if it is the last layer, or use nn.Sigmoid inside the network",
-    "Embedding": "pass embedded vectors to the network, or use auto_LiRPA 0.3",
-    "Unflatten": "use x.view(x.shape[0], ...), or auto_LiRPA 0.7.1",
-    "AdaptiveAvgPool2d aten::adaptive_avg_pool2d": "use a size that divides the input's, such as 1, or nn.AvgPool2d",
-    "AdaptiveMaxPool2d aten::adaptive_max_pool2d": "use a size that divides the input's, such as 1, or nn.MaxPool2d",
-    "Upsample Resize aten::upsample_nearest2d": "use nn.ConvTranspose2d with a stride, or F.pixel_shuffle",
-    "ChannelShuffle": "use view, transpose and reshape",
-    "einsum bilinear": "use nn.Linear, or a matrix product with a weight",
-    "_WeightNorm _SpectralNorm": "use a plain weight: nn.utils.parametrize.remove_parametrizations",
-    "Max": "use a + torch.relu(b - a)",
-    "Min": "use a - torch.relu(a - b)",
-    "ReduceMax ReduceMin": "use max pooling, such as F.adaptive_max_pool2d(x, 1)",
-    "Div Reciprocal": "divide by a constant, or multiply by a gate, x * torch.sigmoid(y)",
-    "Pow": "use products, x * x",
-    "Expand Tile": "use broadcasting, or torch.cat([x, x], 1)",
-}
-ADVICE = {name: text for names, text in _INSTEAD.items() for name in names.split()}
+# What to write instead, by the class of a layer, by a function (in lower case) that no release bounds, or else by an
+# operator.
+with Path(__file__).with_name("advice.csv").open(newline="", encoding="utf-8") as _file:
+    ADVICE = {name: row["advice"] for row in csv.DictReader(_file) for name in row["names"].split()}
 
 
 @dataclass(frozen=True)
