@@ -164,10 +164,9 @@ CNN | BoundLinear._propagate_Linf
     IBP, linear: radius halved twice | (h_U - h_L) / 2 => (h_U - h_L) / 4
 smooth | BoundLinear.interval_propagate
     IBP, linear: no bias at the lower end | center - deviation + lb => center - deviation
-CNN | BoundLinear.interval_propagate
-    IBP, margins: last bias not multiplied | C.matmul(lb) if not => lb if not
-CNN | lirpa_fastwarmup.engine.bounds:_margin_product
+CNN | lirpa_fastwarmup.engine.margins:margin_interval
     IBP, margins: sign | weight.index_select(0, labels).unsqueeze(1) - weight => weight - weight[labels, None]
+    IBP, margins: the last bias left out | if bias and bias[0] is not None => if False
 CNN | lirpa_fastwarmup.engine.products:_Interval.forward
     IBP, BatchNorm: radius by the scale, not by its absolute value | half.abs() => half
 CNN | lirpa_fastwarmup.engine.batchnorm:SharedBatchNorm.scale_and_shift

@@ -39,11 +39,9 @@ def bounds(model, x, y):
 @pytest.fixture
 def one_by_one(monkeypatch):
     calls = []
-    original = margins.MarginLinear.interval_propagate
+    original = margins._centres_and_radii
     monkeypatch.setattr(margins, "_MANY", 0)
-    monkeypatch.setattr(
-        margins.MarginLinear, "interval_propagate", lambda *args, **given: calls.append(1) or original(*args, **given)
-    )
+    monkeypatch.setattr(margins, "_centres_and_radii", lambda *given: calls.append(1) or original(*given))
     return calls
 
 

@@ -1,6 +1,5 @@
 """The box around a batch, bounds on a classifier's margins over it by every method, and loss fusion."""
 
-import functools
 import inspect
 import io
 import logging
@@ -16,7 +15,7 @@ from lirpa_fastwarmup.boxes import box_ends, check_eps, check_pair, inputs_error
 from lirpa_fastwarmup.engine.compat import engine
 from lirpa_fastwarmup.engine.graph import read_graph
 from lirpa_fastwarmup.engine.inputs import Inputs, Layout, bounded_tensor
-from lirpa_fastwarmup.engine.margins import MarginLinear, is_large, unread_rows
+from lirpa_fastwarmup.engine.margins import unread_rows
 from lirpa_fastwarmup.engine.module import BoundedModule
 from lirpa_fastwarmup.engine.precision import temporarily
 
@@ -83,37 +82,15 @@ def margin_matrix(labels: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
     return eye[labels].unsqueeze(1) - eye[other_classes(labels, classes)]
 
 
-def _margins(labels: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
-    """The rows e_y − e_j for every class j, whose product with the last layer's weight is a difference of two rows.
-
-    The engine would compute a dense product, at a cost quadratic in the classes. Its call finds the attribute `matmul`
-    before the tensor's own method. A subclass of Tensor is not created under a dispatch mode before PyTorch 2.5.
-    """
-    eye = torch.eye(classes, dtype=dtype, device=labels.device)
-    margins = eye[labels].unsqueeze(1) - eye
-    setattr(margins, "matmul", functools.partial(_margin_product, labels, margins.detach()))  # noqa: B010
-    return margins
-
-
-def _margin_product(labels: Tensor, margins: Tensor, weight: Tensor) -> Tensor:
-    """Differences of the rows of ``weight`` (classes, …), shape (batch, classes, …)."""
-    if weight.ndim > 2:  # Bounds (batch, classes, 1) on the logits: there is no linear layer to merge.
-        return margins.matmul(weight)
-    return weight.index_select(0, labels).unsqueeze(1) - weight
-
-
 def ibp_margin_bounds(
     bounded: Any, box: Any, labels: Tensor, classes: int, *, reuse_statistics: bool = False
 ) -> tuple[Tensor, Tensor]:
     """IBP lower and upper bounds on z_y − z_j for j ≠ y, each (batch, classes − 1), over a box, or a tuple of boxes."""
     boxes = box if isinstance(box, tuple) else (box,)
     dtype = next(x.dtype for x in boxes if x.is_floating_point())
-    large = [last for last in (bounded.final_node(),) if is_large(last, labels)]
-    rows = unread_rows(labels, classes, dtype) if large else _margins(labels, classes, dtype)
-    # The engine's own module always uses the statistics of the last forward pass.
-    options = {"reuse_statistics": reuse_statistics} if isinstance(bounded, BoundedModule) else {}
-    with temporarily(large, "__class__", MarginLinear):
-        lower, upper = bounded.compute_bounds(x=boxes, C=rows, method="IBP", **options)
+    # Of a matrix, the engine would use a product with the last layer's weight for each sample.
+    rows, reuse = unread_rows(labels, classes, dtype), {"reuse_statistics": reuse_statistics}
+    lower, upper = bounded.compute_bounds(x=boxes, C=rows, method="IBP", **reuse)
     others = other_classes(labels, classes)
     return lower.gather(1, others), upper.gather(1, others)
 

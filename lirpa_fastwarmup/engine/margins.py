@@ -5,6 +5,8 @@ radius |W_y − W_j|·r (Gowal et al., 2018, section 3). They are computed for o
 memory; in a recorded step, by sums that a compiler fuses with their terms.
 """
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,9 +14,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lirpa_fastwarmup.engine.compat import engine, node_classes
+from lirpa_fastwarmup.engine.nodes import ComputedConstant
 
-_Linear: Any = engine.bound_general.BoundLinear
-_WEIGHTS = node_classes("Params", "Buffers", "Constant")
+_CONSTANT = (*node_classes("Params", "Buffers", "Constant"), ComputedConstant)
 _AT_ONCE = 2**15  # Elements that stay in a core's cache; PyTorch divides no operation on so few among threads.
 _MANY = 2**22  # Elements of the array for the whole batch from which on this is faster.
 
@@ -77,27 +79,35 @@ class _Margins(torch.autograd.Function):
         return of_weight + logits.t() @ centre, logits @ weight, of_radius, None
 
 
-class MarginLinear(_Linear):
-    """A last layer whose margin matrix ``C`` is from :func:`unread_rows`."""
+def margin_interval(node: Any, labels: Tensor, interval_of: Callable[[Any], Any]) -> tuple[Tensor, Tensor]:
+    """IBP bounds on z_y − z_j for the logits of ``node``, (batch, classes), merged with it if it is a linear layer.
 
-    def interval_propagate(self, *v: Any, C: Any = None) -> tuple[Tensor, Tensor]:
-        (low, weight, *bias), (high, *_) = (self._preprocess(*ends) for ends in zip(*v, strict=True))
-        centres, radii = _Margins.apply(weight, (low + high) / 2, (high - low) / 2, C.labels)
-        if bias and bias[0] is not None:
-            centres = centres + (bias[0].index_select(0, C.labels).unsqueeze(1) - bias[0])
-        return centres - radii, centres + radii
+    ``interval_of`` gives the interval of a node. The engine would multiply the layer by a matrix for each sample, at a
+    cost quadratic in the classes.
+    """
+    inputs = [interval_of(source) for source in node.inputs] if _is_linear(node) else []
+    if not inputs or engine.bound_general.Interval.get_perturbation(inputs[0])[0] != math.inf:
+        own, (lower, upper) = labels.unsqueeze(1), interval_of(node)
+        return lower.gather(1, own) - upper, upper.gather(1, own) - lower
+    (low, weight, *bias), (high, *_) = (node._preprocess(*ends) for ends in zip(*inputs, strict=True))
+    centre, radius = (low + high) / 2, (high - low) / 2
+    # A GPU would wait for thousands of small launches.
+    if labels.device.type == "cpu" and len(labels) * weight.numel() > _MANY:
+        centres, radii = _Margins.apply(weight, centre, radius, labels)
+    else:
+        differences = weight.index_select(0, labels).unsqueeze(1) - weight
+        products = (differences, centre), (differences.abs(), radius)
+        centres, radii = (rows.matmul(vector.unsqueeze(2)).squeeze(2) for rows, vector in products)
+    if bias and bias[0] is not None:
+        centres = centres + (bias[0].index_select(0, labels).unsqueeze(1) - bias[0])
+    return centres - radii, centres + radii
 
 
-def _is_constant(node: Any) -> bool:
-    return isinstance(node, _WEIGHTS) or (bool(node.inputs) and all(map(_is_constant, node.inputs)))
-
-
-def is_large(node: Any, labels: Tensor) -> bool:
-    """Whether ``node`` is a layer with constant weights whose margins a :class:`MarginLinear` bounds faster."""
-    if not isinstance(node, _Linear) or not _is_constant(node.inputs[1]) or node.is_input_perturbed(1):
+def _is_linear(node: Any) -> bool:
+    """Whether ``node`` is a layer on vectors whose weight is the same for every sample."""
+    if not isinstance(node, engine.bound_general.BoundLinear) or node.is_input_perturbed(1):
         return False
-    elements = len(labels) * node.output_shape[-1] * node.inputs[0].output_shape[-1]
-    return labels.device.type == "cpu" and elements > _MANY  # A GPU would wait for thousands of small launches.
+    return len(node.inputs[0].output_shape) == 2 and isinstance(node.inputs[1], _CONSTANT)
 
 
 def unread_rows(labels: Tensor, classes: int, dtype: torch.dtype) -> Any:

@@ -16,6 +16,7 @@ from lirpa_fastwarmup.engine.compat import ENGINE_VERSION, engine
 from lirpa_fastwarmup.engine.equality import check_same_function
 from lirpa_fastwarmup.engine.graph import read_graph
 from lirpa_fastwarmup.engine.inputs import Layout, Unpacked
+from lirpa_fastwarmup.engine.margins import margin_interval
 from lirpa_fastwarmup.engine.nodes import CUSTOM_OPERATORS, adopt
 from lirpa_fastwarmup.engine.operators import review
 from lirpa_fastwarmup.engine.precision import default_dtype, exact_arithmetic, temporarily
@@ -312,6 +313,8 @@ class BoundedModule(engine.BoundedModule):
 
     def IBP_general(self, node: Any = None, C: Any = None, **kwargs: Any) -> Any:  # noqa: N802 (the engine's)
         """IBP of one node, as in the engine; in training mode, by :mod:`.affine`, and without 0.7's checks for NaN."""
+        if hasattr(C, "labels"):
+            return margin_interval(node, C.labels, self._interval)
         walks = self.training and node.perturbed and C is None and not any(map(kwargs.get, kwargs))
         if walks and not hasattr(node, "interval") and not self._options.get("loss_fusion"):
             first = read_graph(self).first_sources
