@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from lirpa_fastwarmup.storage import write_atomically
 from lirpa_fastwarmup.verification import abcrown_worker
+from lirpa_fastwarmup.verification.folder import PART, Journal, digest
 from lirpa_fastwarmup.verification.handover import robustness_property, without_inserted_batchnorm
-from lirpa_fastwarmup.verification.journal import PART, Journal, digest
 
 _START = 300.0  # Seconds within which the process must be ready.
 _GRACE = 60.0  # Seconds beyond twice the time limit, which α,β-CROWN reads between its stages: then it hangs.

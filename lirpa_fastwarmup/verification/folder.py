@@ -1,21 +1,26 @@
-"""The files of a verification: certificates.csv, radii.csv and verification.json."""
+"""The files of a verification: its tables, verification.json, and the journal that an interrupted one resumes from."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import glob
+import hashlib
+import json
+import os
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
-from lirpa_fastwarmup.distributed import world
+from lirpa_fastwarmup import storage
+from lirpa_fastwarmup.distributed import all_gather, world
 from lirpa_fastwarmup.engine.compat import ENGINE_VERSION
 from lirpa_fastwarmup.engine.module import BoundedModule
-from lirpa_fastwarmup.storage import file_sum, locked, make_folder, weights_sum, write_csv, write_json
 from lirpa_fastwarmup.verification.result import Radius, Verification, radii_entry
 from lirpa_fastwarmup.version import __version__
 
 CERTIFICATES, SUMMARY, RADII, JOURNAL = "certificates.csv", "verification.json", "radii.csv", "verification.partial"
 WRITTEN = (CERTIFICATES, SUMMARY, RADII)
+PART = "part:"  # Begins the key of a result that is part of another.
 
 
 @contextmanager
@@ -27,7 +32,7 @@ def results_folder(folder: Path, *, overwrite: bool) -> Iterator[None]:
             f"{folder} holds a verification already ({', '.join(present)}); nothing in it was changed. Name another "
             "folder with --out, or replace the verification with --overwrite"
         )
-    with make_folder(folder), locked(folder):
+    with storage.make_folder(folder), storage.locked(folder):
         yield
 
 
@@ -40,7 +45,7 @@ def write_results(
     about: Mapping[str, Any],
 ) -> None:
     """Replace the verification in ``folder``; ``about`` are entries of ``verification.json``, such as the dataset."""
-    device, weights = bounded.example[0].device, weights_sum(bounded.wrapped.state_dict())
+    device, weights = bounded.example[0].device, storage.weights_sum(bounded.wrapped.state_dict())
     for name in WRITTEN:
         (folder / name).unlink(missing_ok=True)
     content: dict[str, Any] = {
@@ -56,10 +61,84 @@ def write_results(
         "weights": weights,
     }
     if verifications:
-        write_csv(folder / CERTIFICATES, [row for one in verifications for row in one.rows(weights)])
+        storage.write_csv(folder / CERTIFICATES, [row for one in verifications for row in one.rows(weights)])
         content["results"] = [one.as_dict() for one in verifications]
     if radii is not None:
-        write_csv(folder / RADII, [one.row(weights) for one in radii])
+        storage.write_csv(folder / RADII, [one.row(weights) for one in radii])
         content["certified_radius"] = radii_entry(radii, tolerance)
-    content["files"] = {name: file_sum(folder / name) for name in (CERTIFICATES, RADII) if (folder / name).exists()}
-    write_json(folder / SUMMARY, content)
+    tables = (folder / CERTIFICATES, folder / RADII)
+    content["files"] = {path.name: storage.file_sum(path) for path in tables if path.exists()}
+    storage.write_json(folder / SUMMARY, content)
+
+
+class Journal:
+    """Results by a digest of their inputs, one line of JSON each; reads the journals of other processes beside it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.used: set[str] = set()  # The keys that were looked up.
+        self._known: dict[str, Any] = {}
+        for other in _journals_beside(path):
+            self._known |= _read(other)
+
+    @classmethod
+    def of_rank(cls, path: Path) -> Self:
+        """The journal of this process: ``path`` on rank 0, ``path`` with its rank as suffix on the others."""
+        ranks = world()
+        return cls(path if ranks.is_rank_zero else path.with_name(f"{path.name}.{ranks.rank}"))
+
+    def get(self, key: str) -> Any:
+        """The value stored under ``key``; ``None`` without one."""
+        self.used.add(key)
+        return self._known.get(key)
+
+    def put(self, key: str, value: Any) -> None:
+        """Store a result."""
+        self._known[key] = value
+        with self.path.open("a") as file:
+            file.write(_line(key, value))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def forget(self, keys: Collection[str]) -> None:
+        """Remove ``keys``, and results that are parts of others, from all processes' journals, and empty journals."""
+        for path in _journals_beside(self.path):
+            known = {key: value for key, value in _read(path).items() if not key.startswith(PART)}
+            left = [_line(key, value) for key, value in known.items() if key not in keys]
+            if left:
+                storage.write_atomically(path, "".join(left).encode())
+            else:
+                path.unlink(missing_ok=True)
+
+    def used_by_all(self) -> set[str]:
+        """The keys that any process asked for. Every process must call this."""
+        return set().union(*all_gather(self.used))
+
+
+def _journals_beside(path: Path) -> list[Path]:
+    """``path`` and the journals of other processes in its folder."""
+    name = path.name.removesuffix(path.suffix) if path.suffix[1:].isdigit() else path.name
+    return sorted({path, *path.parent.glob(f"{glob.escape(name)}*")})
+
+
+def _line(key: str, value: Any) -> str:
+    # The first end of line ends a torn line.
+    return "\n" + json.dumps({"key": key, "value": value, "checksum": digest({key: value})}) + "\n"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    known = {}
+    for line in path.read_text(errors="replace").splitlines() if path.is_file() else ():
+        with suppress(ValueError, TypeError, KeyError):
+            entry = storage.parse_json(line)
+            key, value = entry["key"], entry["value"]
+            if entry["checksum"] == digest({key: value}):
+                known[key] = value
+    return known
+
+
+def digest(values: Mapping[str, Any]) -> str:
+    """A key that differs if ``values`` differ, or any element of a tensor in them."""
+    hashed = hashlib.sha256()
+    storage.add_to_hash(hashed, values)
+    return hashed.hexdigest()

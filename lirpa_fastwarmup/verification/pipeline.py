@@ -20,7 +20,7 @@ from lirpa_fastwarmup.engine.inputs import Inputs, Layout
 from lirpa_fastwarmup.engine.module import BoundedModule
 from lirpa_fastwarmup.engine.soundness import per_sample
 from lirpa_fastwarmup.verification.certify import Plan
-from lirpa_fastwarmup.verification.journal import Journal, digest
+from lirpa_fastwarmup.verification.folder import Journal, digest
 from lirpa_fastwarmup.verification.result import BatchResult, Result
 from lirpa_fastwarmup.version import __version__
 
