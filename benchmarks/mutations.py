@@ -167,8 +167,8 @@ smooth | BoundLinear.interval_propagate
 CNN | lirpa_fastwarmup.engine.margins:margin_interval
     IBP, margins: sign | weight.index_select(0, labels).unsqueeze(1) - weight => weight - weight[labels, None]
     IBP, margins: the last bias left out | if bias and bias[0] is not None => if False
-CNN | lirpa_fastwarmup.engine.products:_Interval.forward
-    IBP, BatchNorm: radius by the scale, not by its absolute value | half.abs() => half
+CNN | lirpa_fastwarmup.engine.batchnorm:SharedBatchNorm.interval_propagate
+    IBP, BatchNorm: radius by the scale, not by its absolute value | scale.abs() / 2 => scale / 2
 CNN | lirpa_fastwarmup.engine.batchnorm:SharedBatchNorm.scale_and_shift
     IBP, BatchNorm: statistics from before training | = mean, var => = 0 * mean, 0 * var + 1
     IBP, BatchNorm: no eps under the root | (self.current_var + self.eps) => self.current_var

@@ -12,7 +12,7 @@ from torch.autograd import gradcheck
 
 import lirpa_fastwarmup as fw
 from lirpa_fastwarmup.engine import graph
-from lirpa_fastwarmup.engine.products import LINEAR, PER_CHANNEL, convolution, interval_of_product
+from lirpa_fastwarmup.engine.products import LINEAR, convolution, interval_of_product
 from tests import networks
 from tests.architectures import ARCHITECTURES, with_random_statistics
 
@@ -131,8 +131,6 @@ PRODUCTS = {
     "grouped": (convolution([1, 1], [0, 1], [2, 1], False, [0, 0], 2), (2, 4, 6, 5), (6, 2, 3, 3), (6,)),
     "3-d": (convolution([1] * 3, [1] * 3, [1] * 3, False, [0] * 3, 1), (2, 2, 3, 3, 3), (2, 2, 2, 2, 2), (2,)),
     "linear": (LINEAR, (4, 5), (3, 5), (3,)),
-    "per channel": (PER_CHANNEL, (3, 2, 4), (1, 2, 1), (1, 2, 1)),
-    "per feature": (PER_CHANNEL, (3, 2), (1, 2), (1, 2)),
 }
 
 

@@ -14,7 +14,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lirpa_fastwarmup.distributed import differentiable_all_reduce
 from lirpa_fastwarmup.engine.compat import engine
 from lirpa_fastwarmup.engine.precision import temporarily
-from lirpa_fastwarmup.engine.products import PER_CHANNEL, interval_of_product
 
 _engine: Any = engine.bound_general
 BoundBatchNormalization: Any = _engine.BoundBatchNormalization
@@ -106,8 +105,10 @@ class SharedBatchNorm(BoundBatchNormalization):
     def interval_propagate(self, *v: Any) -> Any:
         if self.bn_mode != "forward" or _engine.Interval.get_perturbation(v[0])[0] != math.inf:
             return super().interval_propagate(*v)
-        scale_and_shift = self.scale_and_shift(*(interval[0] for interval in v[1:]))
-        return interval_of_product(PER_CHANNEL, *v[0], *(_per_channel(one, v[0][0]) for one in scale_and_shift))
+        (lower, upper), constants = v[0], self.scale_and_shift(*(interval[0] for interval in v[1:]))
+        scale, shift = (_per_channel(one, lower) for one in constants)
+        centre, radius = (lower + upper) * (scale / 2) + shift, (upper - lower) * (scale.abs() / 2)
+        return centre - radius, centre + radius
 
     def scale_and_shift(self, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
         """The map s·z + t that intervals go through: s and t, (channels,) each."""

@@ -85,7 +85,9 @@ def margin_interval(node: Any, labels: Tensor, interval_of: Callable[[Any], Any]
     ``interval_of`` gives the interval of a node. The engine would multiply the layer by a matrix for each sample, at a
     cost quadratic in the classes.
     """
-    inputs = [interval_of(source) for source in node.inputs] if _is_linear(node) else []
+    is_linear = isinstance(node, engine.bound_general.BoundLinear) and isinstance(node.inputs[1], _CONSTANT)
+    on_vectors = is_linear and len(node.inputs[0].output_shape) == 2 and not node.is_input_perturbed(1)
+    inputs = [interval_of(source) for source in node.inputs] if on_vectors else []
     if not inputs or engine.bound_general.Interval.get_perturbation(inputs[0])[0] != math.inf:
         own, (lower, upper) = labels.unsqueeze(1), interval_of(node)
         return lower.gather(1, own) - upper, upper.gather(1, own) - lower
@@ -101,13 +103,6 @@ def margin_interval(node: Any, labels: Tensor, interval_of: Callable[[Any], Any]
     if bias and bias[0] is not None:
         centres = centres + (bias[0].index_select(0, labels).unsqueeze(1) - bias[0])
     return centres - radii, centres + radii
-
-
-def _is_linear(node: Any) -> bool:
-    """Whether ``node`` is a layer on vectors whose weight is the same for every sample."""
-    if not isinstance(node, engine.bound_general.BoundLinear) or node.is_input_perturbed(1):
-        return False
-    return len(node.inputs[0].output_shape) == 2 and isinstance(node.inputs[1], _CONSTANT)
 
 
 def unread_rows(labels: Tensor, classes: int, dtype: torch.dtype) -> Any:

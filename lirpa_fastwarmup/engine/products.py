@@ -39,19 +39,8 @@ def _backward_of_linear(grad: Tensor, x: Tensor, weight: Tensor, needed: Sequenc
     )
 
 
-def _backward_per_channel(grad: Tensor, x: Tensor, weight: Tensor, needed: Sequence[bool]) -> _Gradients:
-    over = [dim for dim in range(x.ndim) if dim != 1]
-    return (
-        grad * weight if needed[0] else None,
-        (grad * x).sum(over, keepdim=True) if needed[1] else None,
-        grad.sum(over, keepdim=True) if needed[2] else None,
-    )
-
-
 # On vectors (batch, features).
 LINEAR = Product(F.linear, _backward_of_linear)
-# Of (batch, channels, *space) and (1, channels, 1, …).
-PER_CHANNEL = Product(lambda x, w, b: x * w if b is None else torch.addcmul(b, x, w), _backward_per_channel)
 
 
 def interval_of_product(

@@ -156,9 +156,7 @@ class Settings:
     grad_clip: float = _setting("optimisation", "largest norm of the gradient; 0 for no limit", 10.0, "NORM")
     average_decay: float | None = _setting("optimisation", "keep an exponential average of the weights", None, "DECAY")
     swa_start: int | None = _setting("optimisation", "keep the mean of the weights from epoch N on", None, "N")
-    compile: bool | None = _setting(
-        "optimisation", "compile the training step; if unset, in phases that repay it", None
-    )
+    compile: bool | None = _setting("optimisation", "compile the steps; if unset, in phases that repay it", None)
     precision: Precision = _setting("optimisation", "precision of training (errors are in float32)", "tf32")
     seed: int = _setting("optimisation", "seed of weights, sample order, augmentation and attack", 0, "N")
 
