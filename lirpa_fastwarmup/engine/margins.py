@@ -106,7 +106,7 @@ def margin_interval(node: Any, labels: Tensor, interval_of: Callable[[Any], Any]
 
 
 def unread_rows(labels: Tensor, classes: int, dtype: torch.dtype) -> Any:
-    """In place of the rows e_y − e_j: a tensor of their shape that takes no memory, with the attribute ``labels``."""
-    rows: Any = torch.empty((), dtype=dtype, device=labels.device).expand(len(labels), classes, classes)
+    """In place of the rows e_y − e_j: NaNs of their shape that take no memory, with the attribute ``labels``."""
+    rows: Any = torch.full((), math.nan, dtype=dtype, device=labels.device).expand(len(labels), classes, classes)
     rows.labels = labels
     return rows
