@@ -23,7 +23,7 @@ from pathlib import Path
 
 COMMON = (
     "mnist5k --width 4 --hidden 32 --data-limit 1500 --batch-size 50 --epochs 5 --ramp-length 2 "
-    "--lr-milestones 15 18 --eps 0.02 --pgd-steps 5 --pgd-restarts 2"
+    "--no-compile --lr-milestones 15 18 --eps 0.02 --pgd-steps 5 --pgd-restarts 2"
 )
 RUNS = {
     "recipe": "",

@@ -63,7 +63,7 @@ def changes_of(options: argparse.Namespace) -> list[str]:
     if options.epochs is not None:  # A ramp that leaves an epoch before and one after it.
         ramp = max(1, options.epochs - 2)
         changes += ["--epochs", str(options.epochs), "--ramp-start", "2", "--ramp-length", str(ramp)]
-    return changes if options.eager else [*changes, "--compile"]
+    return [*changes, "--no-compile" if options.eager else "--compile"]
 
 
 def carry_out(planned: Planned, options: argparse.Namespace) -> None:
