@@ -156,8 +156,8 @@ TABLE = """
 CNN | BoundConv.interval_propagate
     IBP, convolution: radius by W, not by abs(W) | weight.abs() => weight
     IBP, convolution: no bias | v[2][0] if self.has_bias else None => None
-3-d | lirpa_fastwarmup.engine.products:_Interval.forward
-    IBP, 3-d convolution: radius by W, not by abs(W) | half.abs() => half
+3-d | lirpa_fastwarmup.engine.nodes:BoundConvNd.interval_propagate
+    IBP, 3-d convolution: radius by W, not by abs(W) | weight.abs() => weight
 smooth | BoundLinear._propagate_Linf
     IBP, linear: ends not exchanged where W < 0 | w.abs() => w
 CNN | BoundLinear._propagate_Linf

@@ -99,11 +99,10 @@ class _PeakBytes(TorchDispatchMode):
 
 
 def keep_freed_memory() -> bool:
-    """Let the process keep memory that tensors on the CPU free, for later tensors; whether this C library can.
+    """Let the process keep memory that tensors on the CPU free, at its peak; return whether this C library can.
 
-    glibc otherwise returns it to the system many times a training step, and every page that is allocated again costs a
-    page fault: up to a quarter of an eager step (docs/performance.md). For training scripts, once, at their beginning:
-    it holds for the whole process, whose memory then stays at its peak.
+    For training scripts, once, at the beginning: glibc otherwise returns memory to the system within each step, and
+    page faults when it is allocated again take up to a quarter of an eager step (docs/performance.md).
     """
     with suppress(AttributeError, OSError, TypeError):  # Of other C libraries.
         mallopt = ctypes.CDLL(None).mallopt

@@ -174,6 +174,35 @@ def test_rounded_radii_are_off_by_their_rounding_and_centres_are_not(name):
     assert float((ratio - 1).abs().max()) > 1e-5
 
 
+def test_second_derivatives_are_refused(x):
+    bounded = fw.BoundedModule(nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.Tanh(), nn.Linear(8, 3)), x)
+    box, weight = (fw.input_box(x, 0.02),), bounded.wrapped[3].weight
+    lower, _ = bounded.compute_bounds(x=box, method="IBP")
+    with pytest.raises(RuntimeError, match="no second derivatives: leave create_graph=True out"):
+        torch.autograd.grad(lower.sum(), weight, create_graph=True)
+    lower, _ = bounded.eval().compute_bounds(x=box, method="IBP")
+    (gradient,) = torch.autograd.grad(lower.sum(), weight, create_graph=True)
+    assert gradient.requires_grad
+
+
+class Added(nn.Module):
+    """A product plus a row, whose gradient has one row too."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.row = nn.Parameter(torch.randn(64, 8)), nn.Parameter(torch.zeros(1, 8))
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(F.relu(torch.addmm(self.row, x.flatten(1), self.weight)))
+
+
+def test_a_bias_of_another_shape_is_left_to_the_engine(x, y):
+    warmup = fw.ShortWarmup(fw.BoundedModule(Added(), x), fw.ConstantEpsilon(0.02))
+    warmup(x, y).loss.backward()
+    assert warmup.model.row.grad.shape == (1, 8)
+
+
 def test_autocast_rounds_radii_in_training_alone(x, y):
     bounded = fw.BoundedModule(networks.convolutional(), x)
     warmup = fw.ShortWarmup(bounded, fw.ConstantEpsilon(0.05))

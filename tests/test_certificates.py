@@ -21,6 +21,7 @@ from lirpa_fastwarmup import memory, verification
 from lirpa_fastwarmup.engine import precision
 from lirpa_fastwarmup.engine.bounds import ClosedClamps, MarginBounds, ibp_margins
 from lirpa_fastwarmup.engine.compat import engine
+from lirpa_fastwarmup.engine.margins import margin_interval
 from lirpa_fastwarmup.recipe.losses import LOSSES
 from lirpa_fastwarmup.verification import METHODS, Journal, UnsoundBoundError, certify
 from tests import networks
@@ -294,8 +295,20 @@ def wrong_sign(monkeypatch):
         weight.view(-1)[place] *= -1
         return original(self, v[0], (weight, weight), *v[2:], **kwargs)
 
+    def wrong_margins(node, labels, interval_of):
+        def changed(source):
+            ends = interval_of(source)
+            if len(node.inputs) < 2 or source is not node.inputs[1]:
+                return ends
+            weight = ends[0].clone().contiguous()
+            weight.view(-1)[weight.abs().argmax()] *= -1
+            return weight, weight
+
+        return margin_interval(node, labels, changed)
+
     # Layers without bias delegate to this method: a second fault in BoundMatMul would cancel the first.
     monkeypatch.setattr(layer, "interval_propagate", wrong)
+    monkeypatch.setattr("lirpa_fastwarmup.engine.module.margin_interval", wrong_margins)
 
 
 @pytest.mark.parametrize("float64", [False, True])

@@ -137,7 +137,7 @@ def test_radius_of_the_run_comes_by_default_and_results_are_not_replaced(run_dir
 
 def test_limit_takes_evenly_spaced_samples_and_options_are_lenient(run_dir, capsys):
     few = ("--limit", 20, "--pgd-steps", 1, "--methods", "ibp")
-    status, out, err = run(capsys, "verify", run_dir, *few, "--restarts", 1, "--eps", "2/255")
+    status, out, err = run(capsys, "verify", run_dir, *few, "--pgd-restarts", 1, "--eps", "2/255")
     assert status == 0, err
     assert out.startswith("eps 2/255: 20 samples, errors with 95 % intervals\n")
     rows, labels = rows_of(run_dir / "certificates.csv"), data.load("mnist5k").test.labels

@@ -112,6 +112,36 @@ def test_phases_share_a_recording(name, first, x, y):
     assert len(set(map(compiled.phases_recorded_with, STEPS))) == recordings
 
 
+def test_terms_that_a_phase_lacks_may_be_infinite(x, y):
+    schedule = fw.ConstantEpsilon(EPS)
+    eager, compiled = pair(networks.convolutional(batchnorm=False), x, schedule=schedule, step=FULL)
+    assert_same_step(eager, compiled, x, y)
+    for objective in (eager, compiled):
+        with torch.no_grad():  # The variances of the second layer overflow, and its outputs do not.
+            objective.model[2].weight.mul_(1e22)
+            objective.model[5].weight.mul_(1e-20)
+    one, other = eager(x, y), compiled(x, y)
+    assert one.loss.isfinite()
+    assert torch.allclose(one.loss, other.loss)
+
+
+def test_the_precision_of_radii_belongs_to_a_recording(x, y):
+    eager, compiled = pair(networks.convolutional(), x)
+    for dtype in (None, torch.bfloat16):
+        eager.bounded.radius_dtype = compiled.bounded.radius_dtype = dtype
+        compiled.load_state_dict(eager.state_dict())
+        assert_same_step(eager, compiled, x, y, tolerance=1e-3)
+    assert_compiled(compiled, 2)
+
+
+def test_a_view_in_training_under_an_objective_in_evaluation(x, y):
+    eager, compiled = pair(networks.convolutional(batchnorm=False), x, kappa=(1.0, 0.5))
+    for objective in (eager, compiled):
+        objective.eval()
+        objective.model.train()
+    assert torch.allclose(eager(x, y).loss, compiled(x, y).loss)
+
+
 class TiedWeights(nn.Module):
     """A linear layer that is called twice."""
 

@@ -1,6 +1,7 @@
 """Networks of several inputs, and a radius for each sample."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -104,7 +105,11 @@ def test_errors_are_those_of_boxes_made_by_hand(data):
     assert [one.verified for one in found.certificates] == proved.tolist()
     batches = [((x[0][i : i + 5], x[1][i : i + 5]), y[i : i + 5]) for i in range(0, 12, 5)]
     again = evaluate(bounded, batches, EPS, input_range=RANGES, restarts=0)
-    assert again.certificates == found.certificates
+    for one, other in zip(
+        again.certificates, found.certificates, strict=True
+    ):  # Products of batches round differently.
+        assert one.margin == pytest.approx(other.margin, rel=1e-5)
+        assert replace(one, margin=0.0) == replace(other, margin=0.0)
 
 
 def margins(y, classes):

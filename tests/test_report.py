@@ -179,7 +179,7 @@ def test_the_headline_names_bound_radius_and_samples(run_dir, capsys):
     assert run(capsys, "report", run_dir)[0] == 0
     certified = f"{100 * (1 - summary['verified_error']):.1f} % of 1,000 test samples are certified at ε = 0.01 by IBP."
     assert certified in texts((run_dir / "report.html").read_text())
-    assert run(capsys, "verify", run_dir, "--pgd-steps", 1, "--restarts", 1, "--limit", 50)[0] == 0
+    assert run(capsys, "verify", run_dir, "--pgd-steps", 1, "--pgd-restarts", 1, "--limit", 50)[0] == 0
     content = read_json(run_dir / "verification.json")
     stages = content["results"][0]["stages"]
     stages["PGD"]["attacked"] = stages["PGD"].pop("falsified", stages["PGD"].get("attacked"))  # As earlier versions.

@@ -47,7 +47,6 @@ def add_to(command: argparse.ArgumentParser) -> None:
     what.add_argument("--time-limit", type=number, default=100.0, metavar="S", help=text)
     what.add_argument("--pgd-steps", type=int, default=50, help="steps of the attack (default: 50)")
     what.add_argument("--pgd-restarts", type=int, default=5, help="its random starts; 0 for no attack (default: 5)")
-    what.add_argument("--restarts", dest="pgd_restarts", type=int, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     what.add_argument("--float64", action="store_true", help="repeat the verdicts in double precision")
     text = "of certified samples, prove what holds in spite of rounding errors"
     what.add_argument("--rigorous", action="store_true", help=text)
@@ -112,13 +111,11 @@ def _run(options: argparse.Namespace, subject: Subject, radii: Sequence[float], 
             print(text(found), flush=True)
         return found
 
-    def summary(found: Sequence[fw.verification.Radius]) -> str:
-        return _RADII.format(count=len(found), **radii_entry(found, tolerance))
-
     try:
         at = partial(verify, bounded, samples, float64=options.float64, rigorous=options.rigorous, abcrown=abcrown)
         search = partial(certified_radii, bounded, samples, largest=largest, tolerance=tolerance)
-        certified = computed("radius", search, summary) if options.radius else None
+        text = lambda found: _RADII.format(count=len(found), **radii_entry(found, tolerance))  # noqa: E731
+        certified = computed("radius", search, text) if options.radius else None
         verifications = [computed(f"eps {eps}", partial(at, eps), str) for eps in radii]
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"finished batches are kept in {journal.path}; the same command resumes") from None

@@ -46,6 +46,8 @@ def affine_interval(
         product = LINEAR
         upper = layer._preprocess(upper, weight, bias)[0]
         lower, weight, bias = layer._preprocess(lower, weight, bias)
+        if bias is not None and bias.shape != weight.shape[:1]:
+            return None
     if is_norm:
         scale, shift = node.scale_and_shift(*(interval_of(source)[0] for source in node.inputs[1:]))
         bias = shift if bias is None else torch.addcmul(shift, bias, scale)

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lirpa_fastwarmup.distributed import differentiable_all_reduce
 from lirpa_fastwarmup.engine.compat import engine
 from lirpa_fastwarmup.engine.precision import temporarily
+from lirpa_fastwarmup.engine.products import require_first_derivative
 
 _engine: Any = engine.bound_general
 BoundBatchNormalization: Any = _engine.BoundBatchNormalization
@@ -41,8 +41,8 @@ class _BatchNormWithStatistics(torch.autograd.Function):
         return result, batch_mean.clone(), inverse_std.pow(-2).sub_(eps)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor, grad_mean: Tensor, grad_var: Tensor) -> tuple[Tensor | None, ...]:
+        require_first_derivative()
         x, weight, mean, inverse_std = ctx.saved_tensors
         gradients = torch.ops.aten.native_batch_norm_backward(
             grad, x, weight, None, None, mean, inverse_std, True, ctx.eps, list(ctx.needs_input_grad[:3])

@@ -88,7 +88,8 @@ def ibp_margin_bounds(
     """IBP lower and upper bounds on z_y − z_j for j ≠ y, each (batch, classes − 1), over a box, or a tuple of boxes."""
     boxes = box if isinstance(box, tuple) else (box,)
     dtype = next(x.dtype for x in boxes if x.is_floating_point())
-    # Of a matrix, the engine would use a product with the last layer's weight for each sample.
+    if not isinstance(bounded, BoundedModule):  # The engine's own, which reuses the statistics of the last pass.
+        return bounded.compute_bounds(x=boxes, C=margin_matrix(labels, classes, dtype), method="IBP")
     rows, reuse = unread_rows(labels, classes, dtype), {"reuse_statistics": reuse_statistics}
     lower, upper = bounded.compute_bounds(x=boxes, C=rows, method="IBP", **reuse)
     others = other_classes(labels, classes)

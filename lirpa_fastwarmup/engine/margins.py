@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lirpa_fastwarmup.engine.compat import engine, node_classes
 from lirpa_fastwarmup.engine.nodes import ComputedConstant
+from lirpa_fastwarmup.engine.products import require_first_derivative
 
 _CONSTANT = (*node_classes("Params", "Buffers", "Constant"), ComputedConstant)
 _AT_ONCE = 2**15  # Elements that stay in a core's cache; PyTorch divides no operation on so few among threads.
@@ -70,8 +70,8 @@ class _Margins(torch.autograd.Function):
         return _centres_and_radii(*inputs)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor, grad_of_radii: Tensor) -> tuple[Tensor | None, ...]:
+        require_first_derivative()
         weight, centre, radius, labels = ctx.saved_tensors
         # Of the difference of two logits: each one's own gradient, and minus that of the others.
         logits = (-grad).scatter_add(1, labels.unsqueeze(1), grad.sum(1, keepdim=True))
@@ -82,8 +82,7 @@ class _Margins(torch.autograd.Function):
 def margin_interval(node: Any, labels: Tensor, interval_of: Callable[[Any], Any]) -> tuple[Tensor, Tensor]:
     """IBP bounds on z_y − z_j for the logits of ``node``, (batch, classes), merged with it if it is a linear layer.
 
-    ``interval_of`` gives the interval of a node. The engine would multiply the layer by a matrix for each sample, at a
-    cost quadratic in the classes.
+    ``interval_of`` gives a node's interval. The engine's product of a matrix and the layer is quadratic in the classes.
     """
     is_linear = isinstance(node, engine.bound_general.BoundLinear) and isinstance(node.inputs[1], _CONSTANT)
     on_vectors = is_linear and len(node.inputs[0].output_shape) == 2 and not node.is_input_perturbed(1)

@@ -307,7 +307,9 @@ class BoundedModule(engine.BoundedModule):
             tracing.named_failures(self, method),
             default_dtype(_like(self.wrapped).dtype),
         ):
-            if x is not None and not reuse_statistics and any(map(_keeps_batch, self._modules.values())):
+            modes = (node.training and getattr(node, "bn_mode", "") == "forward" for node in self._modules.values())
+            keeps_batch = any(modes) or any(isinstance(node, _bound.BoundShape) for node in self._modules.values())
+            if x is not None and not reuse_statistics and keeps_batch:
                 super().forward(*x)
             return super().compute_bounds(x, *args, **kwargs)
 
@@ -326,7 +328,3 @@ class BoundedModule(engine.BoundedModule):
 
     def _interval(self, node: Any) -> Any:
         return getattr(node, "interval", None) or self.IBP_general(node)
-
-
-def _keeps_batch(node: Any) -> bool:
-    return isinstance(node, _bound.BoundShape) or (getattr(node, "bn_mode", None) == "forward" and node.training)

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from lirpa_fastwarmup.engine.batchnorm import ViewedBatchNorm, adopt_batchnorm
 from lirpa_fastwarmup.engine.compat import engine, node_classes
-from lirpa_fastwarmup.engine.products import convolution, interval_of_product
 
 _engine: Any = engine.bound_general
 
@@ -101,8 +100,10 @@ class BoundConvNd(_Windowed):
     def interval_propagate(self, *v: Any) -> tuple[Tensor, Tensor]:
         if self.is_input_perturbed(1):
             raise NotImplementedError("bounds over perturbed convolution weights")
-        bias = v[2][0] if len(v) == 3 else None
-        return interval_of_product(convolution(*self.arguments), *v[0], v[1][0], bias)
+        (lower, upper), weight = v[0], v[1][0]
+        centre = self.forward((lower + upper) / 2, weight, v[2][0] if len(v) == 3 else None)
+        radius = self.forward((upper - lower) / 2, weight.abs())
+        return centre - radius, centre + radius
 
     def bound_backward(self, last_lA: Any, last_uA: Any, *x: Any, **kwargs: Any) -> Any:
         def one_side(last_A: Any, _: bool) -> tuple[Any, Any]:

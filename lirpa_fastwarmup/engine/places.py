@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from lirpa_fastwarmup.engine.compat import engine, preserved_export_settings, silenced_warnings
 from lirpa_fastwarmup.engine.precision import temporarily
 
-# What to write instead, by the class of a layer, by a function (in lower case) that no release bounds, or else by an
-# operator.
+# By the class of a layer, by a function (in lower case) that no release bounds, or else by an operator.
 with Path(__file__).with_name("advice.csv").open(newline="", encoding="utf-8") as _file:
     ADVICE = {name: row["advice"] for row in csv.DictReader(_file) for name in row["names"].split()}
 

@@ -1,7 +1,6 @@
 """Intervals through the product of a constant and the input: of centre c and radius r, W·c + b ± |W|·r.
 
-(Gowal et al., 2018, section 3.) Forward and backward in one function, which overwrites what a chain of operations would
-copy: beside the products themselves, memory takes most of the time.
+(Gowal et al., 2018, section 3.) One function overwrites what a chain of operations would copy, forward and backward.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,28 +9,32 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-_Gradients = Sequence[Any]  # Tensors, where needed.
+
+def require_first_derivative() -> None:
+    """Raise RuntimeError in a ``backward`` whose result would be differentiated: in part, without any sign of it."""
+    if torch.is_grad_enabled():
+        text = "losses, bounds and BatchNorm statistics in training mode have no second derivatives"
+        raise RuntimeError(f"{text}: leave create_graph=True out, or bound the network in evaluation mode")
 
 
 class Product(NamedTuple):
     """A product of an input and a weight, plus a bias, and its gradients with respect to those of the three needed."""
 
     forward: Callable[[Tensor, Tensor, Tensor | None], Tensor]
-    backward: Callable[[Tensor, Tensor, Tensor, Sequence[bool]], _Gradients]
+    backward: Callable[[Tensor, Tensor, Tensor, Sequence[bool]], Sequence[Any]]
 
 
 def convolution(*arguments: Any) -> Product:
     """The product of ``torch.convolution`` with these arguments behind the bias."""
 
-    def backward(grad: Tensor, x: Tensor, weight: Tensor, needed: Sequence[bool]) -> _Gradients:
+    def backward(grad: Tensor, x: Tensor, weight: Tensor, needed: Sequence[bool]) -> Sequence[Any]:
         return torch.ops.aten.convolution_backward(grad, x, weight, [grad.shape[1]], *arguments, needed)
 
     return Product(lambda x, weight, bias: torch.convolution(x, weight, bias, *arguments), backward)
 
 
-def _backward_of_linear(grad: Tensor, x: Tensor, weight: Tensor, needed: Sequence[bool]) -> _Gradients:
+def _backward_of_linear(grad: Tensor, x: Tensor, weight: Tensor, needed: Sequence[bool]) -> Sequence[Any]:
     return (
         grad.mm(weight) if needed[0] else None,
         grad.t().mm(x) if needed[1] else None,
@@ -39,8 +42,7 @@ def _backward_of_linear(grad: Tensor, x: Tensor, weight: Tensor, needed: Sequenc
     )
 
 
-# On vectors (batch, features).
-LINEAR = Product(F.linear, _backward_of_linear)
+LINEAR = Product(F.linear, _backward_of_linear)  # On vectors (batch, features).
 
 
 def interval_of_product(
@@ -48,9 +50,8 @@ def interval_of_product(
 ) -> tuple[Tensor, Tensor]:
     """The interval of ``product``; ``tensors`` are lower and upper end of the input's, weight, and bias or ``None``.
 
-    It is differentiable once. ``rectified``: the product is of the input's ReLU. With ``radius_dtype``, the factors of
-    |W|·r are rounded to it. Its terms are at least 0, so that rounding to bfloat16 changes the sum by at most 2⁻⁷; a
-    centre could change by more than its radius.
+    It is differentiable once. ``rectified``: of the input's ReLU. ``radius_dtype``: the factors of |W|·r are rounded to
+    it. Terms of that sum are at least 0, so bfloat16 changes it by at most 2⁻⁷; a centre could change by a radius.
     """
     return _Interval.apply(product, rectified, radius_dtype, *tensors)
 
@@ -73,8 +74,8 @@ class _Interval(torch.autograd.Function):
         return centre - radius, centre.add_(radius)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_lower: Tensor, grad_upper: Tensor) -> tuple[Any, ...]:
+        require_first_derivative()
         total, width, half, *before = ctx.saved_tensors
         needed = any(ctx.needs_input_grad[3:5]), *ctx.needs_input_grad[5:]
         backward, low = ctx.product.backward, width.dtype

@@ -15,8 +15,8 @@ _SOURCES = {"CTBench": "CTBench, commit 0f18162, scripts/examples"}
 _SOURCES["expressive-losses"] = "expressive-losses, commit 3df64fa, README"
 # How cells are read that are not JSON; κ is constant.
 _READERS: dict[str, Callable[[str], Any]] = dict.fromkeys(("batchnorm_policy", "preset", "dataset"), str)
-_READERS |= {"kappa": lambda cell: (float(cell),) * 2, "eps": lambda cell: float(Fraction(cell))}
-_READERS["lr_milestones"] = lambda cell: tuple(map(int, cell.split()))
+_READERS |= {"kappa": lambda cell: (float(cell),) * 2, "lr_milestones": lambda cell: tuple(map(int, cell.split()))}
+_READERS["eps"] = lambda cell: float(Fraction(cell))
 _SAME = 1e-3  # Radii that differ relatively by less are equal: some write 0.00784 for 2/255.
 
 

@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lirpa_fastwarmup.boxes import Epsilon, InputRange
 from lirpa_fastwarmup.engine import bounds, capture, tracing
 from lirpa_fastwarmup.engine.module import BoundedModule
+from lirpa_fastwarmup.engine.products import require_first_derivative
 
 logger = logging.getLogger(__name__)
 
@@ -105,6 +105,7 @@ class CompiledSteps:
         return (
             tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in (x, eps)),
             torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None,
+            self._bounded.radius_dtype,
             tuple(module.training for module in model.modules()),
             tuple((parameter.shape, parameter.requires_grad) for parameter in model.parameters()),
         )
@@ -162,8 +163,7 @@ class _RecordedStep:
     def _compare_with_eager(self, step: Step, batch: Batch) -> None:
         """Raise RuntimeError unless the losses and gradients agree on a batch not recorded."""
         x, y, eps, fraction = batch[0].flip(0), batch[1].flip(0), batch[2] * 0.75, batch[3] * 0.75
-        # The weight of the clean loss may be 0 or 1 now, and other in a later phase.
-        other = (x, y, eps, fraction, torch.full_like(batch[4], 0.25), *batch[5:])
+        other = (x, y, eps, fraction, torch.full_like(batch[4], 0.25), *batch[5:])  # Weights 0 and 1 would hide terms.
         with tracing.unchanged(self._bounded.wrapped):
             loss = step(bounds.input_box(x, eps, self._input_range), *other)["loss"]
             expected = torch.autograd.grad(loss, self._parameters(), allow_unused=True)
@@ -235,8 +235,8 @@ class _WithGradients(torch.autograd.Function):
         return loss.clone()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        require_first_derivative()
         return None, None, *torch._foreach_mul(ctx.grads, grad)
 
 

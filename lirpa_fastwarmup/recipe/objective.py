@@ -274,7 +274,7 @@ class ShortWarmup(nn.Module):
         smallest = self.min_eps if terms.fading or terms.constant else 0.0
         eps = self._max_eps(max_eps) * fraction
         eps = eps.clamp(min=smallest) if isinstance(eps, Tensor) else max(eps, smallest)
-        first, last = self.kappa
+        first, last = self.kappa if self.training else (0.0, 0.0)
         clean_weight = 1.0 if phase == START else first + (last - first) * fraction
         attack = getattr(terms.loss, "attack", None)
         starts = () if attack is None or phase == START else (attack.starts(x, self.generator),)
@@ -310,8 +310,11 @@ class ShortWarmup(nn.Module):
             terms = terms._replace(phase=RAMP, fading=self.regularizers, mixed=terms.mixed or START in phases)
         step, key = partial(self._compute, terms), (" and ".join(phases), *terms.key)
         values = self._compiled.run(step, key, x, y, eps, fraction, clean_weight, starts=starts)
+        # Where a term that the phase lacks is infinite, its weight of 0 makes the loss NaN.
+        if values is None or (x.device.type == "cpu" and len(phases) > 1 and not values["loss"].isfinite()):
+            return None
         absent = {f"terms.{name}" for name in terms.fading.keys() - fading.keys()}
-        return None if values is None else {name: value for name, value in values.items() if name not in absent}
+        return {name: value for name, value in values.items() if name not in absent}
 
     def _compute(self, terms: Terms, box: Any, x: Tensor, y: Tensor, eps: Epsilon, *rest: Any) -> dict[str, Tensor]:
         """The loss of one step and its components, 0-dim; regularisers and penalties as "terms.name".
@@ -327,10 +330,7 @@ class ShortWarmup(nn.Module):
         # Autocast would round centres more coarsely than the gap between bounds. Radii are sums of positive terms.
         coarse = torch.is_autocast_enabled(x.device.type) and torch.get_autocast_dtype(x.device.type) == torch.bfloat16
         radius_dtype = torch.bfloat16 if coarse else self.bounded.radius_dtype
-        with (
-            torch.autocast(x.device.type, enabled=False),
-            temporarily([self.bounded], "radius_dtype", radius_dtype),
-        ):
+        with torch.autocast(x.device.type, enabled=False), temporarily([self.bounded], "radius_dtype", radius_dtype):
             if regularizers or terms.phase != START:
                 step = LossStep(self.bounded, x, y, logits, box, eps, self._range, fraction, terms.phase, *starts)
                 found = (IBP() if terms.phase == START else terms.loss)(step)

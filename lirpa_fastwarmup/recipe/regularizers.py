@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lirpa_fastwarmup.distributed import all_reduce, differentiable_all_reduce
 from lirpa_fastwarmup.engine import graph
 from lirpa_fastwarmup.engine.graph import LayerBounds, affine_weights, relu_bounds
+from lirpa_fastwarmup.engine.products import require_first_derivative
 
 Regularizer = Callable[[Any], Tensor]
 
@@ -106,8 +106,8 @@ class _StateMoments(torch.autograd.Function):
         return moments[..., :2].clone()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        require_first_derivative()
         grads = ctx.reduction.sum(grad)
         moments, *saved = ctx.saved_tensors
         means, bounds = saved[: len(moments)], saved[len(moments) :]

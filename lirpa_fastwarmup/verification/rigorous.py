@@ -237,13 +237,10 @@ class _Rigorous(intervals.Propagation):
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         name = str(target).split(".")[1] if isinstance(target, torch._ops.OpOverload) else ""
         if target is not operator.getitem and name not in MOVING and not intervals_in((args, kwargs)):
-            args = tuple(_as_interval(value) for value in args)
+            floating = [isinstance(value, Tensor) and value.is_floating_point() for value in args]
+            ends = zip(args, floating, strict=True)
+            args = tuple(Interval(one.double(), one.double()) if is_number else one for one, is_number in ends)
         return super().call_function(target, args, kwargs)
-
-
-def _as_interval(value: Any) -> Any:
-    is_number = isinstance(value, Tensor) and value.is_floating_point()
-    return Interval(value.double(), value.double()) if is_number else value
 
 
 def _end_before_last_layer(graph: torch.fx.GraphModule) -> None:

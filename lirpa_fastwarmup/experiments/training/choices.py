@@ -7,7 +7,7 @@ import time
 import torch
 
 from lirpa_fastwarmup.distributed import broadcast, world
-from lirpa_fastwarmup.engine.precision import products_in_tf32
+from lirpa_fastwarmup.engine.precision import products_in_tf32, temporarily
 from lirpa_fastwarmup.engine.tracing import unchanged
 from lirpa_fastwarmup.experiments.training.build import Run
 from lirpa_fastwarmup.recipe.losses import FULL, RAMP, START
@@ -27,7 +27,7 @@ def choose(run: Run) -> None:
     """
     if run.settings.precision == "auto":
         exact, rounded = (broadcast(_eager_seconds(run, precision)) for precision in ("tf32", "bf16"))
-        precision = "bf16" if rounded < _FASTER * exact else "tf32"
+        precision = "bf16" if 0 < rounded < _FASTER * exact else "tf32"
         run.settings = run.settings.replace(precision=precision)
         logger.info("a step takes %.2g s, and %.2g s with bfloat16: --precision %s", exact, rounded, precision)
     if run.settings.compile is None:
@@ -62,7 +62,8 @@ def _eager_seconds(run: Run, precision: str) -> float:
     y = torch.zeros(size, dtype=torch.int64, device=x.device)
     done, objective.steps_done = objective.steps_done, (settings.ramp_start - 1) * len(run.train_batches) + 1
     try:
-        with unchanged(objective.model), products_in_tf32(precision != "float32"):
+        eager = temporarily([objective], "compiled_phases", ())
+        with unchanged(objective.model), products_in_tf32(precision != "float32"), eager:
             objective.train()
             for _ in range(2):  # The first one also prepares and allocates.
                 started = time.perf_counter()
