@@ -120,7 +120,8 @@ def _text(value: float | None, form: str) -> str:
 
 
 def _decided(stages: Mapping[str, Mapping[str, Any]]) -> str:
-    counts = ((stage, found.get("proved", found.get("falsified"))) for stage, found in stages.items())
+    names = "proved", "falsified", "attacked"  # The last one in files of earlier versions.
+    counts = ((stage, next(one[name] for name in names if name in one)) for stage, one in stages.items())
     return ", ".join(f"{stage} {count:,}" for stage, count in counts)
 
 

@@ -21,10 +21,7 @@ _FASTER = 0.95  # Less would not repay the rounding.
 
 
 def choose(run: Run) -> None:
-    """Choose what the settings of ``run`` leave open, by the time of eager steps; every process must call this.
-
-    The choice stands in the settings from then on. Nothing else of the run changes.
-    """
+    """Settle what the settings of ``run`` leave open, by the time of eager steps; every process must call this."""
     if run.settings.precision == "auto":
         exact, rounded = (broadcast(_eager_seconds(run, precision)) for precision in ("tf32", "bf16"))
         precision = "bf16" if 0 < rounded < _FASTER * exact else "tf32"
