@@ -90,8 +90,8 @@ def ibp_margin_bounds(
     dtype = next(x.dtype for x in boxes if x.is_floating_point())
     if not isinstance(bounded, BoundedModule):  # The engine's own, which reuses the statistics of the last pass.
         return bounded.compute_bounds(x=boxes, C=margin_matrix(labels, classes, dtype), method="IBP")
-    rows, reuse = unread_rows(labels, classes, dtype), {"reuse_statistics": reuse_statistics}
-    lower, upper = bounded.compute_bounds(x=boxes, C=rows, method="IBP", **reuse)
+    rows = unread_rows(labels, classes, dtype)
+    lower, upper = bounded.compute_bounds(x=boxes, C=rows, method="IBP", reuse_statistics=reuse_statistics)
     others = other_classes(labels, classes)
     return lower.gather(1, others), upper.gather(1, others)
 

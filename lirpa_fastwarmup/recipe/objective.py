@@ -293,7 +293,7 @@ class ShortWarmup(nn.Module):
     def phases_recorded_with(self, phase: str) -> tuple[str, ...]:
         """The phases whose steps one compiled step computes, ``phase`` among them.
 
-        Terms that a phase lacks have the weight 0 in it, so they must be cheap, and the loss the same in all of them.
+        Terms that a phase lacks have the weight 0 in it, so they must be cheap, and the loss the same in each.
         """
         phases: tuple[str, ...] = ()
         if BUILT_IN.keys() >= self.regularizers.keys() and type(self.loss) in (IBP, SABR, MTLIBP, CCIBP, EXPIBP):

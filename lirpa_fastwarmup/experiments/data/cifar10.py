@@ -79,7 +79,8 @@ class _ArrayUnpickler(pickle.Unpickler):
         module = module.replace("numpy._core", "numpy.core")  # Its name in numpy 2.
         # Functions of numpy are replaced, too: they crash the process on invalid array states.
         allowed = {
-            ("_codecs", "encode"): str.encode,  # Python 3 pickles bytes so in the protocols of Python 2.
+            # Python 3 pickles bytes so in the protocols of Python 2, and in no other encoding.
+            ("_codecs", "encode"): lambda text, encoding: text.encode({"latin1": "latin1"}[encoding]),
             ("numpy", "dtype"): _Type,
             ("numpy", "ndarray"): _Bytes,
             ("numpy.core.multiarray", "_reconstruct"): _Bytes,
