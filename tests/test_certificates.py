@@ -18,8 +18,8 @@ from torch import nn
 
 import lirpa_fastwarmup as fw
 from lirpa_fastwarmup import memory, verification
-from lirpa_fastwarmup.engine import precision
-from lirpa_fastwarmup.engine.bounds import ClosedClamps, MarginBounds, ibp_margins
+from lirpa_fastwarmup.engine import bounds, precision
+from lirpa_fastwarmup.engine.bounds import ClosedClamps, MarginBounds, ibp_margins, margin_matrix
 from lirpa_fastwarmup.engine.compat import engine
 from lirpa_fastwarmup.engine.margins import margin_interval
 from lirpa_fastwarmup.recipe.losses import LOSSES
@@ -189,6 +189,31 @@ def test_alpha_crown_is_tighter_than_crown():
     lower = {method: network.lower(fw.input_box(x, 0.1), y, method) for method in ("CROWN-IBP", "CROWN", "alpha-CROWN")}
     assert bool((lower["alpha-CROWN"] >= lower["CROWN"] - 1e-4).all())
     assert float(lower["alpha-CROWN"].mean()) > float(lower["CROWN"].mean()) + 1e-3
+
+
+@pytest.mark.parametrize("method", ["CROWN-IBP", "CROWN", "alpha-CROWN"])
+def test_margins_in_blocks_of_rows_are_those_of_all_rows_at_once(method, monkeypatch):
+    torch.manual_seed(3)
+    classes, samples, widest = 12, 5, 20
+    model = nn.Sequential(nn.Linear(6, widest), nn.ReLU(), nn.Linear(widest, 9), nn.ReLU(), nn.Linear(9, classes))
+    x, y = torch.rand(samples, 6, dtype=torch.float64), torch.tensor([0, 11, 5, 7, 3])
+    network = MarginBounds(fw.BoundedModule(model, x[:2].float()), torch.float64)
+    rows = []
+
+    def recorded(labels, classes, dtype, others=None):
+        matrix = margin_matrix(labels, classes, dtype, others)
+        rows.append(matrix.shape[1])
+        return matrix
+
+    monkeypatch.setattr(bounds, "margin_matrix", recorded)
+    at_once = network.lower(fw.input_box(x, 0.1), y, method)
+    assert rows == ([11] if method != "alpha-CROWN" else [11, 11])  # alpha-CROWN starts from CROWN's bounds.
+    rows.clear()
+    monkeypatch.setattr(bounds, "COEFFICIENTS", 3 * samples * widest + 1)
+    in_blocks = network.lower(fw.input_box(x, 0.1), y, method)
+    assert rows == ([3, 3, 3, 2] if method != "alpha-CROWN" else 2 * [3, 3, 3, 2])
+    # alpha-CROWN stops when no row improves any more, which a block does earlier than all rows.
+    assert torch.allclose(in_blocks, at_once, rtol=0, atol=1e-10 if method != "alpha-CROWN" else 1e-3)
 
 
 def test_closed_clamps_have_a_gradient_at_their_ends():

@@ -3,8 +3,10 @@
 import inspect
 import io
 import logging
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
+from itertools import chain, repeat
 from typing import Any
 
 import torch
@@ -23,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 _ARGUMENTS = inspect.signature(engine.BoundedModule.compute_bounds).parameters
 _INTERMEDIATE = next(name for name in ("interm_bounds", "intermediate_layer_bounds") if name in _ARGUMENTS)  # 0.7, 0.3
+
+COEFFICIENTS = 1 << 22  # Of a layer, in one backward pass. With many classes, those of all rows take gigabytes.
 
 
 def input_box(x: Inputs, eps: Any, input_range: Any = (0.0, 1.0)) -> Any:
@@ -76,10 +80,10 @@ def other_classes(labels: Tensor, classes: int) -> Tensor:
     return others + (others >= labels.unsqueeze(1)).long()  # Shifted past y.
 
 
-def margin_matrix(labels: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
-    """Rows e_y − e_j for every class j ≠ y, shape (batch, classes − 1, classes)."""
+def margin_matrix(labels: Tensor, classes: int, dtype: torch.dtype, others: Tensor | None = None) -> Tensor:
+    """Rows e_y − e_j for j in ``others``, or for every j ≠ y: (batch, rows or classes − 1, classes)."""
     eye = torch.eye(classes, dtype=dtype, device=labels.device)
-    return eye[labels].unsqueeze(1) - eye[other_classes(labels, classes)]
+    return eye[labels].unsqueeze(1) - eye[other_classes(labels, classes) if others is None else others]
 
 
 def ibp_margin_bounds(
@@ -134,14 +138,24 @@ def proved(margins: Tensor) -> Tensor:
     return (margins > 0).all(1)
 
 
+def _by_rows(bounded: Any, box: Any, labels: Tensor, classes: int, inputs: Iterable[Any], **options: Any) -> Tensor:
+    """Margins, a block of rows at a time; ``inputs`` of a pass, ``None`` to reuse the intermediate bounds before it."""
+    widest = max(math.prod(node.output_shape[1:]) for node in bounded._modules.values() if node.output_shape)
+    blocks = other_classes(labels, classes).split(max(1, COEFFICIENTS // (len(labels) * widest)), 1)
+    lower = []
+    for others, x in zip(blocks, inputs, strict=False):
+        matrix = margin_matrix(labels, classes, box.dtype, others)
+        lower.append(bounded.compute_bounds(x=x, C=matrix, bound_upper=False, **options)[0].detach())
+    return torch.cat(lower, 1)
+
+
 def _crown_ibp(bounded: Any, box: Any, labels: Tensor, classes: int) -> Tensor:
     bounded.compute_bounds(x=(box,), method="IBP")
-    return crown_lower(bounded, margin_matrix(labels, classes, box.dtype))
+    return _by_rows(bounded, box, labels, classes, repeat(None), method="CROWN")
 
 
 def _crown(bounded: Any, box: Any, labels: Tensor, classes: int) -> Tensor:
-    matrix = margin_matrix(labels, classes, box.dtype)
-    return bounded.compute_bounds(x=(box,), C=matrix, method="CROWN", bound_upper=False)[0]
+    return _by_rows(bounded, box, labels, classes, chain([(box,)], repeat(None)), method="CROWN")
 
 
 class ClosedClamps(TorchFunctionMode):
@@ -169,9 +183,9 @@ def _alpha_crown(bounded: Any, box: Any, labels: Tensor, classes: int) -> Tensor
         if not bounded.optimizable_activations:  # A linear network has no slopes to optimise.
             return crown
         both = {name: _intersection(ends, by_ibp[name]) for name, ends in _intermediate_bounds(bounded).items()}
+    options = {"method": "alpha-CROWN", _INTERMEDIATE: both}
     with torch.enable_grad(), ClosedClamps(), redirect_stdout(io.StringIO()):  # 0.7 prints.
-        options: dict[str, Any] = {"method": "alpha-CROWN", "bound_upper": False, _INTERMEDIATE: both}
-        optimized = bounded.compute_bounds(x=(box,), C=margin_matrix(labels, classes, box.dtype), **options)[0]
+        optimized = _by_rows(bounded, box, labels, classes, repeat((box,)), **options)
     for node in bounded._modules.values():
         if hasattr(node, "alpha_lookup_idx"):  # Later CROWN passes would bound only the neurons listed in it.
             node.alpha_lookup_idx = {}

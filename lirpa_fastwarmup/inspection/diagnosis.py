@@ -40,12 +40,9 @@ def _constant(found: Inspection) -> Iterator[Finding]:
     output = found.output
     if output is None or found.samples < 2 or output.spread > max(_SPREAD, _SPREAD_TO_GAP * output.gap):
         return
-    text = (
-        f"outputs differ by {output.spread:.2g} between the samples, and the predicted class leads by "
-        f"{output.gap:.2g}: the network is constant. After training, it has collapsed: retrain from ibp_init_ with "
-        "full BatchNorm and a longer ramp of ε (ramp_length). Before training, IBP-initialised weights pass a signal "
-        "only with BatchNorm in training mode"
-    )
+    text = f"outputs differ by {output.spread:.2g} between the samples; the predicted class leads by {output.gap:.2g}: "
+    text += "the network is constant. After training, it has collapsed: retrain from ibp_init_ with full BatchNorm and "
+    text += "a longer ramp of ε (ramp_length). Before training, IBP-initialised weights need BatchNorm in training mode"
     yield Finding("constant outputs", (), text)
 
 
@@ -57,29 +54,19 @@ def _exploded(found: Inspection) -> Iterator[Finding]:
     hidden = [layer for layer in found.affine if not layer.classification and layer.expected_gain]
     gains = [layer.expected_gain or 1.0 for layer in hidden]
     expected = math.exp(math.fsum(map(math.log, gains)) / max(1, len(gains)))
-    text = (
-        f"bounds grow {growth:.3g}× per layer, {last.growth:.3g}× from the input to layer {last.name}; the weights "
-        f"alone account for {expected:.3g}× per layer"
-    )
+    text = f"bounds grow {growth:.3g}× per layer, {last.growth:.3g}× from the input to layer {last.name}; "
+    text += f"the weights alone account for {expected:.3g}× per layer"
     if expected > _GROWTH:
         widest = max(hidden, key=lambda layer: layer.ratio or 0.0)
-        text += (
-            f" (weights of {widest.name or 'the network'} have {widest.ratio:.3g}× the deviation of the IBP "
-            "initialisation): call ibp_init_ before training"
-        )
+        text += f" (weights of {widest.name or 'the network'} have {widest.ratio:.3g}× the deviation of the IBP "
+        text += "initialisation): call ibp_init_ before training"
     elif last.growth > _TOO_DEEP:
-        text += (
-            f". The network is too deep ({len(found.relus)} ReLU layers): a warmup with the tightness regulariser does "
-            "not reduce such growth. Use fewer layers, a larger reg_weight with a longer ramp (ramp_length), or a "
-            "smaller eps"
-        )
+        text += f". The network is too deep ({len(found.relus)} ReLU layers): the tightness regulariser does not "
+        text += "reduce such growth. Use fewer layers, a larger reg_weight with a longer ramp, or a smaller eps"
     elif found.training:
         kind = "wide bounds"
-        text += (
-            ", and BatchNorm, which divides by the deviation of the batch, for the rest. This is expected before the "
-            "warmup; the tightness regulariser reduces it. If it lasts, raise reg_weight or let ε grow over more "
-            "epochs (ramp_length)"
-        )
+        text += ", and BatchNorm, which divides by the deviation of the batch, for the rest. This is expected before "
+        text += "the warmup; the tightness regulariser reduces it. If it lasts, raise reg_weight or ramp_length"
     else:
         text += ": train with the tightness regulariser (ShortWarmup), with a larger reg_weight if it was already on"
     yield Finding(kind, _names(layer for layer in found.relus if layer.gain > _GROWTH), text)
@@ -124,10 +111,8 @@ def _unstable(found: Inspection) -> Iterator[Finding]:
     remedy = "This is expected before training; after it, train with this eps, or reduce it"
     if _lacks_batchnorm(found, layers):
         remedy = "Without BatchNorm the signal shrinks from layer to layer: insert_batchnorm before training"
-    text = (
-        f"{worst.unstable:.0%} of layer {worst.name} is unstable{_and_others(layers)}: its bounds have half-width "
-        f"{worst.half_width:.3g}, and their centres lie {worst.distance:.3g} from 0 on average. {remedy}"
-    )
+    text = f"{worst.unstable:.0%} of layer {worst.name} is unstable{_and_others(layers)}: its bounds have half-width "
+    text += f"{worst.half_width:.3g}, and their centres lie {worst.distance:.3g} from 0 on average. {remedy}"
     yield Finding("unstable ReLUs", _names(layers), text)
 
 
