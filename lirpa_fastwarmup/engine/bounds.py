@@ -1,6 +1,5 @@
 """The box around a batch, bounds on a classifier's margins over it by every method, and loss fusion."""
 
-import inspect
 import io
 import logging
 import math
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lirpa_fastwarmup.boxes import box_ends, check_eps, check_pair, inputs_error, inputs_fit
-from lirpa_fastwarmup.engine.compat import engine
+from lirpa_fastwarmup.engine.compat import INTERMEDIATE, engine
 from lirpa_fastwarmup.engine.graph import read_graph
 from lirpa_fastwarmup.engine.inputs import Inputs, Layout, bounded_tensor
 from lirpa_fastwarmup.engine.margins import unread_rows
@@ -22,9 +21,6 @@ from lirpa_fastwarmup.engine.module import BoundedModule
 from lirpa_fastwarmup.engine.precision import temporarily
 
 logger = logging.getLogger(__name__)
-
-_ARGUMENTS = inspect.signature(engine.BoundedModule.compute_bounds).parameters
-_INTERMEDIATE = next(name for name in ("interm_bounds", "intermediate_layer_bounds") if name in _ARGUMENTS)  # 0.7, 0.3
 
 COEFFICIENTS = 1 << 22  # Of a layer, in one backward pass. With many classes, those of all rows take gigabytes.
 
@@ -183,7 +179,7 @@ def _alpha_crown(bounded: Any, box: Any, labels: Tensor, classes: int) -> Tensor
         if not bounded.optimizable_activations:  # A linear network has no slopes to optimise.
             return crown
         both = {name: _intersection(ends, by_ibp[name]) for name, ends in _intermediate_bounds(bounded).items()}
-    options = {"method": "alpha-CROWN", _INTERMEDIATE: both}
+    options = {"method": "alpha-CROWN", INTERMEDIATE: both}
     with torch.enable_grad(), ClosedClamps(), redirect_stdout(io.StringIO()):  # 0.7 prints.
         optimized = _by_rows(bounded, box, labels, classes, repeat((box,)), **options)
     for node in bounded._modules.values():

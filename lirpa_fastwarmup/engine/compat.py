@@ -150,6 +150,8 @@ _exporter_module("symbolic_opset11")  # It registers gather, without which the e
 ACTIVE_PATCHES: tuple[str, ...] = tuple(_patch(engine.BoundedModule))
 _record_models(engine.BoundedModule)
 ENGINE_VERSION: str = engine.__version__
+_ARGUMENTS = inspect.signature(engine.BoundedModule.compute_bounds).parameters
+INTERMEDIATE = next(name for name in ("interm_bounds", "intermediate_layer_bounds") if name in _ARGUMENTS)  # 0.7, 0.3
 
 
 def node_classes(*operators: str) -> Any:
