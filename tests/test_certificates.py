@@ -216,6 +216,17 @@ def test_margins_in_blocks_of_rows_are_those_of_all_rows_at_once(method, monkeyp
     assert torch.allclose(in_blocks, at_once, rtol=0, atol=1e-10 if method != "alpha-CROWN" else 1e-3)
 
 
+def test_alpha_crown_optimises_the_slopes_of_the_margins_alone():
+    """Those of intermediate neurons would cost most of the time, and change nothing: their bounds are given."""
+    bounded, x, y = trained_digits()
+    network = MarginBounds(bounded, torch.float32)
+    network.lower(fw.input_box(x, 0.1), y, "alpha-CROWN")
+    used = network.bounded("alpha-CROWN")
+    slopes = [node.alpha for node in used.optimizable_activations]
+    assert len(slopes) == 3
+    assert all(set(alpha) == {used.final_name} for alpha in slopes)
+
+
 def test_closed_clamps_have_a_gradient_at_their_ends():
     """Without one, which PyTorch 2.15 took away, alpha-CROWN stays at CROWN's slopes, which are 0 and 1."""
     x = torch.tensor([-0.5, 0.0, 0.3, 1.0, 1.5, math.nan], requires_grad=True)
