@@ -58,10 +58,8 @@ def check_radius(eps: Epsilon, input_range: InputRange | None) -> None:
 def check_positive(eps: Epsilon) -> None:
     """Raise ValueError if ``eps`` is 0, for every element."""
     if not bool(torch.as_tensor(eps).gt(0).any()):
-        raise ValueError(
-            f"eps must be above 0, found {eps}: a box of radius 0 is the sample itself, which the standard error "
-            "covers. Pass the radius to certify, in units of the input, such as 8/255"
-        )
+        text = f"eps must be above 0, found {eps}: a box of radius 0 is the sample itself, which the standard error "
+        raise ValueError(text + "covers. Pass the radius to certify, in units of the input, such as 8/255")
 
 
 def check_pair(input_range: InputRange | None) -> None:
@@ -70,10 +68,8 @@ def check_pair(input_range: InputRange | None) -> None:
         return
     ends = input_range if isinstance(input_range, tuple | list) else ()
     if len(ends) != 2 or any(isinstance(end, bool) or not isinstance(end, numbers.Real | Tensor) for end in ends):
-        raise TypeError(
-            "input_range must be a pair, the lowest and the highest valid input, each a number or a tensor, or None "
-            f"for data without a range; found {input_range!r}"
-        )
+        text = "input_range must be a pair, the lowest and the highest valid input, each a number or a tensor, or None "
+        raise TypeError(text + f"for data without a range; found {input_range!r}")
 
 
 def broadcast_to_batch(value: float | Tensor, x: Tensor, what: str) -> float | Tensor:

@@ -216,6 +216,29 @@ def test_margins_in_blocks_of_rows_are_those_of_all_rows_at_once(method, monkeyp
     assert torch.allclose(in_blocks, at_once, rtol=0, atol=1e-10 if method != "alpha-CROWN" else 1e-3)
 
 
+@pytest.mark.parametrize("method", ["CROWN", "alpha-CROWN"])
+def test_crown_bounds_a_few_samples_at_a_time_as_it_bounds_the_batch(method, monkeypatch):
+    bounded, x, y = trained_digits()
+    passes = []
+    compute_bounds = fw.BoundedModule.compute_bounds
+
+    def recorded(self, x=None, *args, **kwargs):
+        if kwargs.get("method") == "CROWN" and x is not None:
+            passes.append(len(x[0]))
+        return compute_bounds(self, x, *args, **kwargs)
+
+    monkeypatch.setattr(fw.BoundedModule, "compute_bounds", recorded)
+    found = []
+    for elements in (1, 1 << 30):
+        monkeypatch.setattr(bounds, "_ELEMENTS", elements)
+        passes.clear()
+        found.append(fw.verify(bounded, (x, y), 0.1, [method], restarts=0))
+        assert (len(x) in passes) == (elements > 1)
+    for one, other in zip(*(result.certificates for result in found), strict=True):
+        assert one.verified == other.verified
+        assert one.margin == pytest.approx(other.margin, abs=1e-5)
+
+
 def test_alpha_crown_optimises_the_slopes_of_the_margins_alone():
     """Those of intermediate neurons would cost most of the time, and change nothing: their bounds are given."""
     bounded, x, y = trained_digits()

@@ -151,10 +151,8 @@ def adopt_batchnorm(bounded: Any, model: nn.Module, kind: type[SharedBatchNorm])
     """
     for node in _nodes_of(bounded, BoundBatchNormalization):
         if not (node.use_mean and node.use_var and node.use_affine):
-            raise NotImplementedError(
-                "bound_opts['bn'] omits a part of BatchNorm, so that the bounded network computes another function "
-                "than the model: remove the option, or change the model"
-            )
+            text = "bound_opts['bn'] omits a part of BatchNorm, so that the bounded network computes another function "
+            raise NotImplementedError(text + "than the model: remove the option, or change the model")
         owner = _owner(model, getattr(node.inputs[3], "ori_name", ""))
         if owner is not None and isinstance(owner[0], _BatchNorm):
             node.__class__ = kind
@@ -237,10 +235,8 @@ def share_batchnorm_state(bounded: Any, model: nn.Module) -> list[str]:
     for node in _nodes_of(bounded, _engine.BoundParams):
         link = links.get(id(node))
         if link is None or link.owner._parameters.get(link.attribute) is not node.param:
-            raise ValueError(
-                f"the given model does not hold the parameter {node.ori_name!r} of this BoundedModule: pass the "
-                "nn.Module that the BoundedModule was built from, not a copy of it"
-            )
+            text = f"the given model does not hold the parameter {node.ori_name!r} of this BoundedModule: pass the "
+            raise ValueError(text + "nn.Module that the BoundedModule was built from, not a copy of it")
     adopt_batchnorm(bounded, model, SharedBatchNorm)
     shared = [link for link in links.values() if isinstance(link.node, _engine.BoundBuffers)]
     for link in shared:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
 
 from lirpa_fastwarmup.boxes import box_ends, check_eps, check_pair, inputs_error, inputs_fit
 from lirpa_fastwarmup.engine.compat import INTERMEDIATE, engine
@@ -23,6 +24,8 @@ from lirpa_fastwarmup.engine.precision import temporarily
 logger = logging.getLogger(__name__)
 
 COEFFICIENTS = 1 << 22  # Of a layer, in one backward pass. With many classes, those of all rows take gigabytes.
+
+_ELEMENTS = 1 << 14  # Of the widest layer, in one CROWN pass, for all samples.
 
 
 def input_box(x: Inputs, eps: Any, input_range: Any = (0.0, 1.0)) -> Any:
@@ -136,13 +139,21 @@ def proved(margins: Tensor) -> Tensor:
 
 def _by_rows(bounded: Any, box: Any, labels: Tensor, classes: int, inputs: Iterable[Any], **options: Any) -> Tensor:
     """Margins, a block of rows at a time; ``inputs`` of a pass, ``None`` to reuse the intermediate bounds before it."""
-    widest = max(math.prod(node.output_shape[1:]) for node in bounded._modules.values() if node.output_shape)
-    blocks = other_classes(labels, classes).split(max(1, COEFFICIENTS // (len(labels) * widest)), 1)
+    blocks = other_classes(labels, classes).split(max(1, COEFFICIENTS // (len(labels) * _widest(bounded))), 1)
     lower = []
     for others, x in zip(blocks, inputs, strict=False):
         matrix = margin_matrix(labels, classes, box.dtype, others)
         lower.append(bounded.compute_bounds(x=x, C=matrix, bound_upper=False, **options)[0].detach())
     return torch.cat(lower, 1)
+
+
+def _at_once(bounded: Any) -> int:
+    """How many samples to bound in one CROWN pass, which bounds a neuron of all that is unstable in any of them."""
+    return max(1, _ELEMENTS // _widest(bounded))
+
+
+def _widest(bounded: Any) -> int:
+    return max(math.prod(node.output_shape[1:]) for node in bounded._modules.values() if node.output_shape)
 
 
 def _crown_ibp(bounded: Any, box: Any, labels: Tensor, classes: int) -> Tensor:
@@ -167,18 +178,27 @@ class ClosedClamps(TorchFunctionMode):
         return above if max is None else torch.where(above > max, max, above)
 
 
+def _crown_and_ibp(bounded: Any, box: Any, labels: Tensor, classes: int) -> tuple[Tensor, dict[str, Any]]:
+    """CROWN's margins, and the intersections of its intermediate bounds with IBP's; a few samples at a time."""
+    found = []
+    whole = box.as_subclass(Tensor), box.ptb.x_L, box.ptb.x_U, labels
+    for *ends, some in zip(*(one.split(_at_once(bounded)) for one in whole), strict=True):
+        part = bounded_tensor(*ends)
+        bounded.compute_bounds(x=(part,), method="IBP")
+        by_ibp = _intermediate_bounds(bounded)
+        margins, by_crown = _crown(bounded, part, some, classes), _intermediate_bounds(bounded)
+        found.append((margins, {name: _intersection(one, by_ibp[name]) for name, one in by_crown.items()}))
+    return tree_map(lambda *parts: torch.cat(parts), *found)
+
+
 def _alpha_crown(bounded: Any, box: Any, labels: Tensor, classes: int) -> Tensor:
     """Optimises the slopes of the margins' own pass, over the intersection of IBP's and CROWN's intermediate bounds.
 
     Slopes for every intermediate neuron, the engine's default, cost 30 times as much and improve margins by 0.1 %.
     """
-    with torch.no_grad():
-        bounded.compute_bounds(x=(box,), method="IBP")
-        by_ibp = _intermediate_bounds(bounded)
-        crown = _crown(bounded, box, labels, classes)
-        if not bounded.optimizable_activations:  # A linear network has no slopes to optimise.
-            return crown
-        both = {name: _intersection(ends, by_ibp[name]) for name, ends in _intermediate_bounds(bounded).items()}
+    if not bounded.optimizable_activations:  # A linear network has no slopes to optimise.
+        return _crown(bounded, box, labels, classes)
+    crown, both = _crown_and_ibp(bounded, box, labels, classes)
     options = {"method": "alpha-CROWN", INTERMEDIATE: both}
     with torch.enable_grad(), ClosedClamps(), redirect_stdout(io.StringIO()):  # 0.7 prints.
         optimized = _by_rows(bounded, box, labels, classes, repeat((box,)), **options)
@@ -239,6 +259,10 @@ class MarginBounds:
     def bounded(self, method: str) -> BoundedModule:
         """The bounded copy that ``method`` uses, with the intermediate bounds of its last pass."""
         return self._networks[method]
+
+    def at_once(self, method: str) -> int | None:
+        """How many samples in one pass of ``method`` take least time; ``None`` for as many as there are."""
+        return _at_once(self._networks[method]) if method == "CROWN" else None
 
     @torch.no_grad()
     def lower(self, box: Any, labels: Tensor, method: str) -> Tensor:

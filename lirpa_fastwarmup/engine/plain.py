@@ -94,7 +94,5 @@ def _require_same(bounded: Any, view: BoundedModule, model: nn.Module) -> None:
         bounded.train(training)
     model.eval()
     if not same_outputs(found, model, view.example):
-        raise ValueError(
-            "this auto_LiRPA BoundedModule computes another function than the network that it was built from: the "
-            f"network was changed since, or the engine converts it wrongly. {_BUILD}"
-        )
+        text = "this auto_LiRPA BoundedModule computes another function than the network that it was built from: the "
+        raise ValueError(text + f"network was changed since, or the engine converts it wrongly. {_BUILD}")

@@ -53,10 +53,8 @@ def insert_batchnorm(model: nn.Module, *example_inputs: Tensor) -> list[str]:
         ['0']
     """
     if isinstance(model, engine.BoundedModule):
-        raise TypeError(
-            "expected the network itself, found a BoundedModule: insert BatchNorm before wrapping it, because a "
-            "bounded module keeps the operators that it was built with"
-        )
+        text = "expected the network itself, found a BoundedModule: insert BatchNorm before wrapping it, because a "
+        raise TypeError(text + "bounded module keeps the operators that it was built with")
     with unchanged(model):
         observed, reasons = untraceable(model, example_inputs)
     if reasons:
@@ -70,10 +68,8 @@ def insert_batchnorm(model: nn.Module, *example_inputs: Tensor) -> list[str]:
     names = {layer.name for layer in layers}
     repeated = names & {*graph.called_more_than_once(), *(name for name, count in observed.calls.items() if count > 1)}
     if repeated:
-        raise StructureError(
-            f"{', '.join(sorted(repeated))}: called in several places of the network, and one BatchNorm cannot hold "
-            "the statistics of both. Give each place its own module, or add BatchNorm yourself"
-        )
+        text = f"{', '.join(sorted(repeated))}: called in several places of the network, and one BatchNorm cannot hold "
+        raise StructureError(text + "the statistics of both. Give each place its own module, or add BatchNorm yourself")
     inserted: dict[Any, Any] = {model.get_submodule(one.name): _batchnorm_for(model, one) for one in layers}
     for module, batchnorm in inserted.items():
         module.add_module(_CHILD, batchnorm)

@@ -98,7 +98,5 @@ def ibp_std(layer: AffineLayer, halved: bool) -> float:
 def _check_structure(layers: list[AffineLayer]) -> None:
     for layer in layers:
         if not layer.plain:
-            raise StructureError(
-                f"the weight of {layer.name!r} is computed from {layer.parameter!r} by a parametrisation, so its "
-                "values cannot be drawn: initialise before you register the parametrisation"
-            )
+            text = f"the weight of {layer.name!r} is computed from {layer.parameter!r} by a parametrisation, so its "
+            raise StructureError(text + "values cannot be drawn: initialise before you register the parametrisation")

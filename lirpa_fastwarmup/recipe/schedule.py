@@ -64,10 +64,8 @@ class _Ramp(_Schedule):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.start < 1 or self.length < 0 or self.steps_per_epoch < 1:
-            raise ValueError(
-                "a schedule needs start ≥ 1 (epochs count from 1), length ≥ 0 and steps_per_epoch ≥ 1; found "
-                f"start={self.start}, length={self.length}, steps_per_epoch={self.steps_per_epoch}"
-            )
+            text = "a schedule needs start ≥ 1 (epochs count from 1), length ≥ 0 and steps_per_epoch ≥ 1; found "
+            raise ValueError(text + f"start={self.start}, length={self.length}, steps_per_epoch={self.steps_per_epoch}")
         object.__setattr__(self, "first_step", (self.start - 1) * self.steps_per_epoch)
         object.__setattr__(self, "last_step", (self.start + self.length - 1) * self.steps_per_epoch)
 

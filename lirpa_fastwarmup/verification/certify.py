@@ -229,7 +229,7 @@ class Certifier:
         def bounds(some: Tensor) -> Tensor:
             return network.lower(input_box(x[some], batch.radii(some), self.plan.input_range), y[some], method)
 
-        lower = self._micro_batches[method].each(bounds, samples, method)
+        lower = self._micro_batches[method].each(bounds, samples, method, network.at_once(method))
         proves = proved(lower)
         batch.method[samples[proves]] = METHODS.index(method)
         batch.margin[samples] = torch.fmax(batch.margin[samples], lower.amin(1))

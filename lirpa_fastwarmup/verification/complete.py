@@ -203,10 +203,8 @@ def _sources(model: nn.Module) -> dict[str, str]:
     for name in sorted({type(module).__module__ for module in model.modules()}):
         file = getattr(sys.modules[name], "__file__", None)
         if name == "__main__":
-            raise ValueError(
-                "α,β-CROWN runs in another process, which cannot import classes of a script or a notebook: define "
-                "the network in a module of its own, and import it"
-            )
+            text = "α,β-CROWN runs in another process, which cannot import classes of a script or a notebook: define "
+            raise ValueError(text + "the network in a module of its own, and import it")
         if file is not None and not name.startswith("torch."):
             found[name] = str(Path(file).resolve())
     return found

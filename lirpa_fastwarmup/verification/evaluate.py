@@ -243,10 +243,8 @@ def certified_radii(
     if not all(x.is_floating_point() for x in bounded.example):
         raise ValueError("radii are searched for floating-point inputs only: use verify, with radius 0 for integers")
     if not 0 < tolerance < largest < float("inf"):
-        raise ValueError(
-            "the search runs from 0 to largest, to within tolerance, and needs 0 < tolerance < largest; found "
-            f"tolerance {tolerance} and largest {largest}"
-        )
+        text = "the search runs from 0 to largest, to within tolerance, and needs 0 < tolerance < largest; found "
+        raise ValueError(text + f"tolerance {tolerance} and largest {largest}")
     if COMPLETE in ordered(methods):
         raise ValueError(f"radii are searched by bounds alone, not by {COMPLETE}: verify the radii of interest with it")
     plan = Plan(ordered(methods), pgd_steps, restarts, bounded.layout.pack_range(input_range), False, batch_size, seed)
@@ -316,7 +314,8 @@ class _Search:
             left = open_.nonzero().squeeze(1)
             if len(left) == 0:
                 return low
-            holds = proved(self._micro_batches[method].each(partial(margins, trial), left, method))
+            at_once = self._network.at_once(method)
+            holds = proved(self._micro_batches[method].each(partial(margins, trial), left, method, at_once))
             low[left] = torch.where(holds, trial[left], low[left])
             failed[left] = torch.where(holds, failed[left], trial[left])
             step *= 2

@@ -180,10 +180,8 @@ def _loaded(path: Path) -> Any:
         # The converter fails on this attribute, which BatchNormalization has since opset 14.
         modes = [one for one in node.attribute if one.name == "training_mode" and node.op_type == "BatchNormalization"]
         if any(mode.i for mode in modes):
-            raise ValueError(
-                f"{path} was exported in training mode ({node.name or node.op_type} normalises by the batch's own "
-                "statistics): call model.eval() before the export"
-            )
+            text = f"{path} was exported in training mode ({node.name or node.op_type} normalises by the batch's own "
+            raise ValueError(text + "statistics): call model.eval() before the export")
         for mode in modes:
             node.attribute.remove(mode)
     _copy_shared_constants(content.graph)
@@ -241,10 +239,8 @@ def _require(*packages: str) -> None:
 
 def _converter() -> Any:
     if importlib.util.find_spec("onnx2pytorch") is None:
-        raise ImportError(
-            "ONNX files are read by onnx2pytorch, which is not installed: pip install --no-deps onnx2pytorch==0.6.0 "
-            "(without its dependencies, because torchvision would install another torch)"
-        )
+        text = "ONNX files are read by onnx2pytorch, which is not installed: pip install --no-deps onnx2pytorch==0.6.0 "
+        raise ImportError(text + "(without its dependencies, because torchvision would install another torch)")
     with warnings.catch_warnings(action="ignore"), _torchvision_stubs():
         return importlib.import_module("onnx2pytorch")
 
