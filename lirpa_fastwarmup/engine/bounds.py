@@ -64,7 +64,7 @@ def input_box(x: Inputs, eps: Any, input_range: Any = (0.0, 1.0)) -> Any:
 
 def class_count(bounded: Any) -> int:
     """The number of classes of a BoundedModule; refuses outputs that are not (batch, classes ≥ 2)."""
-    shape = tuple(bounded.final_shape)
+    shape = tuple(bounded.final_node().output_shape)  # Not `final_shape`, which alpha-CROWN overwrites by C's.
     if len(shape) != 2 or shape[1] < 2:
         raise ValueError(
             f"expected a classifier whose output is (batch, classes ≥ 2), found {shape}, without margins: give the "
@@ -138,8 +138,8 @@ def proved(margins: Tensor) -> Tensor:
 
 
 def _by_rows(bounded: Any, box: Any, labels: Tensor, classes: int, inputs: Iterable[Any], **options: Any) -> Tensor:
-    """Margins, a block of rows at a time; ``inputs`` of a pass, ``None`` to reuse the intermediate bounds before it."""
-    blocks = other_classes(labels, classes).split(max(1, COEFFICIENTS // (len(labels) * _widest(bounded))), 1)
+    """Margins, by blocks of rows; ``inputs`` of each block's pass, ``None`` to reuse the intermediate bounds before."""
+    blocks = other_classes(labels, classes).split(max(1, COEFFICIENTS // max(1, len(labels) * _widest(bounded))), 1)
     lower = []
     for others, x in zip(blocks, inputs, strict=False):
         matrix = margin_matrix(labels, classes, box.dtype, others)
@@ -148,7 +148,7 @@ def _by_rows(bounded: Any, box: Any, labels: Tensor, classes: int, inputs: Itera
 
 
 def _at_once(bounded: Any) -> int:
-    """How many samples to bound in one CROWN pass, which bounds a neuron of all that is unstable in any of them."""
+    """Samples per CROWN pass. A pass bounds, for every sample, each neuron that is unstable in any of them."""
     return max(1, _ELEMENTS // _widest(bounded))
 
 
@@ -199,9 +199,10 @@ def _alpha_crown(bounded: Any, box: Any, labels: Tensor, classes: int) -> Tensor
     if not bounded.optimizable_activations:  # A linear network has no slopes to optimise.
         return _crown(bounded, box, labels, classes)
     crown, both = _crown_and_ibp(bounded, box, labels, classes)
-    options = {"method": "alpha-CROWN", INTERMEDIATE: both}
-    with torch.enable_grad(), ClosedClamps(), redirect_stdout(io.StringIO()):  # 0.7 prints.
-        optimized = _by_rows(bounded, box, labels, classes, repeat((box,)), **options)
+    given, quiet = {INTERMEDIATE: both}, redirect_stdout(io.StringIO())  # 0.7 prints.
+    # The engine's first call leaves them out: it would compute them anew, with slopes for every intermediate neuron.
+    with torch.enable_grad(), ClosedClamps(), quiet, temporarily([bounded], "within_optimization", given):
+        optimized = _by_rows(bounded, box, labels, classes, repeat((box,)), method="alpha-CROWN", **given)
     for node in bounded._modules.values():
         if hasattr(node, "alpha_lookup_idx"):  # Later CROWN passes would bound only the neurons listed in it.
             node.alpha_lookup_idx = {}

@@ -254,10 +254,8 @@ class NetworkGraph:
 def read_graph(bounded: Any) -> NetworkGraph:
     """The graph of ``bounded``, read once and stored with it; raise TypeError if it is not a BoundedModule."""
     if not isinstance(bounded, engine.BoundedModule):
-        raise TypeError(
-            f"expected a BoundedModule, found {type(bounded).__name__}: wrap the network first, bounded = "
-            "lirpa_fastwarmup.BoundedModule(model, example_inputs)"
-        )
+        text = f"expected a BoundedModule, found {type(bounded).__name__}: wrap the network first, bounded = "
+        raise TypeError(text + "lirpa_fastwarmup.BoundedModule(model, example_inputs)")
     graph = bounded.__dict__.get("_fastwarmup_graph")
     if graph is None:
         graph = NetworkGraph(bounded)
@@ -333,10 +331,8 @@ def _bounds_at(node: Any, graph: NetworkGraph) -> tuple[Tensor, Tensor]:
         # Not every release visits nodes without a perturbed input: their bounds are their value.
         lower = upper = getattr(node, "forward_value", None)
     if lower is None or upper is None:
-        raise RuntimeError(
-            "the BoundedModule holds no layer bounds: a forward pass clears them. Call "
-            "bounded.compute_bounds(x=(box,), method='IBP') first"
-        )
+        text = "the BoundedModule holds no layer bounds: a forward pass clears them. Call "
+        raise RuntimeError(text + "bounded.compute_bounds(x=(box,), method='IBP') first")
     return lower, upper
 
 

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from lirpa_fastwarmup.boxes import check_input_shapes
 from lirpa_fastwarmup.engine import batchnorm, tracing
 from lirpa_fastwarmup.engine.affine import affine_interval
-from lirpa_fastwarmup.engine.compat import ENGINE_VERSION, INTERMEDIATE, engine
+from lirpa_fastwarmup.engine.compat import ENGINE_VERSION, engine
 from lirpa_fastwarmup.engine.equality import check_same_function
 from lirpa_fastwarmup.engine.graph import read_graph
 from lirpa_fastwarmup.engine.inputs import Layout, Unpacked
@@ -102,7 +102,8 @@ class BoundedModule(engine.BoundedModule):
     over_ranks = False
     radius_dtype: torch.dtype | None = None
     _arguments: dict[str, Any]
-    _built, _bounding, _given = False, False, None
+    within_optimization: Mapping[str, Any] = {}  # Arguments of the engine's own calls of `compute_bounds`.
+    _built, _bounding = False, False
 
     def __init__(
         self,
@@ -289,8 +290,8 @@ class BoundedModule(engine.BoundedModule):
         Example:
             >>> lower, upper = bounded.compute_bounds(x=(fw.input_box(x, 8 / 255),), method="CROWN-IBP")
         """
-        if self._bounding:  # The engine optimises bounds by calling this repeatedly, the first time without given ones.
-            return super().compute_bounds(x, *args, **{**kwargs, INTERMEDIATE: kwargs.get(INTERMEDIATE) or self._given})
+        if self._bounding:  # The engine optimises bounds by calling this repeatedly.
+            return super().compute_bounds(x, *args, **{**kwargs, **self.within_optimization})
         if x is not None:
             x = self._unpacked((x,) if isinstance(x, Tensor) else tuple(x))
         method = kwargs.get("method", args[2] if len(args) > 2 else None) or "backward"
@@ -303,7 +304,6 @@ class BoundedModule(engine.BoundedModule):
         # Both releases create some tensors without a dtype.
         with (
             temporarily([self], "_bounding", True),
-            temporarily([self], "_given", kwargs.get(INTERMEDIATE)),
             batchnorm.frozen_running_stats(self),
             tracing.named_failures(self, method),
             default_dtype(_like(self.wrapped).dtype),

@@ -57,10 +57,8 @@ def require_matrix(coefficients: Any, node: Any) -> Tensor:
     """Return CROWN's coefficients, or raise NotImplementedError if they are stored as patches."""
     if isinstance(coefficients, Tensor):
         return coefficients
-    raise NotImplementedError(
-        f"CROWN through {type(node).__name__} with coefficients of type {type(coefficients).__name__}: build the "
-        "BoundedModule with bound_opts={'conv_mode': 'matrix'}, or use IBP"
-    )
+    text = f"CROWN through {type(node).__name__} with coefficients of type {type(coefficients).__name__}: build the "
+    raise NotImplementedError(text + "BoundedModule with bound_opts={'conv_mode': 'matrix'}, or use IBP")
 
 
 def _both_sides(one_side: Callable[[Any, bool], Any], last_lA: Any, last_uA: Any, constants: int = 0) -> Any:
@@ -436,10 +434,8 @@ def _through_patches(
     """Coefficients stored as patches, which is exact if the scale is one number per channel."""
     per_channel = torch.as_tensor(scale)
     if last_A.identity or output != source or math.prod(per_channel.shape[-2:]) > 1:
-        raise NotImplementedError(
-            "CROWN through this arithmetic with coefficients stored as patches: build the BoundedModule with "
-            "bound_opts={'conv_mode': 'matrix'}"
-        )
+        text = "CROWN through this arithmetic with coefficients stored as patches: build the BoundedModule with "
+        raise NotImplementedError(text + "bound_opts={'conv_mode': 'matrix'}")
     if per_channel.ndim > 3:
         per_channel = per_channel[0]
     bias: Any = 0

@@ -87,16 +87,31 @@ def find_contradictions(
     points: Tensor | None = None,
     most: int = PROBED,
 ) -> list[Finding]:
-    """Bound the margins of at most ``most`` samples over several boxes, and compare with values attained in them.
+    """Bound the margins of at most ``most`` samples, evenly spaced, over several boxes; compare with attained values.
 
     The boxes are the given ones, smaller ones, and boxes of radius 0, where the bounds must equal the margins: these
     show a wrong sign in one weight of thousands, which the slack of a real box hides. ``points`` adds one to each box.
     """
-    most = min(most, _PROBED_BY.get(method, PROBED))
-    some = torch.arange(0, len(y), -(-len(y) // most), device=y.device)  # Evenly spaced.
-    eps, x, y = per_sample(eps, x)(some), x[some], y[some]
+    some = torch.arange(0, len(y), -(-len(y) // min(most, _PROBED_BY.get(method, PROBED))), device=y.device)
     found = []
-    for radius, given in ((eps, [] if points is None else [points[some]]), (eps * _NARROW, [])):
+    for part in some.split(min(most, network.at_once(method) or most)):
+        given = [] if points is None else [points[part]]
+        wrong = _contradictions(network, x[part], y[part], per_sample(eps, x)(part), method, input_range, given)
+        found += [(int(part[place]), text) for place, text in wrong]
+    return found
+
+
+def _contradictions(
+    network: MarginBounds,
+    x: Tensor,
+    y: Tensor,
+    eps: Epsilon,
+    method: str,
+    input_range: InputRange | None,
+    points: list[Tensor],
+) -> list[Finding]:
+    found = []
+    for radius, given in ((eps, points), (eps * _NARROW, [])):
         margins = network.lower(input_box(x, radius, input_range), y, method)
         bounded = network.bounded(method)
         wrong = wrong_relaxations(bounded, len(y)) if method in ("CROWN-IBP", "CROWN") else []
@@ -107,8 +122,7 @@ def find_contradictions(
         scale = 1 + torch.maximum(lower.abs(), margins.abs()).amax(1, keepdim=True)
         off = ((lower - margins).abs() > _POINT_SLACK[lower.dtype] * scale).any(1)
     text = f"has other margins than {method} gives the box of radius 0 around it"
-    found += [(place, text) for place in off.nonzero().flatten().tolist()]
-    return [(int(some[place]), text) for place, text in found]
+    return found + [(place, text) for place in off.nonzero().flatten().tolist()]
 
 
 def escapes(

@@ -192,10 +192,8 @@ class ShortWarmup(nn.Module):
         if isinstance(loss, type) or not callable(loss):
             raise TypeError(f"expected a loss such as losses.IBP(), or a function of a LossStep; found {loss!r}")
         if not callable(getattr(schedule, "fraction", None)):
-            raise TypeError(
-                "expected a schedule such as SmoothedEpsilon(max_eps, start, length, steps_per_epoch), or "
-                f"ConstantEpsilon(eps) for a constant radius; found {schedule!r}"
-            )
+            text = "expected a schedule such as SmoothedEpsilon(max_eps, start, length, steps_per_epoch), or "
+            raise TypeError(text + f"ConstantEpsilon(eps) for a constant radius; found {schedule!r}")
         bounded.layout.pack_eps(schedule.max_eps, input_range)  # Checks it.
         self.classes = bounds.class_count(bounded)
         # Not a registered module: it is a view of `model`, which is registered.
@@ -372,10 +370,8 @@ class ShortWarmup(nn.Module):
     def _check_batch(self, x: Tensor, y: Tensor) -> None:
         boxes.check_shapes(x, y)
         if len(x) == 1 and any(isinstance(m, _BatchNorm) and m.training for m in self.model.modules()):
-            raise ValueError(
-                "a batch of one sample cannot train BatchNorm, because it has no statistics: drop it, or use larger "
-                "batches"
-            )
+            text = "a batch of one sample cannot train BatchNorm, because it has no statistics: drop it, or use larger "
+            raise ValueError(text + "batches")
         labels_error = partial(boxes.labels_error, classes=self.classes)
         self._checks.require("labels", boxes.labels_fit(y, self.classes), [y], labels_error)
         inputs_error = partial(boxes.inputs_error, input_range=self._range)

@@ -28,10 +28,8 @@ def results_folder(folder: Path, *, overwrite: bool) -> Iterator[None]:
     """Make and lock ``folder`` for a verification; raises FileExistsError if it holds one, without ``overwrite``."""
     present = [name for name in WRITTEN if (folder / name).exists()]
     if present and not overwrite:
-        raise FileExistsError(
-            f"{folder} holds a verification already ({', '.join(present)}); nothing in it was changed. Name another "
-            "folder with --out, or replace the verification with --overwrite"
-        )
+        text = f"{folder} holds a verification already ({', '.join(present)}); nothing in it was changed. Name another "
+        raise FileExistsError(text + "folder with --out, or replace the verification with --overwrite")
     with storage.make_folder(folder), storage.locked(folder):
         yield
 
