@@ -64,7 +64,7 @@ def input_box(x: Inputs, eps: Any, input_range: Any = (0.0, 1.0)) -> Any:
 
 def class_count(bounded: Any) -> int:
     """The number of classes of a BoundedModule; refuses outputs that are not (batch, classes ≥ 2)."""
-    shape = tuple(bounded.final_node().output_shape)  # Not `final_shape`, which alpha-CROWN overwrites by C's.
+    shape = tuple(bounded.final_shape)
     if len(shape) != 2 or shape[1] < 2:
         raise ValueError(
             f"expected a classifier whose output is (batch, classes ≥ 2), found {shape}, without margins: give the "

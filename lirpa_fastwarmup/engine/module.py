@@ -304,6 +304,7 @@ class BoundedModule(engine.BoundedModule):
         # Both releases create some tensors without a dtype.
         with (
             temporarily([self], "_bounding", True),
+            temporarily([self], "final_shape", self.final_shape),  # alpha-CROWN overwrites it by the shape of C.
             batchnorm.frozen_running_stats(self),
             tracing.named_failures(self, method),
             default_dtype(_like(self.wrapped).dtype),
