@@ -100,6 +100,8 @@ class PGD:
         strides = [size * (upper - lower) / 2 for size in sizes]
         first = (lower + start * (upper - lower) for start in starts)
         found = (_descend(model, point, y, lower, upper, strides, best=self.return_best) for point in first)
+        if not self.return_best and self.restarts > 1:  # The last points have not been compared yet.
+            found = (_descend(model, one.points, y, lower, upper, []) for one in found)
         return functools.reduce(Attack.or_better, found).points
 
 

@@ -23,7 +23,7 @@ def box_ends(x: Tensor, eps: Epsilon, input_range: InputRange | None) -> tuple[T
 
 
 def check_eps(eps: Epsilon, input_range: InputRange | None = None) -> None:
-    """Refuse a radius that is not one, or that exceeds the width of ``input_range`` (``None`` for any width).
+    """Check that ``eps`` is a valid radius, no wider than ``input_range`` (``None`` allows any width).
 
     Raises TypeError if ``eps`` is neither a number nor a tensor of numbers, or as :func:`check_pair`, and ValueError if
     ``eps`` is negative, infinite, NaN, empty or wider than the range, or if a lower end of the range exceeds the upper
@@ -47,12 +47,6 @@ def check_eps(eps: Epsilon, input_range: InputRange | None = None) -> None:
             f"eps is {eps}, and the input range {input_range} is only {width:g} wide, so every box would be the whole "
             "range. eps is in units of the input: for pixels from 0 to 1, write 8/255, not 8"
         )
-
-
-def check_radius(eps: Epsilon, input_range: InputRange | None) -> None:
-    """As :func:`check_eps` and :func:`check_positive`: refuse a radius that cannot be certified."""
-    check_eps(eps, input_range)
-    check_positive(eps)
 
 
 def check_positive(eps: Epsilon) -> None:
@@ -97,6 +91,11 @@ def is_per_sample(eps: Any, x: Tensor) -> TypeGuard[Tensor]:
     return isinstance(eps, Tensor) and eps.ndim == x.ndim
 
 
+def radii_of(eps: Epsilon, x: Tensor, samples: Tensor | slice) -> Epsilon:
+    """The radii of ``samples``, indices into the batch ``x``: ``eps``, or its rows if it has one radius per sample."""
+    return eps[samples] if is_per_sample(eps, x) and len(eps) == len(x) else eps
+
+
 def labels_fit(y: Tensor, classes: int) -> Tensor:
     """Whether all labels are class numbers; a 0-dim tensor on their device."""
     return ((y >= 0) & (y < classes)).all()
@@ -132,7 +131,7 @@ def inputs_error(x: Tensor, input_range: InputRange | None) -> ValueError:
 
 
 def check_batch(x: Tensor, y: Tensor, classes: int, input_range: InputRange | None) -> None:
-    """As :func:`check_shapes`, and ValueError if labels are not classes, or inputs lie outside their range.
+    """Like :func:`check_shapes`; also raises ValueError if a label is not a class or an input is out of range.
 
     This synchronises with the device.
     """

@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.rendezvous import rendezvous
 
 _TIMEOUT = timedelta(minutes=10)  # For a rank that waits for the others within a step,
 _PATIENCE = timedelta(days=7)  # and where the work of ranks differs in length.
@@ -41,7 +40,7 @@ def world() -> World:
 
 
 def local_device(named: torch.device) -> torch.device:
-    """The device of this process: those of torchrun on a machine use a GPU each; ValueError if it has too few."""
+    """The device of this process; under torchrun, each has a GPU of its own. Raises ValueError if there are too few."""
     place = os.environ.get("LOCAL_RANK")
     if named.type != "cuda" or named.index is not None or place is None:
         return named
@@ -83,6 +82,8 @@ def process_group(device: torch.device) -> Iterator[World]:
 
 
 def _meet(backend: str) -> None:
+    from torch.distributed.rendezvous import rendezvous  # PyTorch may be built without torch.distributed.
+
     store, rank, size = next(rendezvous("env://", timeout=_TIMEOUT))
     # After a restart torchrun may pass the same store, with the addresses of processes that have ended.
     start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
@@ -127,10 +128,9 @@ def all_gather(value: _T, group: Any = None) -> list[_T]:
     return values
 
 
-@contextmanager
-def patient_group() -> Iterator[Any]:
-    """A group for :func:`all_gather` at the end of a block that takes some ranks much longer; every rank must enter."""
-    yield None if world().size == 1 else _patient_group(dist.group.WORLD)
+def patient_group() -> Any:
+    """A group for an :func:`all_gather` for which some ranks are much later than others; every rank must call this."""
+    return None if world().size == 1 else _patient_group(dist.group.WORLD)
 
 
 @functools.lru_cache(maxsize=1)
@@ -142,14 +142,14 @@ def _patient_group(default: Any) -> Any:
 @contextmanager
 def rank_zero_first() -> Iterator[None]:
     """Run the block on rank 0 first, even if it fails there, and then on the others, which find the files it wrote."""
-    with patient_group() as group:
-        if not world().is_rank_zero:
+    group = patient_group()
+    if not world().is_rank_zero:
+        all_gather(None, group)
+    try:
+        yield
+    finally:
+        if world().is_rank_zero:
             all_gather(None, group)
-        try:
-            yield
-        finally:
-            if world().is_rank_zero:
-                all_gather(None, group)
 
 
 @torch.no_grad()

@@ -101,7 +101,7 @@ class _PeakBytes(TorchDispatchMode):
 
 
 def keep_freed_memory() -> bool:
-    """Let the process keep memory that tensors on the CPU free, at its peak; return whether this C library can.
+    """Keep freed CPU memory in the process instead of returning it to the system; return whether the C library can.
 
     For training scripts, once, at the beginning: glibc otherwise returns memory to the system within each step, and
     page faults when it is allocated again take up to a quarter of an eager step (docs/performance.md).

@@ -61,7 +61,7 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, without its checksum; raises ValueError if :func:`write_json` wrote another one."""
+    """Read an object from a JSON file. Raises ValueError if its checksum does not match."""
     with refused(f"{path} cannot be read as JSON", ValueError):  # Also raised for text in another encoding.
         content = parse_json(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
@@ -82,7 +82,7 @@ def refused(problem: str, *kinds: type[Exception], advice: str = "") -> Iterator
 
 
 def parse_json(text: str) -> Any:
-    """Parse JSON, except if nested so deep that it crashes the parser: auto_LiRPA lifts Python's recursion limit."""
+    """Parse JSON. Rejects deep nesting, which would crash the parser: auto_LiRPA raises Python's recursion limit."""
     brackets = re.findall(r"[\[\]{}]", _STRING.sub("", text))
     if max(accumulate(1 if one in "[{" else -1 for one in brackets), default=0) > _NESTED:
         raise ValueError("its brackets are nested too deep")
@@ -102,11 +102,6 @@ def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
-
-
-def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write :func:`csv_text`."""
-    write_atomically(path, csv_text(rows).encode())
 
 
 def read_csv(path: Path, columns: Sequence[str], what: str) -> list[dict[str, str]]:

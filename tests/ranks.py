@@ -177,9 +177,9 @@ def after_unequal_work(rank: int, size: int, folder: str) -> list[int]:
     dist.destroy_process_group()
     limit = timedelta(seconds=1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/again", rank=rank, world_size=size, timeout=limit)
-    with patient_group() as group:
-        time.sleep(3 * rank)
-        return all_gather(rank, group)
+    group = patient_group()
+    time.sleep(3 * rank)
+    return all_gather(rank, group)
 
 
 def found_by_leader(rank: int, size: int, folder: str) -> bool:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import lirpa_fastwarmup as fw
-from lirpa_fastwarmup.engine.bounds import MarginBounds, ibp_margins
+from lirpa_fastwarmup.engine.bounds import MarginBounds, ibp_margin_bounds
 from lirpa_fastwarmup.engine.compat import engine
 from lirpa_fastwarmup.engine.soundness import contradicted, escapes
 from lirpa_fastwarmup.verification import UnsoundBoundError, evaluate
@@ -36,10 +36,10 @@ def plant(monkeypatch, layer, method, wrong):
 
 @pytest.mark.parametrize("end", ["lower", "upper"])
 def test_a_value_outside_the_bounds_of_a_node_is_found_and_the_place_named(bounded, x, y, end):
-    margins = ibp_margins(bounded, fw.input_box(x, EPS), y, 3)
+    margins, _ = ibp_margin_bounds(bounded, fw.input_box(x, EPS), y, 3)
     corners = x.sub(EPS).clamp(min=0), x.add(EPS).clamp(max=1)
     assert escapes(bounded, margins, y, *corners) == []
-    margins = ibp_margins(bounded, fw.input_box(x, EPS), y, 3)
+    margins, _ = ibp_margin_bounds(bounded, fw.input_box(x, EPS), y, 3)
     relus = [node for node in bounded._modules.values() if type(node).__name__ == "BoundRelu"]
     node = relus[1].inputs[0]
     width = node.upper - node.lower
@@ -50,7 +50,7 @@ def test_a_value_outside_the_bounds_of_a_node_is_found_and_the_place_named(bound
 
 
 def test_a_margin_below_its_bound_is_found_by_searching(bounded, x, y):
-    margins = ibp_margins(bounded, fw.input_box(x, EPS), y, 3)
+    margins, _ = ibp_margin_bounds(bounded, fw.input_box(x, EPS), y, 3)
     corners = x.sub(EPS).clamp(min=0), x.add(EPS).clamp(max=1)
     clean = bounded.wrapped(x)
     own = clean.gather(1, y.unsqueeze(1)) - clean

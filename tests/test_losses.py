@@ -155,6 +155,22 @@ def test_what_is_visited_more_often_is_not_better_for_the_network(batch):
     assert best >= loss_at(PGD(steps=8, step_size=0.5, restarts=1, return_best=False)) - 1e-9
 
 
+def test_of_several_restarts_the_last_points_are_compared(batch):
+    x, y = batch
+    bounded = fw.BoundedModule(network(), x[:2]).eval()
+    step = step_of(bounded, x, y)
+    box, starts = (x - 0.3, x + 0.3), PGD(restarts=8).starts(x)
+
+    def losses_at(restarts, some):
+        attack = PGD(steps=1, step_size=0.7, restarts=restarts, return_best=False)
+        points = attack.points(step.logits_at, y, *box, some)
+        return F.cross_entropy(step.logits_at(points), y, reduction="none").detach()
+
+    each = torch.stack([losses_at(1, start.unsqueeze(0)) for start in starts])
+    assert torch.allclose(losses_at(8, starts), each.amax(0))
+    assert not torch.allclose(each[0], each.amax(0))
+
+
 def norms(model):
     return [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
 

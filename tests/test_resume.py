@@ -431,6 +431,16 @@ def test_the_command_tells_how_to_go_on(tmp_path):
     assert "Traceback" not in err
 
 
+@pytest.mark.parametrize("named", [("--model", "mine.py:net"), ("--dataset", "mine.py:data"), ()])
+def test_the_command_to_resume_trusts_the_factories_that_were_named(named, tmp_path, monkeypatch, capsys):
+    def stop(*_, **__):
+        raise TrainingInterrupted(signal.SIGINT, tmp_path)
+
+    monkeypatch.setattr("lirpa_fastwarmup.cli.train._run", stop)
+    assert cli.main(["train", "mnist5k", "--device", "cpu", "--out", str(tmp_path), *named]) == 128 + signal.SIGINT
+    assert capsys.readouterr().err.rstrip().endswith(" --trust" if named else f"--out {tmp_path}")
+
+
 def test_options_beside_resume_must_be_those_of_the_run(stopped, capsys):
     assert cli.main(["train", "--resume", "--out", str(stopped), "--lr", "0.1", "--data-limit", "170"]) == 1
     assert "a resumed run keeps its settings" in (err := capsys.readouterr().err)

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import prune
 
 import lirpa_fastwarmup as fw
 from lirpa_fastwarmup.verification.intervals import Interval, UnknownOperatorError
@@ -343,6 +344,14 @@ def test_operators_without_bounded_errors_are_refused_by_name(name):
     model, x = Function(REFUSED[name]), torch.rand(4, 3)
     with pytest.raises(UnknownOperatorError, match="no interval rule covers"):
         RigorousMargins(model).statements([Interval(x.double(), x.double())], torch.zeros(4, dtype=torch.int64))
+
+
+def test_a_pruned_network_is_refused_by_name():
+    model, x = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 3)), torch.rand(4, 3)
+    prune.l1_unstructured(model[0], "weight", 0.5)
+    y = model.eval()(x).argmax(1)  # Now the pruned weight is no leaf, which torch does not copy.
+    with pytest.raises(UnknownOperatorError, match="no interval rule covers"):
+        fw.verify(fw.BoundedModule(model, x), (x, y), 0.01, rigorous=True)
 
 
 ROUNDED = {

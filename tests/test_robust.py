@@ -18,7 +18,6 @@ from torch import nn
 import lirpa_fastwarmup as fw
 from lirpa_fastwarmup.engine.bounds import (
     crown_lower,
-    crown_upper,
     fused_crown_loss,
     ibp_margin_bounds,
     log_sum_exp,
@@ -191,6 +190,10 @@ def perceptron(features, classes, scale=1.0):
     with torch.no_grad():
         model[-1].weight.mul_(scale)
     return model
+
+
+def crown_upper(bounded, directions):
+    return bounded.compute_bounds(x=None, C=directions, IBP=False, method="CROWN", bound_lower=False)[1]
 
 
 def affine_pairs(model):

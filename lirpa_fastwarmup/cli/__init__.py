@@ -44,7 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             run = record(run)
         return int(run(options))
     except TrainingInterrupted as stopped:
-        trust = ["--trust"] if options.trust or ":" in (options.model or "") else []
+        named = ":" in (options.model or "") + (options.dataset or "")
+        trust = ["--trust"] if options.trust or named else []
         command = shlex.join([_PROGRAM, "train", "--resume", "--out", str(stopped.out), *trust])
         print(f"{_PROGRAM}: {stopped}. To resume it:\n    {command}", file=sys.stderr)
         return 128 + stopped.signal_number  # As a shell reports it.

@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 import lirpa_fastwarmup as fw
-from lirpa_fastwarmup.boxes import check_radius
+from lirpa_fastwarmup.boxes import check_eps, check_positive
 from lirpa_fastwarmup.cli.options import device_named, number
 from lirpa_fastwarmup.cli.subject import Subject, add_arguments, check_named, subject_of
 from lirpa_fastwarmup.distributed import local_device, process_group, rank_zero_first, world
@@ -43,12 +43,12 @@ def add_to(command: argparse.ArgumentParser) -> None:
     what.add_argument("--abcrown", type=Path, metavar="DIR", help="checkout of alpha-beta-CROWN, for that method")
     text = "interpreter of its environment (default: this one)"
     what.add_argument("--abcrown-python", default=sys.executable, metavar="PYTHON", help=text)
-    text = "seconds that it may take for a sample (default: 100)"
+    text = "its time limit for a sample, in seconds (default: 100)"
     what.add_argument("--time-limit", type=number, default=100.0, metavar="S", help=text)
     what.add_argument("--pgd-steps", type=int, default=50, help="steps of the attack (default: 50)")
     what.add_argument("--pgd-restarts", type=int, default=5, help="its random starts; 0 for no attack (default: 5)")
     what.add_argument("--float64", action="store_true", help="repeat the verdicts in double precision")
-    text = "of certified samples, prove what holds in spite of rounding errors"
+    text = "also determine which certificates hold despite rounding errors"
     what.add_argument("--rigorous", action="store_true", help=text)
     what.add_argument("--batch-size", type=int, default=100, help="halved if memory does not suffice (default: 100)")
     what.add_argument("--seed", type=int, default=0, help="of the attack (default: 0)")
@@ -63,7 +63,8 @@ def _verify(options: argparse.Namespace) -> int:
     if options.run is not None and not options.run.is_dir():
         raise FileNotFoundError(f"there is no folder {options.run}: name the folder of a training run")
     for eps in options.eps or ():
-        check_radius(eps, None)
+        check_eps(eps)
+        check_positive(eps)
     device = local_device(device_named(options.device))
     with (
         process_group(device) as ranks,

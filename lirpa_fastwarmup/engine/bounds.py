@@ -86,32 +86,19 @@ def margin_matrix(labels: Tensor, classes: int, dtype: torch.dtype, others: Tens
 
 
 def ibp_margin_bounds(
-    bounded: Any, box: Any, labels: Tensor, classes: int, *, reuse_statistics: bool = False
+    bounded: BoundedModule, box: Any, labels: Tensor, classes: int, *, reuse_statistics: bool = False
 ) -> tuple[Tensor, Tensor]:
     """IBP lower and upper bounds on z_y − z_j for j ≠ y, each (batch, classes − 1), over a box, or a tuple of boxes."""
     boxes = box if isinstance(box, tuple) else (box,)
-    dtype = next(x.dtype for x in boxes if x.is_floating_point())
-    if not isinstance(bounded, BoundedModule):  # The engine's own, which reuses the statistics of the last pass.
-        return bounded.compute_bounds(x=boxes, C=margin_matrix(labels, classes, dtype), method="IBP")
-    rows = unread_rows(labels, classes, dtype)
+    rows = unread_rows(labels, classes, next(x.dtype for x in boxes if x.is_floating_point()))
     lower, upper = bounded.compute_bounds(x=boxes, C=rows, method="IBP", reuse_statistics=reuse_statistics)
     others = other_classes(labels, classes)
     return lower.gather(1, others), upper.gather(1, others)
 
 
-def ibp_margins(bounded: Any, box: Any, labels: Tensor, classes: int, *, reuse_statistics: bool = False) -> Tensor:
-    """The lower bounds of :func:`ibp_margin_bounds`."""
-    return ibp_margin_bounds(bounded, box, labels, classes, reuse_statistics=reuse_statistics)[0]
-
-
 def crown_lower(bounded: Any, directions: Tensor) -> Tensor:
     """CROWN's lower bounds on ``directions`` (batch, rows, classes) @ logits, from the last IBP pass: (batch, rows)."""
     return bounded.compute_bounds(x=None, C=directions, IBP=False, method="CROWN", bound_upper=False)[0]
-
-
-def crown_upper(bounded: Any, directions: Tensor) -> Tensor:
-    """Upper bounds, as :func:`crown_lower`."""
-    return bounded.compute_bounds(x=None, C=directions, IBP=False, method="CROWN", bound_lower=False)[1]
 
 
 class ShrunkRelu(engine.bound_general.BoundRelu):
@@ -230,7 +217,7 @@ def _intersection(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> t
 
 
 _METHODS: dict[str, Callable[[Any, Any, Tensor, int], Tensor]] = {
-    "IBP": ibp_margins,
+    "IBP": lambda *given: ibp_margin_bounds(*given)[0],
     "CROWN-IBP": _crown_ibp,
     "CROWN": _crown,
     "alpha-CROWN": _alpha_crown,
@@ -298,7 +285,8 @@ def fused_crown_loss(bounded: Any, lower: Tensor, upper: Tensor, labels: Tensor,
     # Σ_j k_j (e_j − e_y), shape (batch, 1, classes).
     direction = slope.new_zeros(len(labels), classes).scatter(1, other_classes(labels, classes), slope)
     direction = direction.scatter(1, labels.unsqueeze(1), -slope.sum(1, keepdim=True)).unsqueeze(1)
-    linear = crown_upper(bounded, direction).squeeze(1)
+    upper_bounds = bounded.compute_bounds(x=None, C=direction, IBP=False, method="CROWN", bound_lower=False)[1]
+    linear = upper_bounds.squeeze(1)
     own = (-shift).exp().squeeze(1)  # The summand of j = y.
     total = own + (at_upper - slope * upper).sum(1) + linear
     # Where cancellation leaves only rounding errors, their size and the loss's own lower bound replace the sum.

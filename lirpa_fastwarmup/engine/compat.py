@@ -29,9 +29,9 @@ def _exporter_module(name: str) -> Any:
 
 @contextmanager
 def preserved_export_settings() -> Iterator[None]:
-    """Convert by opset 10, and restore torch's process-wide export settings, which a conversion changes, on exit.
+    """Convert with opset 10, and restore torch's process-wide export settings on exit.
 
-    PyTorch loads the operators above opset 10 on demand: by a newer one, an export would change later conversions.
+    PyTorch registers later opsets on demand, so an export with one of them would change later conversions.
     """
     settings = _exporter_module("_globals").GLOBALS
     with ExitStack() as stack:

@@ -46,7 +46,7 @@ def same_outputs(found: Tensor, model: nn.Module, inputs: Sequence[Tensor]) -> b
 
 
 def _trial(model: nn.Module, example: Sequence[Tensor], size: int) -> tuple[list[Tensor], Tensor]:
-    """``size`` random samples and the model's outputs, or of the example's if the model refuses random ones."""
+    """``size`` random samples and the model's outputs; the example and its outputs if the model rejects these."""
     generator = torch.Generator().manual_seed(0)
     inputs = [_random_like(x, size, generator) for x in example]
     try:

@@ -85,15 +85,15 @@ class NetworkGraph:
     def __init__(self, bounded: Any) -> None:
         self.output = bounded.final_node()
         live = _reached([self.output], _inputs)
-        self.nodes = [node for node in bounded._modules.values() if id(node) in live]
-        self._users: dict[int, list[Any]] = {id(node): [] for node in self.nodes}
+        self.nodes = [node for node in bounded._modules.values() if node in live]
+        self._users: dict[Any, list[Any]] = {node: [] for node in self.nodes}
         for node in self.nodes:
             for source in node.inputs:
-                self._users[id(source)].append(node)
+                self._users[source].append(node)
         self.inputs = list(filter(is_input, self.nodes))
-        self._data = _reached(self.inputs, lambda node: self._users[id(node)])
+        self._data = _reached(self.inputs, self._users.__getitem__)
         self.affine = [layer for layer in map(self._affine_layer, self.nodes) if layer is not None]
-        self._affine_at = {id(layer.node): layer for layer in self.affine}
+        self._affine_at = {layer.node: layer for layer in self.affine}
         self._model = bounded.__dict__.get("wrapped")
         relus = [node for node in self.nodes if self._is_relu(node)]
         self.relus = list(zip(self._names_at([relu.inputs[0] for relu in relus]), relus, strict=True))
@@ -102,12 +102,12 @@ class NetworkGraph:
         self.first_sources = list(dict.fromkeys(layer.source for layer in self.affine if not self.read_by(layer)))
 
     def _affine_layer(self, node: Any) -> AffineLayer | None:
-        sources = [source for source in node.inputs[:2] if id(source) in self._data]
+        sources = [source for source in node.inputs[:2] if source in self._data]
         if not isinstance(node, _AFFINE) or len(sources) != 1:
             return None  # A product of two activations, or of two constants.
         factor = next(source for source in node.inputs[:2] if source is not sources[0])
         # The first parameter, if the factor is computed from several.
-        weight = next((node for node in _reached([factor], _inputs).values() if isinstance(node, _PARAMETER)), None)
+        weight = next((node for node in _reached([factor], _inputs) if isinstance(node, _PARAMETER)), None)
         if weight is None:
             return None
         module = weight.ori_name.rpartition(".")[0]
@@ -119,10 +119,10 @@ class NetworkGraph:
 
     def _is_relu(self, node: Any) -> bool:
         is_relu = isinstance(node, node_classes("Relu")) and not isinstance(node, node_classes("LeakyRelu"))
-        return is_relu and id(node) in self._data
+        return is_relu and node in self._data
 
     def _passes_linearly(self, node: Any) -> bool:
-        data = [id(source) in self._data for source in node.inputs]
+        data = [source in self._data for source in node.inputs]
         if isinstance(node, node_classes("Div")):
             return data == [True, False]
         if isinstance(node, (*_PRODUCT, *_AFFINE)):  # By a constant, or by a matrix that is not trained.
@@ -133,10 +133,10 @@ class NetworkGraph:
         """The nearest affine layers at or above ``node``, through nodes that ``crosses`` accepts."""
 
         def climb(current: Any) -> Iterable[Any]:
-            return current.inputs if id(current) not in self._affine_at and crosses(current) else ()
+            return current.inputs if current not in self._affine_at and crosses(current) else ()
 
         found = _reached([node], climb)
-        return [layer for layer in self.affine if id(layer.node) in found]
+        return [layer for layer in self.affine if layer.node in found]
 
     def read_by(self, layer: AffineLayer) -> list[AffineLayer]:
         """The affine layers whose outputs ``layer`` reads, through any other operators."""
@@ -146,12 +146,12 @@ class NetworkGraph:
         """The affine layers whose output reaches the network's output without a non-linearity."""
 
         def climb(node: Any) -> Iterable[Any]:
-            if id(node) in self._affine_at:
-                return (self._affine_at[id(node)].source,)
+            if node in self._affine_at:
+                return (self._affine_at[node].source,)
             return node.inputs if self._passes_linearly(node) else ()
 
         found = _reached([self.output], climb)
-        return [layer for layer in self.affine if id(layer.node) in found]
+        return [layer for layer in self.affine if layer.node in found]
 
     def has_batchnorm(self, layer: AffineLayer) -> bool:
         """Whether BatchNorm follows ``layer`` directly, or the sum that it feeds."""
@@ -159,9 +159,9 @@ class NetworkGraph:
         def follow(node: Any) -> Iterable[Any]:
             is_shift = isinstance(node, BoundConstantArithmetic) and node.is_shift
             passes = node is layer.node or is_shift or isinstance(node, (*_SUM, *_RESHAPING))
-            return self._users[id(node)] if passes else ()
+            return self._users[node] if passes else ()
 
-        return any(isinstance(node, _BATCHNORM) for node in _reached([layer.node], follow).values())
+        return any(isinstance(node, _BATCHNORM) for node in _reached([layer.node], follow))
 
     def reads_relu_of_sum(self, layer: AffineLayer) -> bool:
         """Whether ``layer`` reads the ReLU of a residual sum directly, treating BatchNorm as the identity."""
@@ -169,18 +169,18 @@ class NetworkGraph:
 
     def _pre_activations(self) -> list[Any]:
         """The nodes that non-linearities read: one for each ReLU, and one for all others that read the same node."""
-        gates = {id(node): x for product in self.nodes for node, x in self._gate(product)}
+        gates = {node: x for product in self.nodes for node, x in self._gate(product)}
         found: list[Any] = []
         for node in self.nodes:
             if self._is_relu(node):
                 found.append(node.inputs[0])
-            elif self._is_activation(node) or id(node) in gates:
-                read = gates.get(id(node), node.inputs[0])
-                found += [] if any(read is other for other in found) else [read]
+            elif self._is_activation(node) or node in gates:
+                read = gates.get(node, node.inputs[0])
+                found += [] if read in found else [read]
         return found
 
     def _is_activation(self, node: Any) -> bool:
-        data = [source for source in node.inputs if id(source) in self._data]
+        data = [source for source in node.inputs if source in self._data]
         is_activation = isinstance(node, _ACTIVATION) and not isinstance(node, _NO_ACTIVATION)
         return is_activation and len(data) == 1 and data[0].output_shape == node.output_shape
 
@@ -194,20 +194,20 @@ class NetworkGraph:
                 return [] if node is x else self._elementwise_inputs(node)
 
             within = _reached([product], climb)
-            inside = [node for node in self.nodes if id(node) in within and node is not x]
-            if id(x) in within and all(self._elementwise_inputs(node) for node in inside):
+            inside = [node for node in self.nodes if node in within and node is not x]
+            if x in within and all(self._elementwise_inputs(node) for node in inside):
                 return [(node, x) for node in inside]
         return []
 
     def _elementwise_inputs(self, node: Any) -> list[Any]:
         is_elementwise = isinstance(node, (BoundConstantArithmetic, *_SUM, *_PRODUCT)) or self._is_activation(node)
-        return [source for source in node.inputs if id(source) in self._data] if is_elementwise else []
+        return [source for source in node.inputs if source in self._data] if is_elementwise else []
 
     def _sum_before(self, node: Any) -> Any:
         """``node`` if it is a residual sum, or the sum before BatchNorm."""
         while isinstance(node, _BATCHNORM):
             node = node.inputs[0]
-        return node if isinstance(node, _SUM) and sum(id(source) in self._data for source in node.inputs) > 1 else None
+        return node if isinstance(node, _SUM) and sum(source in self._data for source in node.inputs) > 1 else None
 
     def _names_at(self, pre_activations: list[Any]) -> list[str]:
         layers, holders = [], []
@@ -227,7 +227,7 @@ class NetworkGraph:
         The engine does not record which module computes a sum. Containers (nn.Sequential, nn.ModuleList) never do.
         """
         left, right = (_reached([source], _inputs) for source in residual.inputs[:2])
-        branches = [layer.name for layer in self.affine if (id(layer.node) in left) != (id(layer.node) in right)]
+        branches = [layer.name for layer in self.affine if (layer.node in left) != (layer.node in right)]
         levels = zip(*(name.split(".")[:-1] for name in branches), strict=False)
         holder = ".".join(level[0] for level in itertools.takewhile(lambda level: len(set(level)) == 1, levels))
         while holder and getattr(type(modules.get(holder)), "forward", None) in _CONTAINERS:
@@ -236,14 +236,14 @@ class NetworkGraph:
 
     def place_of(self, node: Any) -> str:
         """The place of ``node`` for messages, relative to the nearest affine module above it."""
-        if id(node) in self._affine_at:
-            return f"in module {self._affine_at[id(node)].name!r}"
+        if node in self._affine_at:
+            return f"in module {self._affine_at[node].name!r}"
         above = [layer for source in node.inputs for layer in self._above(source, lambda _: True)]
         return f"after module {above[-1].name!r}" if above else "at the input"
 
     def below(self, node: Any) -> Iterable[Any]:
         """``node`` and all nodes that depend on it."""
-        return _reached([node], lambda current: self._users[id(current)]).values()
+        return _reached([node], self._users.__getitem__)
 
     def called_more_than_once(self) -> list[str]:
         """Names of the modules whose weight is used in several places of the network."""
@@ -268,14 +268,14 @@ def affine_weights(bounded: Any) -> list[nn.Parameter]:
     return list({layer.parameter: layer.weight for layer in read_graph(bounded).affine}.values())
 
 
-def _reached(start: Iterable[Any], neighbours: Callable[[Any], Iterable[Any]]) -> dict[int, Any]:
-    """The nodes reached from ``start``, by their ids, nearest first."""
-    seen = {id(node): node for node in start}
-    waiting = list(seen.values())
+def _reached(start: Iterable[Any], neighbours: Callable[[Any], Iterable[Any]]) -> dict[Any, None]:
+    """The nodes reached from ``start``, as the keys of a dictionary, nearest first."""
+    seen = dict.fromkeys(start)
+    waiting = list(seen)
     for node in waiting:  # It grows.
-        new = {id(other): other for other in neighbours(node) if id(other) not in seen}
-        seen |= new
-        waiting += new.values()
+        new = [other for other in dict.fromkeys(neighbours(node)) if other not in seen]
+        seen |= dict.fromkeys(new)
+        waiting += new
     return seen
 
 
@@ -365,9 +365,9 @@ def _layer_bounds(bounded: Any, pre_activations: list[tuple[str, Any]], missing:
 
 def relus_read(bounded: Any) -> list[list[int]]:
     """For each ReLU, in the order of :func:`relu_bounds`, the indices of the nearest ReLUs that it reads."""
-    relus = {id(node): node for _, node in read_graph(bounded).relus}
-    above = [_reached(node.inputs, lambda other: () if id(other) in relus else other.inputs) for node in relus.values()]
-    return [[index for index, key in enumerate(relus) if key in found] for found in above]
+    relus = [node for _, node in read_graph(bounded).relus]
+    above = [_reached(node.inputs, lambda other: () if other in relus else other.inputs) for node in relus]
+    return [[index for index, node in enumerate(relus) if node in found] for found in above]
 
 
 def input_half_width(bounded: Any) -> Tensor:

@@ -18,7 +18,7 @@ from lirpa_fastwarmup.engine.products import require_first_derivative
 
 _CONSTANT = (*node_classes("Params", "Buffers", "Constant"), ComputedConstant)
 _AT_ONCE = 2**15  # Elements that stay in a core's cache; PyTorch divides no operation on so few among threads.
-_MANY = 2**22  # Elements of the array for the whole batch from which on this is faster.
+_MANY = 2**22  # Elements of the array for the whole batch, above which this is faster.
 
 
 def _is_recorded() -> bool:
@@ -35,10 +35,10 @@ def _centres_and_radii(weight: Tensor, centre: Tensor, radius: Tensor, labels: T
     size = max(1, _AT_ONCE // weight.shape[1])
     for rows, *results in zip(weight.split(size), centres.split(size, 1), radii.split(size, 1), strict=True):
         differences = torch.empty_like(rows)
-        for sample in zip(own, centre, radius, *results, strict=True):
-            torch.sub(sample[0], rows, out=differences)
-            torch.mv(differences, sample[1], out=sample[3])
-            torch.mv(differences.abs_(), sample[2], out=sample[4])
+        for row, middle, extent, to_centre, to_radius in zip(own, centre, radius, *results, strict=True):
+            torch.sub(row, rows, out=differences)
+            torch.mv(differences, middle, out=to_centre)
+            torch.mv(differences.abs_(), extent, out=to_radius)
     return centres, radii
 
 
@@ -105,7 +105,7 @@ def margin_interval(node: Any, labels: Tensor, interval_of: Callable[[Any], Any]
 
 
 def unread_rows(labels: Tensor, classes: int, dtype: torch.dtype) -> Any:
-    """In place of the rows e_y − e_j: NaNs of their shape that take no memory, with the attribute ``labels``."""
+    """A placeholder for the rows e_y − e_j: NaNs that take no memory, with the labels as the attribute ``labels``."""
     rows: Any = torch.full((), math.nan, dtype=dtype, device=labels.device).expand(len(labels), classes, classes)
     rows.labels = labels
     return rows

@@ -116,14 +116,15 @@ def review(bounded: Any, model: nn.Module) -> Acceptance:
         if objection is not None or not OPERATORS[operator_of(node)].crown:
             flagged.append((node, objection))
     places, advice = Places(model, bounded.example) if flagged else None, dict[str, None]()
-    found: tuple[list[tuple[str, str]], list[tuple[str, str]]] = ([], [])
+    without_test, without_crown = list[tuple[str, str]](), list[tuple[str, str]]()
     for node, objection in flagged:
         name, layer = operator_of(node), places.of_node(node.name) if places else None
         instead = layer.advice(name) if layer else []
         advice |= dict.fromkeys(instead)
         place = f"in {layer}" if layer else graph.place_of(node)
-        found[objection is None].append((name, place if instead or not objection else f"{place} ({objection})"))
-    untested, interval_only = (tuple(by_place(entries)) for entries in found)
+        flaws = without_crown if objection is None else without_test
+        flaws.append((name, place if instead or not objection else f"{place} ({objection})"))
+    untested, interval_only = (tuple(by_place(flaws)) for flaws in (without_test, without_crown))
     # Whether coefficients that start as patches would reach an operator that does not support them.
     below = (other for node in graph.nodes if not _supports_patches(node) for other in graph.below(node))
     needs_matrices = any(getattr(node, "mode", None) == "patches" and len(node.output_shape) == 4 for node in below)

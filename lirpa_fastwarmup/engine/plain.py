@@ -1,4 +1,4 @@
-"""The engine's own BoundedModule, taken where one of this package is needed, by a view of the nn.Module of both.
+"""Accepts the engine's own BoundedModule where this package's is needed, through a view of the wrapped nn.Module.
 
 The engine does not keep that nn.Module, and copies its buffers: :mod:`.compat` records both at building.
 """

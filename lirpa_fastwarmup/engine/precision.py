@@ -1,4 +1,7 @@
-"""Settings for the length of a block; the process's own under one lock, so threads that bound networks take turns."""
+"""Context managers that change settings temporarily.
+
+Settings of the whole process are guarded by a lock, so that only one thread bounds networks at a time.
+"""
 
 import functools
 import importlib

@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def require_first_derivative() -> None:
-    """Raise RuntimeError in a ``backward`` whose result would be differentiated: in part, without any sign of it."""
+    """Raise RuntimeError under ``create_graph=True``: second derivatives would silently be incomplete."""
     if torch.is_grad_enabled():
         text = "losses, bounds and BatchNorm statistics in training mode have no second derivatives"
         raise RuntimeError(f"{text}: leave create_graph=True out, or bound the network in evaluation mode")

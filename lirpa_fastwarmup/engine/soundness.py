@@ -2,13 +2,13 @@
 
 import inspect
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lirpa_fastwarmup.boxes import Epsilon, InputRange, broadcast_to_batch, is_per_sample
+from lirpa_fastwarmup.boxes import Epsilon, InputRange, broadcast_to_batch, radii_of
 from lirpa_fastwarmup.engine.bounds import MarginBounds, bounded_inputs, input_box
 from lirpa_fastwarmup.engine.graph import read_graph
 from lirpa_fastwarmup.engine.operators import OPERATORS, operator_of
@@ -69,13 +69,6 @@ def contradicted(lower: Tensor, attained: Tensor) -> Tensor:
     return (attained < lower - tolerance(lower, attained)).any(1)
 
 
-def per_sample(eps: Epsilon, x: Tensor) -> Callable[[Tensor | slice], Epsilon]:
-    """A function from indices into the batch ``x`` to their radii, as ``eps`` may hold one per sample (batch, 1, …)."""
-    if is_per_sample(eps, x) and len(eps) == len(x):
-        return lambda samples: eps[samples]
-    return lambda samples: eps
-
-
 def find_contradictions(
     network: MarginBounds,
     x: Tensor,
@@ -96,7 +89,7 @@ def find_contradictions(
     found = []
     for part in some.split(min(most, network.at_once(method) or most)):
         given = [] if points is None else [points[part]]
-        wrong = _contradictions(network, x[part], y[part], per_sample(eps, x)(part), method, input_range, given)
+        wrong = _contradictions(network, x[part], y[part], radii_of(eps, x, part), method, input_range, given)
         found += [(int(part[place]), text) for place, text in wrong]
     return found
 

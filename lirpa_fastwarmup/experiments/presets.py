@@ -1,4 +1,4 @@
-"""Runs by name: the paper's (Shi et al., NeurIPS 2021), two of our own, and `custom` for the user's own data."""
+"""Runs by name: the paper's (Shi et al., NeurIPS 2021), `mnist5k`, and `custom` for the user's own data."""
 
 from typing import Any
 

@@ -88,7 +88,8 @@ def _bound(bounded: module.BoundedModule, boxes: tuple[Any, ...], outputs: Tenso
         bounded.compute_bounds(x=boxes, method="IBP", reuse_statistics=True)
         return None
     top = outputs.topk(2, dim=1)
-    margins = bounds.ibp_margins(bounded, boxes, top.indices[:, 0], outputs.shape[1], reuse_statistics=True)
+    labels, classes = top.indices[:, 0], outputs.shape[1]
+    margins, _ = bounds.ibp_margin_bounds(bounded, boxes, labels, classes, reuse_statistics=True)
     return OutputStatistics(
         gap=float((top.values[:, 0] - top.values[:, 1]).double().mean()),
         lower_bound=float(margins.amin(1).double().mean()),
@@ -142,5 +143,5 @@ def _affine_statistics(network: graph.NetworkGraph, layer: graph.AffineLayer) ->
         ibp_std=initialization.ibp_std(layer, network.reads_relu_of_sum(layer)),
         expected_gain=passed * layer.fan_in * float(weight.abs().mean()) if layer.plain else None,
         batchnorm=network.has_batchnorm(layer),
-        classification=any(layer is last for last in network.classification_layers()),
+        classification=layer in network.classification_layers(),
     )

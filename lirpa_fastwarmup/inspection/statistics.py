@@ -127,7 +127,7 @@ class Inspection:
         training: whether the network was in training mode, with BatchNorm's statistics from the batch.
         input_half_width: Δ_0, the mean half-width of the input of the first affine layers.
         relus, affine: the layers, in order of execution.
-        output: statistics of the outputs, for a classifier with one input; otherwise ``None``.
+        output: statistics of the outputs, for a classifier; otherwise ``None``.
         findings: problems, the most serious first; empty if there are none.
     """
 

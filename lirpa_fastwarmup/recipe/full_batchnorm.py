@@ -63,8 +63,8 @@ def insert_batchnorm(model: nn.Module, *example_inputs: Tensor) -> list[str]:
             "without BatchNorm: use tensor operations (torch.where) instead, or add BatchNorm yourself"
         )
     graph = read_graph(BoundedModule(model, tuple(example_inputs), allow_untested=True))
-    final = {id(layer) for layer in graph.classification_layers()}
-    layers = [layer for layer in graph.affine if id(layer) not in final and not graph.has_batchnorm(layer)]
+    final = graph.classification_layers()
+    layers = [layer for layer in graph.affine if layer not in final and not graph.has_batchnorm(layer)]
     names = {layer.name for layer in layers}
     repeated = names & {*graph.called_more_than_once(), *(name for name, count in observed.calls.items() if count > 1)}
     if repeated:

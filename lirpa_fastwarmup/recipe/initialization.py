@@ -60,8 +60,8 @@ def ibp_init_(bounded: Any, *, generator: torch.Generator | None = None) -> list
     graph = read_graph(bounded)
     final = {layer.parameter for layer in graph.classification_layers()}
     # A weight that several layers share is initialised for the first of them.
-    names = [layer.parameter for layer in graph.affine]
-    layers = [one for at, one in enumerate(graph.affine) if one.parameter not in {*final, *names[:at]}]
+    first = {layer.parameter: layer for layer in reversed(graph.affine)}
+    layers = [layer for layer in graph.affine if layer is first[layer.parameter] and layer.parameter not in final]
     _check_structure(layers)
     halved = [graph.reads_relu_of_sum(layer) for layer in layers]
     stds = [ibp_std(layer, half) for layer, half in zip(layers, halved, strict=True)]

@@ -68,7 +68,7 @@ class LossStep:
     def ibp_margins(self, box: Any = None) -> Tensor:
         """IBP lower bounds on z_y − z_j for j ≠ y over ``box``, by default the step's: (batch, classes − 1)."""
         where = self.bounded, self.box if box is None else box
-        return bounds.ibp_margins(*where, self.y, self.classes, reuse_statistics=True)
+        return bounds.ibp_margin_bounds(*where, self.y, self.classes, reuse_statistics=True)[0]
 
     def attacked(self, attack: PGD, batchnorm: BatchNormPolicy) -> Tensor:
         """The points that ``attack`` finds in the box of radius ``attack.scale``·ε."""

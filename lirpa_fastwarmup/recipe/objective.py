@@ -8,7 +8,7 @@ Before the ramp, at ε = 0, the clean cross-entropy replaces L_robust.
 import math
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, Self
@@ -69,8 +69,8 @@ class StepLoss:
 class Terms(NamedTuple):
     """The terms of the loss in one phase of training, throughout which every step does the same computation.
 
-    ``fading`` regularisers have the weight λ·(1 − ε/ε_max), ``constant`` penalties their own; ``mixed`` tells whether
-    the clean loss may have a weight beside the robust one.
+    ``fading`` regularisers have the weight λ·(1 − ε/ε_max), ``constant`` penalties their own; ``mixed`` is true if
+    the clean loss may have a non-zero weight.
     """
 
     phase: str
@@ -143,10 +143,11 @@ class ShortWarmup(nn.Module):
         input_range: lowest and highest valid input, numbers or tensors, to which the box is clipped; ``None`` for
             unclipped data. For several inputs it may be a tuple of these.
         min_eps: the smallest radius while regularisers or penalties are on; float32 resolves no smaller box.
-        compile: compile the training step once per batch shape and phase (before, in and after the ramp), about a
-            minute each; assign some of them to ``compiled_phases`` to compile these only. Only the loss has a gradient
-            then, and your own functions must consist of tensor operations that do not depend on values. If it fails,
-            steps run eagerly, after one :class:`CompilationWarning`.
+        compile: compile the training step, which takes about a minute for each batch shape. With this package's own
+            losses and regularisers, the phases (before, in and after the ramp) share recordings; assign some of them to
+            ``compiled_phases`` to compile these only. Only the loss has a gradient then, and your own functions must
+            consist of tensor operations that do not depend on values. If it fails, steps run eagerly, after one
+            :class:`CompilationWarning`.
         compile_batch_size: compile for batches of this many samples only, and run others eagerly.
         generator: source of the attack's random starts, on the inputs' device; by default that device's own.
 
@@ -189,11 +190,7 @@ class ShortWarmup(nn.Module):
         penalties = penalties or {}
         _check_weights(reg_weight, tol, min_eps, kappa, penalties.values())
         loss = IBP() if loss is None else loss
-        if isinstance(loss, type) or not callable(loss):
-            raise TypeError(f"expected a loss such as losses.IBP(), or a function of a LossStep; found {loss!r}")
-        if not callable(getattr(schedule, "fraction", None)):
-            text = "expected a schedule such as SmoothedEpsilon(max_eps, start, length, steps_per_epoch), or "
-            raise TypeError(text + f"ConstantEpsilon(eps) for a constant radius; found {schedule!r}")
+        _check_kinds(loss, schedule)
         bounded.layout.pack_eps(schedule.max_eps, input_range)  # Checks it.
         self.classes = bounds.class_count(bounded)
         # Not a registered module: it is a view of `model`, which is registered.
@@ -207,25 +204,14 @@ class ShortWarmup(nn.Module):
         self.min_eps = min_eps
         self.input_range = input_range
         self._range = bounded.layout.pack_range(input_range)
-        if dropout := [name for name, part in self.model.named_modules() if isinstance(part, _DropoutNd) and part.p]:
-            warnings.warn(
-                f"Dropout ({', '.join(dropout)}) is off in certified training: bounds for one random mask would not "
-                "hold for the next. Remove it, or set its p to 0, to silence this",
-                stacklevel=2,
-            )
+        _warn_of_dropout(self.model)
         fading = _named(regularizers, tol)
         constant = _named(list(penalties), tol, used=fading)
         self.regularizers = fading if reg_weight > 0 else {}
         self.penalties = dict(zip(constant, zip(constant.values(), penalties.values(), strict=True), strict=True))
         self.loss = loss
         self.generator = generator
-        if missing := undefined(bounded, [*self.regularizers, *self.penalties]):
-            left = tuple(name for name in self.regularizers if name not in missing)
-            what = "activation" if "tightness" in missing else "ReLU"
-            raise graph.StructureError(
-                f"the network has no {what}, and {' and '.join(missing)} use the bounds of {what}s: pass "
-                f"regularizers={left} to train without them"
-            )
+        _require_defined(bounded, self.regularizers, self.penalties)
         self.steps_done = 0
         self._checks = ValueChecks()
         self.compiled_phases: Collection[str] = PHASES if compile else ()
@@ -432,6 +418,30 @@ def _check_weights(reg_weight: float, tol: float, min_eps: float, kappa: Any, pe
         )
     if not all(math.isfinite(weight) and weight >= 0 for weight in penalties):
         raise ValueError(f"weights of penalties must be finite and at least 0; found {list(penalties)}")
+
+
+def _check_kinds(loss: Any, schedule: Any) -> None:
+    if isinstance(loss, type) or not callable(loss):
+        raise TypeError(f"expected a loss such as losses.IBP(), or a function of a LossStep; found {loss!r}")
+    if not callable(getattr(schedule, "fraction", None)):
+        text = "expected a schedule such as SmoothedEpsilon(max_eps, start, length, steps_per_epoch), or "
+        raise TypeError(text + f"ConstantEpsilon(eps) for a constant radius; found {schedule!r}")
+
+
+def _warn_of_dropout(model: nn.Module) -> None:
+    if dropout := [name for name, part in model.named_modules() if isinstance(part, _DropoutNd) and part.p]:
+        text = f"Dropout ({', '.join(dropout)}) is off in certified training: bounds for one random mask would not "
+        text += "hold for the next. Remove it, or set its p to 0, to silence this"
+        warnings.warn(text, stacklevel=3)
+
+
+def _require_defined(bounded: BoundedModule, regularizers: Iterable[str], penalties: Iterable[str]) -> None:
+    """Raise StructureError if the network has no activations that a term reads."""
+    if missing := undefined(bounded, [*regularizers, *penalties]):
+        left = tuple(name for name in regularizers if name not in missing)
+        what = "activation" if "tightness" in missing else "ReLU"
+        text = f"the network has no {what}, and {' and '.join(missing)} use the bounds of {what}s: pass "
+        raise graph.StructureError(text + f"regularizers={left} to train without them")
 
 
 def _named(terms: Sequence[str | Regularizer], tol: float, used: Collection[str] = ()) -> dict[str, Regularizer]:

@@ -29,7 +29,7 @@ class _Schedule:
             check_eps(eps)
 
     def fraction(self, step: int) -> float:
-        """ε/``max_eps`` at ``step``: 0 up to the start, exactly 1 from the end on."""
+        """ε/``max_eps`` at ``step``."""
         return 1.0
 
     def __call__(self, step: int) -> Epsilon | tuple[Epsilon, ...]:

@@ -1,4 +1,4 @@
-"""A process that runs α,β-CROWN: `PYTHON abcrown_worker.py FD`, in an environment that has neither to be this one.
+"""Runs α,β-CROWN in a separate process, `PYTHON abcrown_worker.py FD`, possibly in another Python environment.
 
 It answers what it receives from the connection with the descriptor FD. First comes {"checkout", "network", "paths",
 "sources", "settings"}, with the answer {"ready": True}; then tasks {"property", "point", "logits"}, the network's

@@ -4,19 +4,21 @@ import logging
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lirpa_fastwarmup.attacks import attack
-from lirpa_fastwarmup.boxes import Epsilon, InputRange, box_ends, is_per_sample
+from lirpa_fastwarmup.boxes import Epsilon, InputRange, box_ends, is_per_sample, radii_of
 from lirpa_fastwarmup.engine import soundness
 from lirpa_fastwarmup.engine.bounds import METHODS, MarginBounds, input_box, proved
 from lirpa_fastwarmup.engine.module import BoundedModule
 from lirpa_fastwarmup.engine.precision import exact_arithmetic
-from lirpa_fastwarmup.engine.soundness import Finding, per_sample
+from lirpa_fastwarmup.engine.soundness import Finding
+from lirpa_fastwarmup.engine.tracing import copy_of
 from lirpa_fastwarmup.memory import MicroBatches
 from lirpa_fastwarmup.verification.complete import CompleteVerifier
 from lirpa_fastwarmup.verification.intervals import Interval, interval_bounds
@@ -37,9 +39,10 @@ class Plan:
     pgd_steps: int
     restarts: int
     input_range: InputRange | None
-    float64: bool
     batch_size: int
     seed: int
+    _: KW_ONLY
+    float64: bool = False
     rigorous: bool = False
     complete: str = ""  # The settings of the method "abcrown".
 
@@ -74,11 +77,10 @@ def attack_samples(
     """The worst points that the attack finds for ``samples``, indices into the batch, in micro-batches."""
     # The starts depend on the seed and a sample's place alone, so that an interrupted run resumes with the same ones.
     starts = torch.rand((plan.restarts, *x.shape), generator=torch.Generator().manual_seed(plan.seed))
-    radii = per_sample(eps, x)
     options: dict[str, Any] = {"steps": plan.pgd_steps, "restarts": plan.restarts, "input_range": plan.input_range}
 
     def attacked(some: Tensor) -> Tensor:
-        return attack(model, x[some], y[some], radii(some), **options, starts=starts[:, some.cpu()]).points
+        return attack(model, x[some], y[some], radii_of(eps, x, some), **options, starts=starts[:, some.cpu()]).points
 
     return micro_batches.each(attacked, samples, ATTACK)
 
@@ -90,7 +92,7 @@ class _Batch:
         self, network: MarginBounds, x: Tensor, y: Tensor, eps: Epsilon, plan: Plan, points: Tensor | None
     ) -> None:
         self.network, self.x, self.y, self.points = network, x.to(network.dtype), y, points
-        self.radii = per_sample(eps, x)
+        self.radii = partial(radii_of, eps, x)
         logits = [network.model(self.x)]  # Of the samples, and of the attack's points.
         if points is not None:
             lower, upper = box_ends(self.x, eps, plan.input_range)
@@ -127,7 +129,7 @@ class Certifier:
     ) -> None:
         self.plan, self._bounds, self._network = plan, tuple(bounds), network
         self._complete, self._checks = complete, check
-        self._rigorous = RigorousMargins(network.wrapped) if plan.rigorous else None
+        self._rigorous = RigorousMargins(copy_of(network.wrapped)) if plan.rigorous else None
         self._checked: set[tuple[str, torch.dtype, bool]] = set()  # By method, precision, and whether attacked.
         self._micro_batches = plan.micro_batches()
 
@@ -177,7 +179,7 @@ class Certifier:
         started = time.perf_counter()
         proved = [place for place, one in enumerate(result.certificates) if one.verified]
         some = torch.tensor([result.certificates[place].index for place in proved], dtype=torch.int64, device=x.device)
-        box = box_around(x[some], per_sample(eps, x)(some), self.plan.input_range)
+        box = box_around(x[some], radii_of(eps, x, some), self.plan.input_range)
         ends = zip(*map(self._network.layout.unpack, (box.lower, box.upper)), strict=True)
         inputs = [Interval(low, high) if low.is_floating_point() else low for low, high in ends]
         y = torch.tensor([result.certificates[place].label for place in proved], dtype=torch.int64)
@@ -251,7 +253,7 @@ class Certifier:
         found = soundness.find_contradictions(network, x, y, eps, method, input_range, points=points, most=most)
         if method == "IBP":
             some = torch.arange(min(len(x), soundness.PROBED), device=x.device)
-            found += beyond_intervals(network.bounded(method), x[some], per_sample(eps, x)(some), input_range)
+            found += beyond_intervals(network.bounded(method), x[some], radii_of(eps, x, some), input_range)
         return found
 
     def _certificates(self, batches: Sequence[_Batch], eps: Epsilon) -> list[Certificate]:
@@ -263,10 +265,13 @@ class Certifier:
         searches = self.plan.restarts > 0 or self._complete is not None
 
         def falsified(index: int) -> bool | None:
-            if not searches or found[index]:
-                return True if searches else None
-            outcome = first.outcomes.get(index, "error")  # Then nothing was searched.
-            return None if first.points is None and outcome.startswith("error") else False
+            if not searches:
+                return None
+            if found[index]:
+                return True
+            # IBP alone decided the sample, or α,β-CROWN failed on it.
+            unsearched = first.points is None and first.outcomes.get(index, "error").startswith("error")
+            return None if unsearched else False
 
         return [
             Certificate(
@@ -301,7 +306,7 @@ def _changes(first: _Batch, second: _Batch, index: int) -> str:
 
 @torch.no_grad()
 def beyond_intervals(bounded: BoundedModule, x: Tensor, eps: Epsilon, input_range: InputRange | None) -> list[Finding]:
-    """Samples whose IBP bounds are tighter than interval arithmetic, which IBP is; none where no interval rule is."""
+    """Samples whose IBP bounds are tighter than interval arithmetic: one of them is wrong. None without rules."""
     try:
         ends = zip(*map(bounded.layout.unpack, soundness.corners_of(x, eps, input_range)), strict=True)
         boxes = [(low, high) if low.is_floating_point() else low for low, high in ends]

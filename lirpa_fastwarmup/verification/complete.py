@@ -1,7 +1,7 @@
-"""Complete verification: α,β-CROWN, driven in processes of its own environment, on what other methods leave open.
+"""Complete verification: runs α,β-CROWN, in processes of its own environment, on samples that other methods leave open.
 
-A sample is certified, falsified with a counterexample that the plain network confirms, timed out, or an error: a
-process that crashes, hangs or answers nonsense costs its sample alone.
+A sample is certified, falsified with a counterexample that the plain network confirms, timed out, or an error. If a
+process crashes, hangs or returns an invalid answer, only its sample is affected.
 """
 
 import os

@@ -61,14 +61,14 @@ def verify(
             one value per sample, shape (samples, 1, …). For several inputs also a tuple, one for each; 0 for an
             unperturbed input. ``None`` if every batch has its own.
         methods: any of IBP, CROWN-IBP, CROWN, alpha-CROWN and abcrown, in any order and case.
-        pgd_steps: steps of the attack, each of length eps/10.
+        pgd_steps: steps of the attack, each a tenth of the clipped box's half-width at every coordinate.
         restarts: random starts of the attack; 0 for no attack.
         input_range: lowest and highest valid input, to clip boxes to, or ``None``; for several inputs also a tuple.
         float64: repeat the verdicts in double precision, and record changes.
         rigorous: of the certified samples, also prove what holds in spite of rounding, by an interval arithmetic that
             bounds all rounding errors, on the CPU (:mod:`lirpa_fastwarmup.verification.rigorous`).
-        abcrown: where α,β-CROWN is, for the method "abcrown", which decides what the other methods leave open, on a
-            network of one input. It runs in processes of its own; the certificates tell its outcomes, also a failure.
+        abcrown: how to run α,β-CROWN, for the method "abcrown", which decides the samples that the other methods leave
+            open, on a network of one input. Certificates record its outcomes, including failures.
         batch_size: samples per batch, unless ``samples`` are batches.
         seed: of the attack's starts.
         indices: a number for each sample, such as its index in the test set; by default its place.
@@ -107,7 +107,8 @@ def verify(
     packed_range = bounded.layout.pack_range(input_range)
     _check_complete(bounded, abcrown, ordered(methods), float64=float64)
     settings = "" if abcrown is None else str(abcrown.configuration())
-    plan = Plan(ordered(methods), pgd_steps, restarts, packed_range, float64, batch_size, seed, rigorous, settings)
+    attack_and_data = pgd_steps, restarts, packed_range, batch_size, seed
+    plan = Plan(ordered(methods), *attack_and_data, float64=float64, rigorous=rigorous, complete=settings)
     dtypes = (torch.float32, torch.float64) if float64 else (torch.float32,)
     options = {"indices": indices, "journal": journal, "progress": progress, "over_ranks": over_ranks}
     with ExitStack() as stack:
@@ -155,7 +156,7 @@ def evaluate(
     """
     bounded = view_of(bounded)
     packed = None if eps is None else bounded.layout.pack_eps(eps, input_range)
-    plan = Plan(("IBP",), pgd_steps, restarts, bounded.layout.pack_range(input_range), False, batch_size, seed)
+    plan = Plan(("IBP",), pgd_steps, restarts, bounded.layout.pack_range(input_range), batch_size, seed)
     dtype = next((value.dtype for value in bounded.wrapped.parameters()), torch.get_default_dtype())
     with unchanged(bounded.wrapped):
         network = MarginBounds(bounded.eval(), dtype, live=True)
@@ -247,7 +248,7 @@ def certified_radii(
         raise ValueError(text + f"tolerance {tolerance} and largest {largest}")
     if COMPLETE in ordered(methods):
         raise ValueError(f"radii are searched by bounds alone, not by {COMPLETE}: verify the radii of interest with it")
-    plan = Plan(ordered(methods), pgd_steps, restarts, bounded.layout.pack_range(input_range), False, batch_size, seed)
+    plan = Plan(ordered(methods), pgd_steps, restarts, bounded.layout.pack_range(input_range), batch_size, seed)
     search = _Search(MarginBounds(bounded, torch.float32), plan, largest, tolerance, untested=bool(bounded.untested))
     conditions = {"largest": largest, "tolerance": tolerance}
     options: dict[str, Any] = {"indices": indices, "journal": journal, "progress": progress, "over_ranks": over_ranks}

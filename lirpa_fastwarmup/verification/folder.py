@@ -59,10 +59,11 @@ def write_results(
         "weights": weights,
     }
     if verifications:
-        storage.write_csv(folder / CERTIFICATES, [row for one in verifications for row in one.rows(weights)])
+        rows = [row for one in verifications for row in one.rows(weights)]
+        storage.write_atomically(folder / CERTIFICATES, storage.csv_text(rows).encode())
         content["results"] = [one.as_dict() for one in verifications]
     if radii is not None:
-        storage.write_csv(folder / RADII, [one.row(weights) for one in radii])
+        storage.write_atomically(folder / RADII, storage.csv_text([one.row(weights) for one in radii]).encode())
         content["certified_radius"] = radii_entry(radii, tolerance)
     tables = (folder / CERTIFICATES, folder / RADII)
     content["files"] = {path.name: storage.file_sum(path) for path in tables if path.exists()}

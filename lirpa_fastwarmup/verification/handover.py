@@ -5,7 +5,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from lirpa_fastwarmup.boxes import InputRange, box_ends, check_batch, check_radius
+from lirpa_fastwarmup.boxes import InputRange, box_ends, check_batch, check_eps, check_positive
 from lirpa_fastwarmup.engine.graph import StructureError
 from lirpa_fastwarmup.recipe.full_batchnorm import fold_batchnorm
 from lirpa_fastwarmup.storage import make_folder, write_atomically
@@ -52,7 +52,8 @@ def export(
     """
     if model.training:
         raise ValueError("the network is in training mode: call model.eval() before exporting it")
-    check_radius(eps, input_range)
+    check_eps(eps, input_range)
+    check_positive(eps)
     classes = int(model(x[:1]).shape[1])
     check_batch(x, y, classes, input_range)
     lower, upper = box_ends(x, eps, input_range)

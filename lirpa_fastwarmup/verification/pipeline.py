@@ -3,7 +3,6 @@
 import dataclasses
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from functools import partial
 from operator import attrgetter
 from typing import Any, NamedTuple, Self
@@ -11,14 +10,13 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from lirpa_fastwarmup.boxes import broadcast_to_batch, check_batch, check_shapes, is_per_sample
+from lirpa_fastwarmup.boxes import broadcast_to_batch, check_batch, check_shapes, is_per_sample, radii_of
 from lirpa_fastwarmup.distributed import SINGLE, World, all_gather, patient_group, world
 from lirpa_fastwarmup.engine.bounds import class_count
 from lirpa_fastwarmup.engine.compat import ENGINE_VERSION
 from lirpa_fastwarmup.engine.graph import fingerprint
 from lirpa_fastwarmup.engine.inputs import Inputs, Layout
 from lirpa_fastwarmup.engine.module import BoundedModule
-from lirpa_fastwarmup.engine.soundness import per_sample
 from lirpa_fastwarmup.verification.certify import Plan
 from lirpa_fastwarmup.verification.folder import Journal, digest
 from lirpa_fastwarmup.verification.result import BatchResult, Result
@@ -77,12 +75,12 @@ def over_batches(
     number = range(sys.maxsize) if indices is None else indices
     decide = partial(computed, compute)
     results = _screened(parts, partial(computed, screen), decide, size) if screen else map(decide, parts)
-    with patient_group() if ranks.size > 1 else nullcontext() as group:
-        for result in results:
-            own.add(result)
-            if progress and result.certificates:
-                progress(result.numbered(number).certificates)
-        by_rank = all_gather(own, group) if ranks.size > 1 else [own]
+    group = patient_group() if ranks.size > 1 else None
+    for result in results:
+        own.add(result)
+        if progress and result.certificates:
+            progress(result.numbered(number).certificates)
+    by_rank = all_gather(own, group) if ranks.size > 1 else [own]
     total: BatchResult[Result] = BatchResult()
     for one in by_rank:
         total.add(one)
@@ -101,7 +99,7 @@ class _Part(NamedTuple):
 
     def some(self, which: Sequence[int]) -> Self:
         rows = torch.tensor(which, dtype=torch.int64)
-        radius = per_sample(self.radius, self.x)(rows)
+        radius = radii_of(self.radius, self.x, rows)
         return type(self)(self.x[rows], self.y[rows], radius, [self.places[one] for one in which])
 
     def joins(self, other: Self) -> bool:
@@ -117,7 +115,7 @@ class _Part(NamedTuple):
 def _own_parts(
     batches: Iterable[Batch], classes: int, plan: Plan, indices: Sequence[int] | None, ranks: World
 ) -> Iterator[_Part]:
-    """The batches of this process, which reads all; what is wrong with them is raised in every process."""
+    """The batches of this process. Every process reads all of them, so an invalid radius is an error in each."""
     count = 0
     for number, (x, y, radius) in enumerate(batches):
         first, count = count, count + len(y)
@@ -165,7 +163,7 @@ def batches_of(samples: Samples, size: int, layout: Layout, eps: Any) -> Iterato
         step = size if is_whole or size == 1 else len(x)
         for start in range(0, len(x), step):
             part = slice(start, start + step)
-            yield x[part], y[part], per_sample(radius, x)(part)
+            yield x[part], y[part], radii_of(radius, x, part)
         first += len(x)
     if isinstance(eps, Tensor) and eps.ndim == 1 + len(layout.packed_shape) and len(eps) not in (1, first):
         raise ValueError(f"eps has a radius for each of {len(eps)} samples; found {first} samples")

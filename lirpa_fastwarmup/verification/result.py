@@ -27,8 +27,8 @@ class Certificate:
             both precisions.
         method: the cheapest method that proved it; ``None`` without a proof.
         margin: the largest lower bound on min_j z_y − z_j over the box that any method computed; NaN without one.
-        falsified: whether a misclassified point of the box was found; ``None`` if nothing searched for one, without an
-            attack or because IBP had proved that there is none.
+        falsified: whether a misclassified point of the box was found; ``None`` if the box was not searched: there was
+            no attack, or IBP had already certified the sample.
         float64: how double precision changes the verdicts, "" for no change; ``None`` without ``float64``.
         untested: whether the certificate relies on bounds that have not been tested.
         eps: its own radius (the largest of its elements), where samples differ; otherwise ``None``.

@@ -55,6 +55,10 @@ def _outward(found: Interval) -> Interval:
     return Interval((found.lower - _TINY64).nextafter(-infinity), (found.upper + _TINY64).nextafter(infinity))
 
 
+def _computed(function: Any, *args: Any) -> Interval:
+    return _outward(monotone(function, args, {}))
+
+
 def _sizes(x: Interval) -> Tensor:
     return torch.maximum(x.lower.abs(), x.upper.abs())
 
@@ -186,15 +190,12 @@ class _Arithmetic:
         weight = torch.ones_like(mean) if weight is None else weight
         bias = torch.zeros_like(mean) if bias is None else bias
         weight, bias, mean, var = (one.view(-1, *[1] * (x.lower.ndim - 2)) for one in (weight, bias, mean, var))
-        total = _outward(monotone(torch.add, (var, args[-1]), {}))
-        root = _outward(monotone(torch.sqrt, (total,), {}))
-        scale = _outward(monotone(torch.div, (weight, root), {}))
-        centred = _outward(monotone(torch.sub, (x, mean), {}))
-        scaled = _outward(monotone(torch.mul, (centred, scale), {}))
+        scale = _computed(torch.div, weight, _computed(torch.sqrt, _computed(torch.add, var, args[-1])))
+        scaled = _computed(torch.mul, _computed(torch.sub, x, mean), scale)
         size = (_sizes(x) + mean.abs()) * _sizes(scale) + bias.abs()
         tiny = 8 * self.tiny * (1 + _sizes(scale) + _sizes(x) + mean.abs())
         error = self.errors(_BATCH_NORM_ROUNDINGS) * size + tiny
-        return [self.widened(_outward(monotone(torch.add, (scaled, bias), {})), error), None, None]
+        return [self.widened(_computed(torch.add, scaled, bias), error), None, None]
 
     def rules(self) -> dict[str, Rule]:
         pooled = self.averaged(lambda x, args, result: math.prod(args[1] if len(args[1]) > 1 else [args[1][0]] * 3))

@@ -162,7 +162,8 @@ def certified_samples(path: Path, eps: float) -> tuple[float, list[Sample]]:
     whole, margin = ("index", "label", "prediction"), "margin_lower_bound"
     rows = [row for row in read_csv(path, (*whole, margin, "eps"), "certificates") if row[margin]]
     with refused(f"{path} cannot be read as certificates", ValueError):
-        chosen = min((float(row["eps"]) for row in rows), key=lambda one: (abs(one - eps) > _SAME, one), default=eps)
+        radii = {float(row["eps"]) for row in rows}
+        chosen = next((radius for radius in radii if abs(radius - eps) <= _SAME), min(radii, default=eps))
         rows = [row for row in rows if float(row["eps"]) == chosen]
         samples = [Sample(**{name: int(row[name]) for name in whole}, margin=float(row[margin])) for row in rows]
     return chosen, sorted(samples, key=attrgetter("margin"))

@@ -71,7 +71,7 @@ def build_run(settings: Settings, device: torch.device) -> Run:
         torch.manual_seed(settings.seed)
         bounded = _bounded(settings, build_network(architecture).to(device), dataset.in_shape)
         initialization.initialize_(bounded, settings.init)
-    if settings.sync_batchnorm:
+    if settings.sync_batchnorm and world().size > 1:
         bounded.join_ranks()
     objective = _objective(settings, bounded, input_range, len(train_batches))
     objective.compiled_phases = losses.PHASES if settings.compile else settings.compiled_phases
@@ -128,9 +128,14 @@ def _objective(settings: Settings, bounded: BoundedModule, input_range: InputRan
         regularizers=("tightness", "relu_balance") if settings.regularizers else (),
         penalties={name: weight for name, weight in penalties.items() if weight},
         # The last batch of an epoch runs eagerly: few steps would not repay another compilation.
-        compile_batch_size=math.ceil(math.ceil(settings.batch_size / world().size) / settings.accumulate),
+        compile_batch_size=micro_batch_size(settings),
         generator=torch.Generator(next(bounded.wrapped.parameters()).device),
     )
+
+
+def micro_batch_size(settings: Settings) -> int:
+    """The size of a process's largest micro-batch."""
+    return math.ceil(settings.batch_size / (world().size * settings.accumulate))
 
 
 def _loss(settings: Settings) -> losses.Loss:

@@ -1,22 +1,21 @@
 """Chooses, once for a run, what pays on this machine: the precision, if it is "auto", and the phases to compile."""
 
 import logging
-import math
 import time
 
 import torch
 
-from lirpa_fastwarmup.distributed import broadcast, world
+from lirpa_fastwarmup.distributed import broadcast
 from lirpa_fastwarmup.engine.precision import products_in_tf32, temporarily
 from lirpa_fastwarmup.engine.tracing import unchanged
-from lirpa_fastwarmup.experiments.training.build import Run
+from lirpa_fastwarmup.experiments.training.build import Run, micro_batch_size
 from lirpa_fastwarmup.recipe.losses import FULL, RAMP, START
 from lirpa_fastwarmup.recipe.objective import NonFiniteLossError
 
 logger = logging.getLogger(__name__)
 
-_SAVED = 0.3  # The fraction of an eager step that a compiled one saves at least (docs/performance.md).
-_COST = 45.0  # Seconds to compile a phase.
+_SAVED = 0.2  # The fraction of an eager step that a compiled one saves at least (docs/performance.md).
+_COST = 50.0  # Seconds to compile phases that share a recording.
 _FASTER = 0.95  # Less would not repay the rounding.
 
 
@@ -54,7 +53,7 @@ def _phases_that_pay(run: Run) -> tuple[str, ...]:
 def _eager_seconds(run: Run, precision: str) -> float:
     """Seconds of an eager step in the ramp, forward and backward, on samples of the test set."""
     objective, settings = run.objective, run.settings
-    size = math.ceil(math.ceil(settings.batch_size / world().size) / settings.accumulate)
+    size = micro_batch_size(settings)
     x = run.inspected[torch.arange(size) % len(run.inspected)]
     y = torch.zeros(size, dtype=torch.int64, device=x.device)
     done, objective.steps_done = objective.steps_done, (settings.ramp_start - 1) * len(run.train_batches) + 1

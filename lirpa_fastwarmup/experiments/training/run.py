@@ -196,4 +196,4 @@ def _write_results(run: Run, position: Position, out: Path) -> None:
     if position.best is None or position.best[1] == epoch:
         checkpoint.remove(out, *CERTIFICATES)
         network.save_model(out / MODEL, run.evaluated.wrapped, run.architecture, run.settings, epoch)
-    storage.write_csv(out / HISTORY, position.history)
+    storage.write_atomically(out / HISTORY, storage.csv_text(position.history).encode())

@@ -103,7 +103,7 @@ class Settings:
         "data", "lowest and highest valid input, to which boxes are clipped; if unset, the dataset's", None, "X"
     )
     data_limit: int | None = _setting("data", "train on N samples, drawn by the seed", None, "N")
-    validation: int = _setting("data", "hold out N training samples, and keep the best epoch on them", 0, "N")
+    validation: int = _setting("data", "hold out N training samples, to select the best epoch on", 0, "N")
     select: Select = _setting("data", "keep the last epoch, or the best one on held-out or on test samples", "last")
     evaluate_test: Literal["every-epoch", "end"] = _setting("data", "when to compute test errors", "every-epoch")
     flip: bool = _setting("data", "augmentation: mirror images at random", False)
@@ -131,12 +131,12 @@ class Settings:
     ratio: float | None = _setting("objective", "size of SABR's small box relative to the box", None, "R")
     relu_shrinkage: float = _setting("objective", "SABR: factor of unstable ReLUs' upper bounds", 1.0, "F")
     batchnorm_policy: BatchNormPolicy = _setting(
-        "objective", "whose statistics normalise attack and bounds", "clean", flag="bn-policy"
+        "objective", "BatchNorm statistics of the attack and the bounds", "clean", flag="bn-policy"
     )
     attack_steps: int = _setting("objective", "steps of the loss's attack", 1, "N")
-    attack_step_size: float = _setting("objective", "their size, in half-widths of the box", 10.0, "F")
+    attack_step_size: float = _setting("objective", "size of the attack's steps, in half-widths of the box", 10.0, "F")
     attack_restarts: int = _setting("objective", "random starts of the loss's attack", 1, "N")
-    attack_scale: float = _setting("objective", "attacked radius over that of the bounds", 1.0, "F")
+    attack_scale: float = _setting("objective", "radius of the attack relative to that of the bounds", 1.0, "F")
     attack_best: bool = _setting("objective", "take the attack's best point instead of its last", False)
     reg_weight: float = _setting("objective", "weight λ of the paper's regularisers", 0.5, "λ")
     tol: float = _setting("objective", "tolerance τ of the paper's regularisers", 0.5, "τ")
@@ -161,8 +161,8 @@ class Settings:
     seed: int = _setting("optimisation", "seed of weights, sample order, augmentation and attack", 0, "N")
 
     pgd_steps: int = _setting("attack after training", "steps of PGD", 50, "N")
-    compiled_phases: tuple[str, ...] = dataclasses.field(default=(), metadata={"help": "those that a run chose itself"})
     pgd_restarts: int = _setting("attack after training", "random starts of PGD; 0 for no attack", 3, "N")
+    compiled_phases: tuple[str, ...] = dataclasses.field(default=(), metadata={"help": "chosen by the run itself"})
 
     def __post_init__(self) -> None:
         for name, kind in get_type_hints(type(self)).items():
@@ -183,7 +183,7 @@ class Settings:
         if self.eps > 1 and self.input_range is None and self.dataset in _PIXELS:
             raise ValueError(f"eps must be at most 1, the width of the range of pixels, [0, 1]; found {self.eps}")
         if self.select == "validation" and not self.validation:
-            raise ValueError("choosing the best epoch on held-out samples needs some: give their number as validation")
+            raise ValueError("select='validation' needs held-out samples: set validation to their number")
         if self.select == "test" and self.evaluate_test == "end":
             raise ValueError("choosing the best epoch on the test set needs its errors after every epoch")
         if self.average_decay is not None and self.swa_start is not None:
