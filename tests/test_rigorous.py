@@ -346,6 +346,59 @@ def test_operators_without_bounded_errors_are_refused_by_name(name):
         RigorousMargins(model).statements([Interval(x.double(), x.double())], torch.zeros(4, dtype=torch.int64))
 
 
+def cancelling():
+    """Partial sums of ±2e38 overflow in float32 in some orders, though their sum is 0."""
+    first, last = nn.Linear(8, 1, bias=False), nn.Linear(1, 2)
+    with torch.no_grad():
+        first.weight.copy_(torch.tensor([[2e38, -2e38] * 4]))
+        last.weight.copy_(torch.tensor([[1e-38], [0.0]]))
+        last.bias.copy_(torch.tensor([0.0, 1.0]))
+    return nn.Sequential(first, nn.ReLU(), last).eval(), torch.ones(1, 8)
+
+
+class Scaled(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function, self.last = function, nn.Linear(1, 2)
+        with torch.no_grad():
+            self.last.weight.copy_(torch.tensor([[0.0], [0.0]]))
+            self.last.bias.copy_(torch.tensor([0.0, 1.0]))
+
+    def forward(self, x):
+        return self.last(self.function(x))
+
+
+OVERFLOWING = {
+    "a sum": cancelling,
+    "a mean": lambda: (Scaled(lambda x: x.mean(1, keepdim=True) * 1e-38), torch.full((1, 8), 1e38)),
+    "a number": lambda: (Scaled(lambda x: x * 1e39 * 1e-39), torch.full((1, 1), 1e-6)),
+}
+
+
+@pytest.mark.parametrize("name", OVERFLOWING)
+def test_what_may_overflow_on_the_way_is_not_proved_in_float32(name):
+    model, x = OVERFLOWING[name]()
+    (statement,) = RigorousMargins(model.eval()).statements([Interval(x.double(), x.double())], torch.tensor([1]))
+    assert statement == "exact"
+
+
+MADE = {
+    "full": lambda x: x - torch.full((1,), 0.1, dtype=x.dtype),
+    "linspace": lambda x: x - torch.linspace(0.1, 1, 2, dtype=x.dtype)[:1],
+    "arange": lambda x: x - torch.arange(0.1, 1, dtype=x.dtype),
+    "an attribute": lambda x: x - torch.tensor(0.1, dtype=torch.float64),
+}
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_constants_that_float32_rounds_are_refused(name):
+    box = [Interval(torch.zeros(1, 1).double(), torch.ones(1, 1).double())]
+    with pytest.raises(UnknownOperatorError, match="may differ in float32"):
+        RigorousMargins(Scaled(MADE[name]).eval()).statements(box, torch.tensor([1]))
+    exact_in_both = Scaled(lambda x: x - torch.full((1,), 0.25, dtype=x.dtype) + torch.arange(1, dtype=x.dtype))
+    assert RigorousMargins(exact_in_both.eval()).statements(box, torch.tensor([1])) == ["float32"]
+
+
 def test_a_pruned_network_is_refused_by_name():
     model, x = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 3)), torch.rand(4, 3)
     prune.l1_unstructured(model[0], "weight", 0.5)

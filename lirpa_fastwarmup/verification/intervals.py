@@ -6,12 +6,14 @@ list have a rule. A rule calls the traced operator, with all of its attributes, 
 """
 
 import copy
+import csv
 import itertools
 import math
 import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import reduce
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -120,10 +122,8 @@ class Propagation(torch.fx.Interpreter):
         else:
             result = super().call_function(target, args, kwargs)
         if result is NotImplemented:
-            raise UnknownOperatorError(
-                f"no interval rule covers the operator {target} with its arguments (last parameter read before it: "
-                f"{self._last})"
-            )
+            text = f"no interval rule covers the operator {target} with its arguments (last parameter read before it: "
+            raise UnknownOperatorError(text + f"{self._last})")
         return result
 
 
@@ -273,32 +273,17 @@ def _only_shape(function: Any, args: Any, kwargs: Any) -> Any:
     return _call(function, args, kwargs, [interval.lower for interval in intervals_in((args, kwargs))])
 
 
-# Operators that move elements, and compute nothing.
-_MOVING = """
-    _reshape_alias _unsafe_index alias cat channel_shuffle clone constant_pad_nd detach diagonal diagonal_scatter expand
-    fill flip gather im2col index index_select permute pixel_shuffle pixel_unshuffle reflection_pad1d reflection_pad2d
-    reflection_pad3d repeat replication_pad1d replication_pad2d replication_pad3d roll select select_scatter slice
-    slice_scatter split split_with_sizes squeeze stack t transpose unbind unfold unsqueeze where
-"""
-_NOT_DECREASING = """
-    _adaptive_avg_pool2d _adaptive_avg_pool3d _to_copy _upsample_nearest_exact1d _upsample_nearest_exact2d
-    _upsample_nearest_exact3d adaptive_max_pool2d adaptive_max_pool3d amax amin clamp clamp_max clamp_min col2im copy
-    erf exp hardsigmoid hardtanh index_put max max_pool2d_with_indices max_pool3d_with_indices maximum mean min minimum
-    relu sigmoid sum tanh upsample_bilinear2d upsample_linear1d upsample_nearest1d upsample_nearest2d upsample_nearest3d
-    upsample_trilinear3d
-"""
-_BATCH_NORM = "native_batch_norm cudnn_batch_norm miopen_batch_norm"
-_BATCH_NORM += " _native_batch_norm_legit _native_batch_norm_legit_no_training"
-MOVING, BATCH_NORM = frozenset(_MOVING.split()), frozenset(_BATCH_NORM.split())
-_FILLED = "empty_like full_like new_empty new_full new_ones new_zeros ones_like zeros_like"
+with (Path(__file__).parent / "aten.csv").open(newline="") as _file:  # "moving" operators compute nothing.
+    _OPERATORS = {row["kind"]: row["operators"].split() for row in csv.DictReader(_file)}
+MOVING, BATCH_NORM = frozenset(_OPERATORS["moving"]), frozenset(_OPERATORS["batch norm"])
 _RULES: dict[str, Rule] = {
-    **dict.fromkeys([*MOVING, *_NOT_DECREASING.split()], increasing),
+    **dict.fromkeys([*MOVING, *_OPERATORS["not decreasing"]], increasing),
     **dict.fromkeys(["view", "_unsafe_view"], view),
     **dict.fromkeys(["add", "avg_pool2d", "avg_pool3d", "neg", "rsub", "sub"], monotone),
     **dict.fromkeys(["_prelu_kernel", "abs", "celu", "elu", "leaky_relu"], turning_at(0)),
     **dict.fromkeys(["bmm", "dot", "mm", "mv"], lambda function, args, kwargs: _bilinear(function, *args)),
     **dict.fromkeys(BATCH_NORM, _batch_norm),
-    **dict.fromkeys(_FILLED.split(), _only_shape),
+    **dict.fromkeys(_OPERATORS["filled"], _only_shape),
     "addmm": _plus_product(torch.mm),
     "addmv": _plus_product(torch.mv),
     "baddbmm": _plus_product(torch.bmm),

@@ -15,7 +15,6 @@ The bounds are computed in float64. A sum of n products, in any order, is within
 sums, products, quotients, roots and piecewise linear ones are refused: no standard bounds their error.
 """
 
-import copy
 import logging
 import math
 import operator
@@ -25,8 +24,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from lirpa_fastwarmup.boxes import Epsilon, InputRange, broadcast_to_batch
+from lirpa_fastwarmup.engine.tracing import copy_of
 from lirpa_fastwarmup.verification import intervals
 from lirpa_fastwarmup.verification.intervals import MOVING, Interval, Rule, increasing, intervals_in, monotone
 
@@ -39,6 +40,7 @@ _SLACK = 1 + 2.0**-20  # Covers the rounding of the error bounds themselves.
 _TINY64 = 1e-300  # More than any sum loses to underflow.
 _TINY32 = 2.0**-149  # More than one operation loses to it in float32.
 _LARGEST = torch.finfo(torch.float32).max / 2
+_EXACT = {"full", "ones", "zeros", "scalar_tensor", "arange"}  # What they compute, if float32 holds it.
 _LINEAR = (torch.ops.aten.addmm.default, torch.ops.aten.mm.default)
 _BATCH_NORM_ROUNDINGS = 12  # Of (x − m)·s + b and of x·s + (b − m·s), with those of s = w/√(v + ε).
 
@@ -89,9 +91,13 @@ class _Arithmetic:
         if not self.unit:
             return x
         found = _outward(Interval(x.lower - error * _SLACK, x.upper + error * _SLACK))
-        if not bool((_sizes(found) < _LARGEST).all()):
-            raise ArithmeticError("a value may overflow in float32")
+        self.require_finite(_sizes(found))
         return found
+
+    def require_finite(self, *sizes: Tensor | float) -> None:
+        """Raise ArithmeticError if values of these sizes, partial sums among them, may overflow in the network."""
+        if self.unit and not all(bool((torch.as_tensor(size) < _LARGEST).all()) for size in sizes):
+            raise ArithmeticError("a value may overflow in float32")
 
     def rounded(self, rule: Rule, count: int) -> Rule:
         """``rule`` of an elementwise operator, which rounds once here, and ``count`` times in the network."""
@@ -101,6 +107,7 @@ class _Arithmetic:
             if found is NotImplemented:
                 return found
             found = _outward(found)
+            self.require_finite(*(abs(value) for value in args if isinstance(value, float | int)))
             largest = max(float(_sizes(value).amax()) for value in intervals_in((args, kwargs)))
             tiny = count * self.tiny * (1 + largest)
             return self.widened(found, self.errors(count) * _sizes(found) + tiny)
@@ -129,6 +136,8 @@ class _Arithmetic:
             return NotImplemented
         centre = (x.lower + x.upper) / 2
         radius = torch.maximum(x.upper - centre, centre - x.lower) * _SLACK
+        # No partial sum is larger.
+        self.require_finite(terms * _sizes(x).amax() * weight.abs().amax())
         own, theirs = _gamma(terms + 2, _U64), self.errors(terms + 1)
         value = product(centre, weight)
         spread = product(radius + (own + theirs) * (centre.abs() + radius), weight.abs())
@@ -140,8 +149,7 @@ class _Arithmetic:
     def rounding(self, x: Interval, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The network's own rounding of each output of a linear layer, (batch, outputs)."""
         size = _sizes(x) @ weight.abs() + (0.0 if bias is None else bias.abs())
-        if self.unit and not bool((size < _LARGEST).all()):
-            raise ArithmeticError("a value may overflow in float32")
+        self.require_finite(size)
         terms = len(weight) + 1
         return self.errors(terms) * size * (1 + 8 * _gamma(terms, _U64)) + (2 * terms) * self.tiny
 
@@ -177,6 +185,7 @@ class _Arithmetic:
             if not bool((size >= 0).all()):  # A divisor below 0.
                 return NotImplemented
             terms = terms_of(x.lower, args, lower) + 2
+            self.require_finite(terms * _sizes(x).amax())
             own, tiny = _gamma(terms, _U64) * size * 2, 2 * terms * self.tiny
             return self.widened(_outward(Interval(lower - own, upper + own)), self.errors(terms) * size + tiny)
 
@@ -193,6 +202,7 @@ class _Arithmetic:
         scale = _computed(torch.div, weight, _computed(torch.sqrt, _computed(torch.add, var, args[-1])))
         scaled = _computed(torch.mul, _computed(torch.sub, x, mean), scale)
         size = (_sizes(x) + mean.abs()) * _sizes(scale) + bias.abs()
+        self.require_finite(_sizes(scale), size)
         tiny = 8 * self.tiny * (1 + _sizes(scale) + _sizes(x) + mean.abs())
         error = self.errors(_BATCH_NORM_ROUNDINGS) * size + tiny
         return [self.widened(_computed(torch.add, scaled, bias), error), None, None]
@@ -235,13 +245,27 @@ def _quotient(function: Any, args: Any, kwargs: Any) -> Any:
 class _Rigorous(intervals.Propagation):
     """Evaluates a traced network by the rules of one arithmetic; constants that are computed become intervals."""
 
+    is_float32 = True  # The network, which is traced in float64.
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return self._in_float32(super().get_attr(target, args, kwargs), "a constant")
+
+    def _in_float32(self, value: Any, what: str, is_known: bool = True) -> Any:
+        is_float = self.is_float32 and isinstance(value, Tensor) and value.is_floating_point()
+        if is_float and not (is_known and torch.equal(value.float().to(value.dtype), value)):
+            text = f"no interval rule covers {what} that may differ in float32: make it a buffer or a Python number"
+            raise intervals.UnknownOperatorError(text)
+        return value
+
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         name = str(target).split(".")[1] if isinstance(target, torch._ops.OpOverload) else ""
         if target is not operator.getitem and name not in MOVING and not intervals_in((args, kwargs)):
             floating = [isinstance(value, Tensor) and value.is_floating_point() for value in args]
             ends = zip(args, floating, strict=True)
             args = tuple(Interval(one.double(), one.double()) if is_number else one for one, is_number in ends)
-        return super().call_function(target, args, kwargs)
+        result = super().call_function(target, args, kwargs)
+        made = not any(isinstance(leaf, Interval | Tensor) for leaf in tree_leaves((args, kwargs)))
+        return self._in_float32(result, f"a result of {name}", name in _EXACT) if made else result
 
 
 def _end_before_last_layer(graph: torch.fx.GraphModule) -> None:
@@ -265,7 +289,7 @@ class RigorousMargins:
             raise ArithmeticError("subnormal numbers are flushed to zero: call torch.set_flush_denormal(False)")
         dtypes = {value.dtype for value in model.state_dict().values() if value.is_floating_point()}
         self.is_float32 = dtypes <= {torch.float32}
-        self._model = copy.deepcopy(model).eval().to("cpu", torch.float64)
+        self._model = copy_of(model).eval().to("cpu", torch.float64)
         self._graphs: dict[Any, torch.fx.GraphModule] = {}  # By input shapes, and whether the last layer is left out.
         self._arithmetics = {name: _Arithmetic(computed=name == "float32") for name in ("float32", "exact")}
 
@@ -279,7 +303,9 @@ class RigorousMargins:
             self._graphs[key] = intervals.trace(self._model, examples)
             if before_last:
                 _end_before_last_layer(self._graphs[key])
-        return _Rigorous(self._graphs[key], self._model, self._arithmetics[arithmetic].rules()).run(*inputs)
+        network = _Rigorous(self._graphs[key], self._model, self._arithmetics[arithmetic].rules())
+        network.is_float32 = self.is_float32
+        return network.run(*inputs)
 
     def proved(self, inputs: Sequence[Interval | Tensor], y: Tensor, arithmetic: str) -> Tensor:
         """Whether class y is that of every point of each box, (batch,)."""
