@@ -139,10 +139,10 @@ def test_files_that_are_no_networks(tmp_path):
     with pytest.raises(ValueError, match=r"has the inputs x, z and 1 output"):
         verification.read_onnx(onnx_model(two, weights(), tmp_path / "two.onnx", inputs=("x", "z")), (1, 8, 8))
     image = [helper.make_node("Identity", ["x"], ["y"])]
-    with pytest.raises(ValueError, match=r"output of .* for two inputs is \(2, 1, 8, 8\)"):
+    with pytest.raises(ValueError, match=r"output of .* for 8 inputs is \(8, 1, 8, 8\)"):
         verification.read_onnx(onnx_model(image, {}, tmp_path / "image.onnx", shape=("batch", 1, 8, 8)), (1, 8, 8))
     fine = onnx_model([helper.make_node("Relu", ["x"], ["h"]), *LINEAR], weights(), tmp_path / "fine.onnx")
-    with pytest.raises(ValueError, match=r"cannot be run on a batch of 2 input\(s\) of shape \(3, 32, 32\)"):
+    with pytest.raises(ValueError, match=r"cannot be run on a batch of 8 input\(s\) of shape \(3, 32, 32\)"):
         verification.read_onnx(fine, (3, 32, 32))
 
 
@@ -162,6 +162,15 @@ def test_a_wrong_conversion_is_noticed(x, tmp_path, monkeypatch):
 
     monkeypatch.setattr(onnx_file, "_converter", lambda: type("Module", (), {"ConvertModel": Wrong}))
     with pytest.raises(ValueError, match=r"onnxruntime computes other logits than PyTorch, by up to 0\.01"):
+        verification.read_onnx(path, (1, 8, 8))
+
+
+def test_a_conversion_that_is_wrong_far_from_0_is_noticed(tmp_path):
+    """onnx2pytorch takes every alpha near 1/6 for 1/6, which samples on [0, 1] do not show behind a small weight."""
+    small = {**weights(), "scale": torch.tensor(0.01)}
+    nodes = [helper.make_node("Mul", ["x", "scale"], ["s"]), helper.make_node("HardSigmoid", ["s"], ["h"], alpha=0.16)]
+    path = onnx_model([*nodes, *LINEAR], small, tmp_path / "hard.onnx")
+    with pytest.raises(ValueError, match="onnxruntime computes other logits than PyTorch"):
         verification.read_onnx(path, (1, 8, 8))
 
 
