@@ -182,8 +182,7 @@ def test_the_headline_names_bound_radius_and_samples(run_dir, capsys):
     assert run(capsys, "verify", run_dir, "--pgd-steps", 1, "--pgd-restarts", 1, "--limit", 50)[0] == 0
     content = read_json(run_dir / "verification.json")
     stages = content["results"][0]["stages"]
-    stages["PGD"]["attacked"] = stages["PGD"].pop("falsified", stages["PGD"].get("attacked"))  # As earlier versions.
-    write_json(run_dir / "verification.json", content)
+    assert stages["PGD"]["falsified"] >= 0
     assert run(capsys, "report", run_dir)[0] == 0
     text = texts((run_dir / "report.html").read_text())
     error = content["results"][0]["verified_error"]["value"]

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import gzip
-import json
 import os
 import pickle
 import random
+import shutil
 import signal
 import zipfile
 
@@ -27,7 +27,6 @@ from lirpa_fastwarmup.experiments.training import (
     settings_of_run,
     train,
 )
-from lirpa_fastwarmup.experiments.training.network import read_model
 from lirpa_fastwarmup.verification import Journal
 
 SETTINGS = preset("mnist5k").replace(
@@ -237,38 +236,12 @@ def test_no_code_is_run_that_a_file_names(run_dir, tmp_path, monkeypatch, capsys
     assert (tmp_path / "touched").exists()
 
 
-def of_an_earlier_version(run_dir, out, **settings):
-    """The files as the versions before wrote them: without checksums, with the settings of then."""
-    out.mkdir()
-    for name, version in (("model.pt", 2), ("checkpoint.pt", 1)):
-        content = torch.load(run_dir / name, weights_only=True)
-        content["format"] = version
-        content["settings"] |= {"bn_mean": True, "bn_var": True, "bn_affine": True, **settings}
-        del content["settings"]["evaluate_test"]
+def test_files_of_another_format_are_refused(run_dir, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(run_dir, out)
+    for name, read in (("model.pt", lambda: load_model(out / "model.pt")), ("checkpoint.pt", lambda: resume(out))):
+        content = torch.load(out / name, weights_only=True)
+        content["format"] -= 1
         torch.save(content, out / name)
-    summary = storage.read_json(run_dir / "summary.json")
-    for name in ("weights", "files"):
-        del summary[name]
-    (out / "summary.json").write_text(json.dumps(summary))
-    (out / "history.csv").write_bytes((run_dir / "history.csv").read_bytes())
-    return out
-
-
-def test_runs_of_earlier_versions_are_read(run_dir, tmp_path, capsys):
-    out = of_an_earlier_version(run_dir, tmp_path / "run")
-    expected = load_model(run_dir / "model.pt").state_dict()
-    assert all(torch.equal(value, expected[name]) for name, value in load_model(out / "model.pt").state_dict().items())
-    assert resume(out) == storage.read_json(out / "summary.json")
-    for command in ("report", "compare"):
-        assert cli.main([command, str(out)]) == 0
-    (out / "summary.json").unlink()
-    assert resume(out)["verified_error"] == storage.read_json(run_dir / "summary.json")["verified_error"]
-
-
-def test_runs_without_a_part_of_batchnorm_are_refused(run_dir, tmp_path):
-    out = of_an_earlier_version(run_dir, tmp_path / "run", bn_var=False)
-    for read in (lambda: settings_of_run(out), lambda: read_model(out / "model.pt")):
-        with pytest.raises(ValueError, match="bn_var off: this version trains no network with a part of BatchNorm"):
+        with pytest.raises(ValueError, match=r"has format \d, and this version of lirpa_fastwarmup reads format \d"):
             read()
-    with pytest.raises(ValueError, match="bn_var off"):
-        load_model(out / "model.pt")

@@ -27,8 +27,7 @@ def add_to(command: argparse.ArgumentParser) -> None:
     add_arguments(command)
     what = command.add_argument_group("properties")
     what.add_argument("--eps", type=number, help="radius in units of the inputs; by default the run's")
-    text = "indices of the test set, such as 0 5 10-19; by default 0-9"
-    what.add_argument("--samples", type=_indices, nargs="+", metavar="I", default=[range(10)], help=text)
+    what.add_argument("--samples", type=_indices, nargs="+", metavar="I", default=[range(10)], help="0 5 10-19 …")
     what.add_argument("--timeout", type=int, default=120, help="seconds for each property (default: 120)")
     what.add_argument("--out", type=Path, metavar="DIR", help=f"folder for the files, by default RUN_DIR/{_FOLDER}")
 

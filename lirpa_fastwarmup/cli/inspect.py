@@ -27,8 +27,7 @@ def add_to(command: argparse.ArgumentParser) -> None:
     mode = command.add_mutually_exclusive_group()
     text = "BatchNorm uses the statistics of the batch, as in a training step (default for a PRESET)"
     mode.add_argument("--training", action="store_true", default=None, help=text)
-    text = "BatchNorm uses its running statistics, as for a certificate (default for a run)"
-    mode.add_argument("--evaluation", dest="training", action="store_false", help=text)
+    mode.add_argument("--evaluation", dest="training", action="store_false", help="BatchNorm uses running statistics")
     command.add_argument("--csv", type=Path, metavar="FILE", help="also write the statistics")
     command.add_argument("--markdown", action="store_true", help="print Markdown")
     common.add_settings(command)

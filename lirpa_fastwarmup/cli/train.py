@@ -82,12 +82,9 @@ def _resumed_settings(options: argparse.Namespace) -> tuple[Settings, dict[str, 
     settings = settings_of_run(_folder(options))
     saved, typed = vars(settings), common.given_settings(options)
     given = (vars(common.settings_and_origins(options)[0]) if options.preset else saved) | typed
-    chosen = {"compile"}  # By the run itself, unless the user typed it.
-    if "epochs" in typed:  # It scales these, which earlier versions did not.
-        chosen |= {"ramp_length", "lr_milestones", "swa_start"}
-    free = {"data_dir", "compiled_phases", *(chosen - typed.keys())}
-    if given["precision"] == "auto":
-        free.add("precision")
+    # The run has chosen itself what to compile, and its precision.
+    free = {"data_dir", "compiled_phases", *({"compile"} - typed.keys())}
+    free |= {"precision"} if given["precision"] == "auto" else set()
     if changed := [name for name in saved if name not in free and given[name] != saved[name]]:
         problem = f"a resumed run keeps its settings, and the command line gives the run in {options.out} others"
         others = ", ".join(f"{name} {saved[name]}, not {given[name]}" for name in changed)

@@ -41,15 +41,12 @@ def add_to(command: argparse.ArgumentParser) -> None:
     text = f"any of {', '.join(NAMES)} (default: IBP CROWN-IBP)"
     what.add_argument("--methods", default=["IBP", "CROWN-IBP"], help=text, **methods)
     what.add_argument("--abcrown", type=Path, metavar="DIR", help="checkout of alpha-beta-CROWN, for that method")
-    text = "interpreter of its environment (default: this one)"
-    what.add_argument("--abcrown-python", default=sys.executable, metavar="PYTHON", help=text)
-    text = "its time limit for a sample, in seconds (default: 100)"
-    what.add_argument("--time-limit", type=number, default=100.0, metavar="S", help=text)
+    what.add_argument("--abcrown-python", default=sys.executable, metavar="PYTHON", help="its interpreter, if another")
+    what.add_argument("--time-limit", type=number, default=100.0, metavar="S", help="seconds a sample (default: 100)")
     what.add_argument("--pgd-steps", type=int, default=50, help="steps of the attack (default: 50)")
     what.add_argument("--pgd-restarts", type=int, default=5, help="its random starts; 0 for no attack (default: 5)")
     what.add_argument("--float64", action="store_true", help="repeat the verdicts in double precision")
-    text = "also determine which certificates hold despite rounding errors"
-    what.add_argument("--rigorous", action="store_true", help=text)
+    what.add_argument("--rigorous", action="store_true", help="find the certificates that hold despite rounding")
     what.add_argument("--batch-size", type=int, default=100, help="halved if memory does not suffice (default: 100)")
     what.add_argument("--seed", type=int, default=0, help="of the attack (default: 0)")
     what.add_argument("--device", help="cpu, cuda, cuda:1 …; by default a GPU if there is one")

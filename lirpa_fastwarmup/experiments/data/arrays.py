@@ -172,7 +172,6 @@ def _range(found: Mapping[str, Any]) -> boxes.InputRange | None:
 
 
 def _mean_and_std(split: Split) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel or feature, as the network sees them."""
     channels = (Split.as_inputs(channel).double() for channel in split.images.unbind(1))  # In turn, to save memory.
     std, mean = torch.tensor([torch.std_mean(channel, correction=0) for channel in channels]).unbind(1)
     std = torch.where(std > 1e-9 * mean.abs(), std, torch.ones_like(std))  # A constant channel is not scaled.

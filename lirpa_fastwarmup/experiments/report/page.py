@@ -54,7 +54,6 @@ def _run(record: RunRecord) -> dict[str, Any]:
 
 
 def _facts(record: RunRecord) -> list[tuple[str, str]]:
-    """What was trained and how, the most important first."""
     settings, summary = record.settings, record.summary or {}
     epochs = settings.get("epochs", "an unknown number of")
     finished = f"finished after {epochs} epochs"
@@ -92,7 +91,6 @@ def _headline(record: RunRecord) -> str:
 
 
 def _error_table(record: RunRecord) -> list[tuple[str, ...]]:
-    """Errors by their source, with the methods and samples that they come from; the heading first."""
     rows: list[tuple[str, ...]] = []
     head = ("computed", "bounds", "PGD", "test samples", "ε", "standard error", "PGD error", "verified error")
     source = "after training" if record.summary else f"after epoch {len(record.history)}"
@@ -120,8 +118,7 @@ def _text(value: float | None, form: str) -> str:
 
 
 def _decided(stages: Mapping[str, Mapping[str, Any]]) -> str:
-    names = "proved", "falsified", "attacked"  # The last one in files of earlier versions.
-    counts = ((stage, next(one[name] for name in names if name in one)) for stage, one in stages.items())
+    counts = ((stage, one["proved" if "proved" in one else "falsified"]) for stage, one in stages.items())
     return ", ".join(f"{stage} {count:,}" for stage, count in counts)
 
 

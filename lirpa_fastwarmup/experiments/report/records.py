@@ -197,7 +197,6 @@ def _inspect_network(record: RunRecord, model: _SavedModel, data_dir: Path | Non
 
 
 def _bounded_samples(bounded: BoundedModule, dataset: data.Dataset, eps: float) -> list[Sample]:
-    """Evenly spaced test samples with the margins that IBP proves."""
     indices = data.spread_indices(len(dataset.test), _BOUNDED)
     batches = data.Batches(dataset.test.take(indices), _INSPECTED)
     found = evaluate(bounded, batches, eps, restarts=0, input_range=dataset.input_range, check=False)

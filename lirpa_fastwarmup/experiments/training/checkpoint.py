@@ -13,7 +13,7 @@ from lirpa_fastwarmup.verification.folder import WRITTEN as CERTIFICATES
 MODEL, HISTORY, SUMMARY, CHECKPOINT = "model.pt", "history.csv", "summary.json", "checkpoint.pt"
 CURVES = "curves.png"
 
-_FORMATS = (1, 2)  # Both are read; the last one is written.
+_FORMAT = 2
 _ENTRIES = {"settings", "train_samples", "objective", "optimizer", "batches", "average", "position"}
 _MISFITS = (TypeError, ValueError, KeyError, AttributeError)
 
@@ -46,7 +46,7 @@ def remove(folder: Path, *names: str) -> None:
 def save(folder: Path, run: build.Run, position: loop.Position, *, fresh: bool) -> None:
     """Write the state of ``run``, on rank 0; every process must call this. ``fresh``: replace an earlier run."""
     content = {
-        "format": _FORMATS[-1],
+        "format": _FORMAT,
         "settings": run.settings.as_dict(),
         "train_samples": len(run.train_batches.split),
         "objective": run.objective.state_dict(),
@@ -69,7 +69,7 @@ def read(path: Path) -> dict[str, Any]:
         problem = f"{path.parent} holds no checkpoint ({path.name}) to resume from"
         when = "a run writes one when it finishes its first epoch, or is interrupted"
         raise FileNotFoundError(f"{problem}: {when}. Start one there first, without --resume")
-    content = network.read_format(path, _FORMATS)
+    content = network.read_format(path, _FORMAT)
     problem = f"this version of lirpa_fastwarmup cannot read the settings in {path}"
     with refused(problem, *_MISFITS, advice=". Use the version that wrote it, or retrain"):
         content["settings"] = settings.Settings.from_dict(content["settings"])

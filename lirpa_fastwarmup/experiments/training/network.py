@@ -1,6 +1,6 @@
 """The network of a run, and the file ``model.pt`` that holds it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from lirpa_fastwarmup.experiments import data
 from lirpa_fastwarmup.experiments.training.settings import Settings
 from lirpa_fastwarmup.recipe.full_batchnorm import insert_batchnorm
 
-_FORMATS = (2, 3)  # Both are read; the last one is written.
+_FORMAT = 3
 _ARCHITECTURE = {"model", "in_shape", "classes", "width", "hidden", "batchnorm"}
 _DAMAGED = "was not written by lirpa_fastwarmup, or is damaged (truncated?): restore it from a copy, or retrain"
 
@@ -34,7 +34,7 @@ def build_network(architecture: Mapping[str, Any]) -> nn.Module:
 def save_model(path: Path, model: nn.Module, architecture: Mapping[str, Any], settings: Settings, epoch: int) -> None:
     """Write the network, and what :func:`load_model` needs to build it again."""
     content = {
-        "format": _FORMATS[-1],
+        "format": _FORMAT,
         "epoch": epoch,
         "architecture": dict(architecture),
         "settings": settings.as_dict(),
@@ -80,22 +80,21 @@ def load_dataset(settings: Settings, path: Path, data_dir: Path | None = None, *
     return data.load(settings.dataset, data_dir or settings.data_dir, settings.input_range)
 
 
-def read_format(path: Path, formats: Sequence[int], content: Any = None) -> dict[str, Any]:
-    """Read a file of tensors to the CPU; raise ValueError if it is damaged or has none of ``formats``."""
+def read_format(path: Path, expected: int, content: Any = None) -> dict[str, Any]:
+    """Read a file of tensors to the CPU; raise ValueError if it is damaged or has another format."""
     content = storage.read_tensors(path, _DAMAGED) if content is None else content
     found = content.get("format") if isinstance(content, dict) else type(content).__name__
-    if not isinstance(content, dict) or found not in formats:
-        known = " and ".join(map(str, formats))
-        problem = f"{path} has format {found}, and this version of lirpa_fastwarmup reads the formats {known}"
+    if not isinstance(content, dict) or found != expected:
+        problem = f"{path} has format {found}, and this version of lirpa_fastwarmup reads format {expected}"
         raise ValueError(f"{problem}: use the version that wrote it, or retrain")
-    if found == formats[-1] and not storage.has_checksum(path):  # Earlier formats have none.
+    if not storage.has_checksum(path):
         raise ValueError(f"{path} {_DAMAGED} (its checksum is missing)")
     return content
 
 
 def read_model(path: Path, content: Any = None) -> dict[str, Any]:
     """Read ``model.pt``, its settings as :class:`Settings`; ``content`` is what it holds, if it was read before."""
-    content = dict(read_format(path, _FORMATS, content))
+    content = dict(read_format(path, _FORMAT, content))
     for name in ("architecture", "settings", "state_dict"):
         if not isinstance(content.get(name), dict):
             raise ValueError(f"{path} is not the model of a run: it lacks {name}")

@@ -224,12 +224,6 @@ class Settings:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Settings:
         """The inverse of :meth:`as_dict`; raises TypeError if a setting is unknown or missing."""
-        values = dict(values)
-        if "bound" in values:  # Of an earlier version, as the next three.
-            values["loss"], kappa = values.pop("bound"), values.get("kappa")
-            values["kappa"] = (0.0, 0.0) if kappa is None else (1.0, kappa)
-        if ablated := [name for name in ("bn_mean", "bn_var", "bn_affine") if not values.pop(name, True)]:
-            raise ValueError(f"{', '.join(ablated)} off: this version trains no network with a part of BatchNorm only")
         data_dir = None if values.get("data_dir") is None else Path(values["data_dir"])
         tuples = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
         return cls(**{**values, **tuples, "data_dir": data_dir})
