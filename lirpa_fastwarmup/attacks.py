@@ -77,10 +77,8 @@ class PGD:
         if not (0 < self.step_size < math.inf):
             raise ValueError(f"step_size, a fraction of the box's half-width, must be above 0, found {self.step_size}")
         if not 1 <= self.scale < math.inf:
-            raise ValueError(
-                f"scale is the attacked radius over the certified one, found {self.scale}: below 1 the attack would "
-                "miss points of the box that is certified. Pass 1 or more"
-            )
+            text = f"scale is the attacked radius over the certified one, found {self.scale}: below 1 the attack would "
+            raise ValueError(text + "miss points of the box that is certified. Pass 1 or more")
         if self.decay is not None and not (0 < self.decay[0] <= 1 and all(at > 0 for at in self.decay[1])):
             raise ValueError(f"decay is a factor from 0 to 1, and numbers of steps, found {self.decay}")
 
@@ -206,7 +204,11 @@ def _descend(
         found = found.or_better(Attack(point.detach(), scores.detach(), succeeded), until_misclassified)
         if step == len(strides) or (until_misclassified and bool(found.succeeded.all())):
             break
-        (gradient,) = torch.autograd.grad(scores, point, torch.ones_like(scores))
+        gradient = None
+        if scores.requires_grad:
+            (gradient,) = torch.autograd.grad(scores, point, torch.ones_like(scores), allow_unused=True)
+        if gradient is None:  # The network computes without gradients: the start is all that is attacked.
+            break
         point = torch.min(torch.max(point.detach() - strides[step] * gradient.sign(), lower), upper)
         if not best and step == len(strides) - 1:
             return Attack(point, found.margins, found.succeeded)

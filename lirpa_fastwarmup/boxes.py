@@ -43,10 +43,8 @@ def check_eps(eps: Epsilon, input_range: InputRange | None = None) -> None:
         raise ValueError(f"input_range must not begin above its end; found {input_range}")
     width = float((high - low).max())
     if max(values) > width:
-        raise ValueError(
-            f"eps is {eps}, and the input range {input_range} is only {width:g} wide, so every box would be the whole "
-            "range. eps is in units of the input: for pixels from 0 to 1, write 8/255, not 8"
-        )
+        text = f"eps is {eps}, and the input range {input_range} is only {width:g} wide, so every box would be the "
+        raise ValueError(text + "whole range. eps is in units of the input: for pixels from 0 to 1, write 8/255, not 8")
 
 
 def check_positive(eps: Epsilon) -> None:
@@ -79,16 +77,25 @@ def broadcast_to_batch(value: float | Tensor, x: Tensor, what: str) -> float | T
     except RuntimeError:
         fits = False
     if not fits:
-        raise ValueError(
-            f"{what} has shape {tuple(value.shape)}, which does not fit inputs of shape {tuple(x.shape[1:])}: pass a "
-            "number, one value per channel, or a tensor of the input's shape"
-        )
+        text = f"{what} has shape {tuple(value.shape)}, which does not fit inputs of shape {tuple(x.shape[1:])}: pass "
+        raise ValueError(text + "a number, one value per channel, or a tensor of the input's shape")
     return value.to(x).view(shape)
 
 
 def is_per_sample(eps: Any, x: Tensor) -> TypeGuard[Tensor]:
     """Whether ``eps`` has as many dimensions as the batch ``x``, the first one for the samples."""
     return isinstance(eps, Tensor) and eps.ndim == x.ndim
+
+
+def converted(x: Tensor, dtype: torch.dtype, eps: Epsilon) -> Tensor:
+    """``x`` in ``dtype``; raises ValueError if rounding moves an element by more than a hundredth of its radius."""
+    rounded = x.to(dtype)
+    if x.dtype == torch.float64 != dtype:
+        moved, radius = (rounded.double() - x).abs(), torch.as_tensor(broadcast_to_batch(eps, x, "eps"))
+        if bool(((moved > radius / 100) & (radius > 0)).any()):
+            text = f"converting the inputs to {dtype} moves them by up to {float(moved.max()):.2g}, too far for their "
+            raise ValueError(text + "boxes' radius: subtract a constant from the data, as part of the network's input")
+    return rounded
 
 
 def radii_of(eps: Epsilon, x: Tensor, samples: Tensor | slice) -> Epsilon:
@@ -149,10 +156,9 @@ def check_input_shapes(inputs: Sequence[Tensor], example: Sequence[Tensor]) -> N
         raise TypeError(f"inputs must be tensors, found {', '.join(kinds)}: for arrays, pass torch.from_numpy(x)")
     expected, found = ([tuple(one.shape[1:]) for one in tensors] for tensors in (example, inputs))
     if found != expected:
-        raise ValueError(
-            f"the network was wrapped for inputs of shape {', '.join(map(str, expected))}, batch aside; found "
-            f"{', '.join(map(str, found))}. Pass the inputs alone, batch first, or wrap the network for these shapes"
-        )
+        text = f"the network was wrapped for inputs of shape {', '.join(map(str, expected))}, batch aside; found "
+        text += f"{', '.join(map(str, found))}. Pass the inputs alone, "
+        raise ValueError(text + "batch first, or wrap the network for these shapes")
 
 
 def check_shapes(x: Tensor, y: Tensor) -> None:

@@ -68,10 +68,9 @@ class MicroBatches:
 
     def _shrink(self, tried: int, what: str, error: Exception) -> None:
         if tried == 1:
-            raise OutOfMemoryError(
-                f"{what} needs more memory than there is, for a single sample: leave the method out, or use a machine "
-                f"with more memory or a smaller network ({str(error).splitlines()[0]})"
-            ) from error
+            text = f"{what} needs more memory than there is, for a single sample: leave the method out, or use a "
+            text += "machine with more memory or a smaller "
+            raise OutOfMemoryError(text + f"network ({str(error).splitlines()[0]})") from error
         self.size = (tried + 1) // 2
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()

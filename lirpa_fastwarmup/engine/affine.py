@@ -4,7 +4,6 @@ BatchNorm, which in IBP has the statistics of the clean pass, is a map s·z + t:
 the bias s·b + t. The engine forms the interval behind every operator.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -36,7 +35,7 @@ def affine_interval(
     source = layer.inputs[0]
     rectified = type(source) is _engine.BoundRelu and len(source.output_name) == 1 and source not in first
     box, weight, *rest = [interval_of(one) for one in (source.inputs[0] if rectified else source, *layer.inputs[1:])]
-    if torch.is_autocast_enabled(box[0].device.type) or _engine.Interval.get_perturbation(box)[0] != math.inf:
+    if torch.is_autocast_enabled(box[0].device.type):
         return None
     (lower, upper), weight, bias = box, weight[0], rest[0][0] if rest else None
     if isinstance(layer, _CONVOLUTION):

@@ -1,10 +1,10 @@
 """BatchNorm nodes: state shared with the model, whose buffers the engine copies, batch statistics, and intervals."""
 
-import math
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -75,12 +75,27 @@ def _per_channel(values: Tensor, x: Tensor) -> Tensor:
     return values.view(1, -1, *[1] * (x.ndim - 2))
 
 
+class _FunctionalNorm(NamedTuple):
+    """F.batch_norm called by ``module``, in its mode, as a BatchNorm module."""
+
+    module: nn.Module
+    eps: float
+    momentum: float
+    num_batches_tracked: None = None
+    track_running_stats: bool = True
+
+    @property
+    def training(self) -> bool:
+        return self.module.training
+
+
 class SharedBatchNorm(BoundBatchNormalization):
     """BatchNorm that updates the running statistics of the nn.Module it was traced from."""
 
     # In training mode, a forward pass normalises by its own "batch", by the "last" one, or by the "running" statistics.
     statistics = "batch"
-    owner: tuple[_BatchNorm]  # The module, in a tuple, so that it is not registered as a child of the node.
+    # In a tuple, so that the module is not registered as a child of the node.
+    owner: tuple["_BatchNorm | _FunctionalNorm"]
     updates_running_stats: bool  # Whether a pass in training mode moves the running statistics.
     over_ranks: bool  # Whether batch statistics are computed over the batches of all processes.
     current_mean: Tensor
@@ -93,7 +108,7 @@ class SharedBatchNorm(BoundBatchNormalization):
             mean, var = (m, v) if self.statistics == "running" else (self.current_mean, self.current_var)
             scale = w / (var + self.eps).sqrt()
             return x * _per_channel(scale, x) + _per_channel(b - mean * scale, x)
-        if self.updates_running_stats:
+        if self.updates_running_stats and self.owner[0].track_running_stats:
             self.momentum = self._count_batch()
         else:
             m, v = m.clone(), v.clone()
@@ -103,7 +118,7 @@ class SharedBatchNorm(BoundBatchNormalization):
         return result
 
     def interval_propagate(self, *v: Any) -> Any:
-        if self.bn_mode != "forward" or _engine.Interval.get_perturbation(v[0])[0] != math.inf:
+        if self.bn_mode != "forward":
             return super().interval_propagate(*v)
         (lower, upper), constants = v[0], self.scale_and_shift(*(interval[0] for interval in v[1:]))
         scale, shift = (_per_channel(one, lower) for one in constants)
@@ -144,7 +159,7 @@ def _nodes_of(bounded: Any, kind: Any = SharedBatchNorm) -> list[Any]:
 
 
 def adopt_batchnorm(bounded: Any, model: nn.Module, kind: type[SharedBatchNorm]) -> None:
-    """Turn each BatchNorm node traced from a module of ``model`` into one of class ``kind``.
+    """Turn each BatchNorm node whose statistics are buffers of ``model`` into one of class ``kind``.
 
     Raises:
         NotImplementedError: ``bound_opts`` omit a part of BatchNorm.
@@ -154,9 +169,10 @@ def adopt_batchnorm(bounded: Any, model: nn.Module, kind: type[SharedBatchNorm])
             text = "bound_opts['bn'] omits a part of BatchNorm, so that the bounded network computes another function "
             raise NotImplementedError(text + "than the model: remove the option, or change the model")
         owner = _owner(model, getattr(node.inputs[3], "ori_name", ""))
-        if owner is not None and isinstance(owner[0], _BatchNorm):
+        if owner is not None:
+            is_module = isinstance(owner[0], _BatchNorm)
+            node.owner = (owner[0] if is_module else _FunctionalNorm(owner[0], node.eps, node.momentum),)
             node.__class__ = kind
-            object.__setattr__(node, "owner", (owner[0],))
             node.updates_running_stats, node.over_ranks = True, False
             for source in node.inputs[1:3]:
                 if type(source) is _engine.BoundConstant:
@@ -189,16 +205,21 @@ def normalized_by(bounded: Any, statistics: str) -> AbstractContextManager[None]
 
 @dataclass(frozen=True)
 class StateLink:
-    """A node, and the module and attribute of the model that hold its tensor."""
+    """A node, and the module and attribute of the model that hold its tensor; ``tied`` are further ones."""
 
     node: Any
     owner: nn.Module
     attribute: str
+    tied: Sequence[tuple[nn.Module, str]] = ()
 
     def refresh(self) -> None:
         """Point the node to the model's current tensor, which ``.to`` and loading may have replaced."""
         kind, name = ("_parameters", "param") if isinstance(self.node, _engine.BoundParams) else ("_buffers", "buffer")
-        getattr(self.node, kind)[name] = getattr(self.owner, kind)[self.attribute]
+        current = getattr(self.owner, kind)[self.attribute]
+        if any(owner._parameters.get(attribute) is not current for owner, attribute in self.tied):
+            text = f"the parameter {self.node.ori_name!r} was shared by several modules when the network was wrapped, "
+            raise ValueError(text + "and is no longer: build a BoundedModule again")
+        getattr(self.node, kind)[name] = current
 
 
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str] | None:
@@ -215,7 +236,11 @@ def state_links(bounded: Any, model: nn.Module) -> list[StateLink]:
     """The links of every parameter and buffer node of ``bounded`` to ``model``."""
     nodes = _nodes_of(bounded, (_engine.BoundParams, _engine.BoundBuffers))
     owners = [(node, _owner(model, node.ori_name)) for node in nodes]
-    return [StateLink(node, *owner) for node, owner in owners if owner is not None]
+    holders: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, value in module._parameters.items():
+            holders.setdefault(id(value), []).append((module, name))
+    return [StateLink(node, *own, holders.get(id(getattr(*own)), ())) for node, own in owners if own is not None]
 
 
 def share_batchnorm_state(bounded: Any, model: nn.Module) -> list[str]:

@@ -66,10 +66,8 @@ def class_count(bounded: Any) -> int:
     """The number of classes of a BoundedModule; refuses outputs that are not (batch, classes ≥ 2)."""
     shape = tuple(bounded.final_shape)
     if len(shape) != 2 or shape[1] < 2:
-        raise ValueError(
-            f"expected a classifier whose output is (batch, classes ≥ 2), found {shape}, without margins: give the "
-            "network one output per class (for a single score s, the two outputs 0 and s)"
-        )
+        text = f"expected a classifier whose output is (batch, classes ≥ 2), found {shape}, without margins: give the "
+        raise ValueError(text + "network one output per class (for a single score s, the two outputs 0 and s)")
     return int(shape[1])
 
 
@@ -86,11 +84,14 @@ def margin_matrix(labels: Tensor, classes: int, dtype: torch.dtype, others: Tens
 
 
 def ibp_margin_bounds(
-    bounded: BoundedModule, box: Any, labels: Tensor, classes: int, *, reuse_statistics: bool = False
+    bounded: Any, box: Any, labels: Tensor, classes: int, *, reuse_statistics: bool = False
 ) -> tuple[Tensor, Tensor]:
     """IBP lower and upper bounds on z_y − z_j for j ≠ y, each (batch, classes − 1), over a box, or a tuple of boxes."""
     boxes = box if isinstance(box, tuple) else (box,)
-    rows = unread_rows(labels, classes, next(x.dtype for x in boxes if x.is_floating_point()))
+    dtype = next(x.dtype for x in boxes if x.is_floating_point())
+    if not isinstance(bounded, BoundedModule):  # The engine's own, which reuses the statistics of the last pass.
+        return bounded.compute_bounds(x=boxes, C=margin_matrix(labels, classes, dtype), method="IBP")
+    rows = unread_rows(labels, classes, dtype)
     lower, upper = bounded.compute_bounds(x=boxes, C=rows, method="IBP", reuse_statistics=reuse_statistics)
     others = other_classes(labels, classes)
     return lower.gather(1, others), upper.gather(1, others)

@@ -66,7 +66,6 @@ def _mark_as_data(values: Iterable[Any]) -> None:
 
 
 def _is_data(value: Any) -> bool:
-    """Whether ``value`` can differ for another batch."""
     return isinstance(value, Tensor) and (hasattr(value, _DATA) or value.is_floating_point())
 
 

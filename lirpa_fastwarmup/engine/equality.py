@@ -77,10 +77,8 @@ def _outputs(model: nn.Module, inputs: Sequence[Tensor]) -> Tensor:
     given = [x.clone() for x in inputs]
     outputs: Tensor = model(*given)
     if not all(torch.equal(x, before) for x, before in zip(given, inputs, strict=True)):
-        raise NotImplementedError(
-            "the network changes its input in place, so a box around the input would change too: remove inplace=True "
-            "from its first operation"
-        )
+        text = "the network changes its input in place, so a box around the input would change too: remove "
+        raise NotImplementedError(text + "inplace=True from its first operation")
     return outputs
 
 
@@ -94,11 +92,9 @@ def _require_independence(model: nn.Module, inputs: list[Tensor], expected: Tens
         mixed = [_others_changed(x, kept) for x in inputs]
         found = _outputs(model, mixed)
         if found.shape != expected.shape or not _close(found[kept : kept + 1], expected[kept : kept + 1], model, mixed):
-            raise NotImplementedError(
-                "the output for one sample depends on the other samples of its batch, also in evaluation mode, so a "
-                "certificate would hold for this batch only. Remove operations that mix a batch (flips, sums, means "
-                "and products over the first dimension)"
-            )
+            text = "the output for one sample depends on the other samples of its batch, also in evaluation mode, so a "
+            text += "certificate would hold for this batch only. Remove operations that mix a batch (flips, sums, "
+            raise NotImplementedError(text + "means and products over the first dimension)")
 
 
 def _others_changed(x: Tensor, kept: int) -> Tensor:
@@ -113,17 +109,14 @@ def _compare(bounded: Any, model: nn.Module, inputs: list[Tensor], expected: Ten
     try:
         found = bounded.forward(*inputs)
     except Exception as error:
-        raise NotImplementedError(
-            f"auto_LiRPA {compat.ENGINE_VERSION} fails on a batch of {len(inputs[0])}, which the network itself "
-            f"supports ({type(error).__name__}: {error}). {_first_difference(bounded, model, inputs)}"
-        ) from error
+        text = f"auto_LiRPA {compat.ENGINE_VERSION} fails on a batch of {len(inputs[0])}, which the network itself "
+        text += f"supports ({type(error).__name__}: {error}). "
+        raise NotImplementedError(text + f"{_first_difference(bounded, model, inputs)}") from error
     if _close(found, expected, model, inputs):
         return
     apart = f"by up to {(found - expected).abs().max():.2g}" if found.shape == expected.shape else "in shape"
-    raise NotImplementedError(
-        f"the bounded network computes another function than the model: on random inputs their outputs differ {apart}. "
-        f"{_first_difference(bounded, model, inputs)}"
-    )
+    text = "the bounded network computes another function than the model: on random inputs their outputs differ "
+    raise NotImplementedError(text + f"{apart}. {_first_difference(bounded, model, inputs)}")
 
 
 def _close(found: Tensor, expected: Tensor, model: nn.Module, inputs: Sequence[Tensor]) -> bool:

@@ -63,6 +63,8 @@ class Layout:
             if is_index and (largest := int(part.abs().max())) > _LARGEST:
                 raise ValueError(f"integer inputs must be at most {_LARGEST}; found {largest}")
         dtype = next((part.dtype for part in parts if part.is_floating_point()), torch.get_default_dtype())
+        if not all(self._floating):  # Half precision would round integers.
+            dtype = torch.promote_types(dtype, torch.float32)
         return torch.cat([part.reshape(len(part), -1).to(dtype) for part in parts], 1)
 
     def unpack(self, packed: Tensor) -> tuple[Any, ...]:

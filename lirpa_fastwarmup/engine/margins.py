@@ -87,7 +87,7 @@ def margin_interval(node: Any, labels: Tensor, interval_of: Callable[[Any], Any]
     is_linear = isinstance(node, engine.bound_general.BoundLinear) and isinstance(node.inputs[1], _CONSTANT)
     on_vectors = is_linear and len(node.inputs[0].output_shape) == 2 and not node.is_input_perturbed(1)
     inputs = [interval_of(source) for source in node.inputs] if on_vectors else []
-    if not inputs or engine.bound_general.Interval.get_perturbation(inputs[0])[0] != math.inf:
+    if not inputs:
         own, (lower, upper) = labels.unsqueeze(1), interval_of(node)
         return lower.gather(1, own) - upper, upper.gather(1, own) - lower
     (low, weight, *bias), (high, *_) = (node._preprocess(*ends) for ends in zip(*inputs, strict=True))

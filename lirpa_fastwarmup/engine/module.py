@@ -1,8 +1,10 @@
 """The engine's BoundedModule, as a view of the nn.Module that it wraps: one state, one mode, the same function."""
 
 import functools
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from typing import Any, Self
 
 import torch
@@ -31,10 +33,9 @@ def _like(model: nn.Module) -> Tensor:
 
 def _require_plain(model: nn.Module) -> None:
     if isinstance(model, engine.BoundedModule):
-        raise TypeError(
-            "expected a plain nn.Module, found a BoundedModule. Wrap the network itself. For a plain engine module, "
-            "lirpa_fastwarmup.share_batchnorm_state(bounded, model) joins BatchNorm's statistics with the model's"
-        )
+        text = "expected a plain nn.Module, found a BoundedModule. Wrap the network itself. For a plain engine module, "
+        text += "lirpa_fastwarmup.share_batchnorm_state(bounded, "
+        raise TypeError(text + "model) joins BatchNorm's statistics with the model's")
     perturbed = [name for name, value in model.named_parameters() if isinstance(value, engine.BoundedParameter)]
     if perturbed:
         raise NotImplementedError(
@@ -42,20 +43,17 @@ def _require_plain(model: nn.Module) -> None:
         )
 
 
-def _check_structure(model: nn.Module, example: tuple[Tensor, ...]) -> None:
+def _check_structure(model: nn.Module, example: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    """Warn of what a trace cannot follow; return the buffers that it holds as constants."""
     observed, reasons = tracing.untraceable(model, example)
     if not isinstance(observed.output, Tensor):
-        raise TypeError(
-            f"the network returns a {type(observed.output).__name__}, but bounds need one tensor: wrap it in a module "
-            "that returns the logits alone"
-        )
+        text = f"the network returns a {type(observed.output).__name__}, but bounds need one tensor: wrap it in a "
+        raise TypeError(text + "module that returns the logits alone")
     if reasons:
-        warnings.warn(
-            f"the network's path is not fixed: {'; '.join(reasons)}. Bounds hold for the path that the example input "
-            "takes in evaluation mode, and are wrong on any other. Use tensor operations (torch.where) instead",
-            tracing.TracedPathWarning,
-            stacklevel=3,
-        )
+        text = f"the network's path is not fixed: {'; '.join(reasons)}. Bounds hold for the path that the example "
+        text += "takes in evaluation mode, and are wrong on any other. Use tensor operations (torch.where) instead"
+        warnings.warn(text, tracing.TracedPathWarning, stacklevel=3)
+    return observed.constants
 
 
 class BoundedModule(engine.BoundedModule):
@@ -128,7 +126,7 @@ class BoundedModule(engine.BoundedModule):
         exact = functools.partial(exact_arithmetic, like.device)
         # A trace would record autocast's conversions, and fails under a dispatch mode (see `memory`).
         with _disable_current_modes(), tracing.unchanged(model), exact(), default_dtype(like.dtype):
-            _check_structure(model, self.example)
+            self._constants = _check_structure(model, self.example)
             self._build_engine(model, global_input, device)
             if self._reviewed.needs_matrices and self.conv_mode == "patches":
                 self._build_engine(model, global_input, device, conv_mode="matrix")
@@ -158,7 +156,13 @@ class BoundedModule(engine.BoundedModule):
         # Nodes hold the graphs of the last pass, so copies and pickles are rebuilt from their copy of the model.
         like = _like(self.wrapped)
         example = tuple(x.to(like) if x.is_floating_point() else x.to(like.device) for x in self.example)
-        return functools.partial(type(self), **self._arguments), (self.wrapped, example, self._options)
+        state = {"radius_dtype": self.radius_dtype, "over_ranks": self.over_ranks}
+        return functools.partial(type(self), **self._arguments), (self.wrapped, example, self._options), state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.radius_dtype = state["radius_dtype"]
+        if state["over_ranks"]:
+            self.join_ranks()
 
     @property
     def given_options(self) -> dict[str, Any]:
@@ -249,9 +253,13 @@ class BoundedModule(engine.BoundedModule):
         return self
 
     def _follow_wrapped(self) -> None:
-        """Adopt the wrapped model's mode, and tensors that were replaced."""
+        """Adopt the wrapped model's mode and replaced tensors; raise ValueError if the trace does not fit them."""
         for link in self._links:
             link.refresh()
+        for name, value in self._constants.items():
+            if not torch.equal(self.wrapped.get_buffer(name).to(value), value):
+                text = f"the network reads its buffer {name!r} in Python, and it has changed since it was wrapped: "
+                raise ValueError(text + "build a BoundedModule again, or compute with the tensor itself")
         batchnorm.follow_modules(self, self.wrapped.training)
 
     def forward(self, *x: Any, **kwargs: Any) -> Any:
@@ -265,6 +273,10 @@ class BoundedModule(engine.BoundedModule):
         """The network's inputs, also from one tensor that packs them, with checked shapes."""
         x = self.layout.unpack(x[0]) if len(x) == 1 < len(self.example) else x
         check_input_shapes(x, self.example)
+        for ptb in (getattr(one, "ptb", None) for one in x):
+            if ptb is not None and getattr(ptb, "norm", None) != math.inf:
+                text = f"bounds over {ptb} have not been tested, and some would be of radius 0: use input_box, or "
+                raise NotImplementedError(text + "PerturbationLpNorm with norm=float('inf')")
         return x
 
     def compute_bounds(self, x: Any = None, *args: Any, reuse_statistics: bool = False, **kwargs: Any) -> Any:
@@ -296,18 +308,20 @@ class BoundedModule(engine.BoundedModule):
             x = self._unpacked((x,) if isinstance(x, Tensor) else tuple(x))
         method = kwargs.get("method", args[2] if len(args) > 2 else None) or "backward"
         if self._reviewed.interval_only and method.lower() not in ("ibp", "interval"):
-            raise NotImplementedError(
-                f"auto_LiRPA {ENGINE_VERSION} has only IBP bounds for {'; '.join(self._reviewed.interval_only)}: use "
-                f"method='IBP', or write the network with other operators.{self._reviewed.advice}"
-            )
+            text = f"auto_LiRPA {ENGINE_VERSION} has only IBP bounds for {'; '.join(self._reviewed.interval_only)}: "
+            text += "use method='IBP', or write the network "
+            raise NotImplementedError(text + f"with other operators.{self._reviewed.advice}")
         self._follow_wrapped()
+        like = _like(self.wrapped)
         # Both releases create some tensors without a dtype.
         with (
             temporarily([self], "_bounding", True),
             temporarily([self], "final_shape", self.final_shape),  # alpha-CROWN overwrites it by the shape of C.
             batchnorm.frozen_running_stats(self),
             tracing.named_failures(self, method),
-            default_dtype(_like(self.wrapped).dtype),
+            default_dtype(like.dtype),
+            # Bounds must not be rounded to half the precision; in training mode they may be.
+            nullcontext() if self.training else torch.autocast(like.device.type, enabled=False),
         ):
             modes = (node.training and getattr(node, "bn_mode", "") == "forward" for node in self._modules.values())
             keeps_batch = any(modes) or any(isinstance(node, _bound.BoundShape) for node in self._modules.values())

@@ -221,10 +221,7 @@ class LinfConcat(_engine.BoundConcat):
     """Concatenation of intervals, the input box included, on which 0.7's fails."""
 
     def interval_propagate(self, *v: Any) -> Any:
-        perturbations = [getattr(interval, "ptb", None) for interval in v]
-        if all(ptb is None or getattr(ptb, "norm", None) == math.inf for ptb in perturbations):
-            return self.forward(*(interval[0] for interval in v)), self.forward(*(interval[1] for interval in v))
-        return super().interval_propagate(*v)
+        return self.forward(*(interval[0] for interval in v)), self.forward(*(interval[1] for interval in v))
 
 
 class BatchReshape(_engine.BoundReshape):
@@ -406,8 +403,6 @@ class BoundConstantArithmetic(_engine.Bound):
         return operation(c, x) if self.constant_first else operation(x, c)
 
     def interval_propagate(self, *v: Any) -> tuple[Tensor, Tensor]:
-        if getattr(getattr(v[0], "ptb", None), "norm", math.inf) != math.inf:
-            raise NotImplementedError("arithmetic with a constant on an input box of another norm than l∞")
         scale, shift = self._scale_and_shift()
         one, other = (scale * end + shift for end in v[0])
         if isinstance(scale, float):
@@ -504,10 +499,8 @@ def _adopt_constants(nodes: list[Any]) -> None:
             continue
         data, constant = node.inputs if values[0] else reversed(node.inputs)
         if id(constant) in of_data:
-            raise NotImplementedError(
-                "an operand of a sum or product is expanded to the shape of the input (expand_as, or a shape read in "
-                "Python): use broadcasting instead"
-            )
+            text = "an operand of a sum or product is expanded to the shape of the input (expand_as, or a shape read "
+            raise NotImplementedError(text + "in Python): use broadcasting instead")
         node.__class__ = BoundConstantArithmetic
         node.operation, node.constant, node.constant_first = operation, (constant,), not values[0]
         constant.output_name.remove(node.name)

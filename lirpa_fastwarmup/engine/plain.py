@@ -36,6 +36,8 @@ def view_of(bounded: Any) -> BoundedModule:
     if view is None:
         view = _joined(bounded)
         object.__setattr__(bounded, _VIEW, view)
+    with unchanged(view.wrapped), torch.no_grad():  # Either may have been given other tensors or modules since.
+        _require_same(bounded, view, view.wrapped)
     if view.training != bounded.training:
         view.train(bounded.training)
     return view
@@ -44,10 +46,8 @@ def view_of(bounded: Any) -> BoundedModule:
 def _joined(bounded: Any) -> BoundedModule:
     record: Record | None = vars(bounded).get(RECORD)
     if record is None:
-        raise ValueError(
-            "this auto_LiRPA BoundedModule was built before lirpa_fastwarmup was imported, so the network that it was "
-            f"built from is unknown: import lirpa_fastwarmup at the top of the script. {_BUILD}, if that is no option"
-        )
+        text = "this auto_LiRPA BoundedModule was built before lirpa_fastwarmup was imported, so the network in it is "
+        raise ValueError(text + f"unknown: import lirpa_fastwarmup at the top of the script. {_BUILD}, if you cannot")
     model: nn.Module = record.model
     _choose_statistics(bounded, record)
     given = {name: value for name, value in record.arguments.items() if name not in ("self", "model", "verbose")}
@@ -57,8 +57,6 @@ def _joined(bounded: Any) -> BoundedModule:
     for node in bounded._modules.values():
         if type(node) is engine.bound_general.BoundParams:
             node.__class__ = SharedParameter  # The engine's changes requires_grad with the mode.
-    with unchanged(model), torch.no_grad():
-        _require_same(bounded, view, model)
     return view
 
 
@@ -70,11 +68,9 @@ def _choose_statistics(bounded: Any, record: Record) -> None:
     moved = [name for name, value in copies.items() if not _equal(value, record.copies.get(name))]
     own_moved = [name for name, value in own.items() if not _equal(value, record.after.get(name))]
     if moved and any(name in copies for name in own_moved):
-        raise ValueError(
-            f"the BoundedModule and the network that it was built from both changed {moved[0]!r} since, each its own "
-            "copy, so it is unknown which one to certify: call lirpa_fastwarmup.share_batchnorm_state(bounded, model) "
-            "right after building it"
-        )
+        text = f"the BoundedModule and the network that it was built from both changed {moved[0]!r} since, each its "
+        text += "own copy, so it is unknown which one to certify: call "
+        raise ValueError(text + "lirpa_fastwarmup.share_batchnorm_state(bounded, model) right after building it")
     if copies and not own_moved:  # Otherwise the network goes its own way, also through shared buffers.
         with torch.no_grad():
             for name, value in {**record.before, **copies}.items():

@@ -47,6 +47,15 @@ def class_margins(logits: Tensor, labels: Tensor) -> Tensor:
     return logits.gather(1, own) - logits[others].view(len(logits), -1)
 
 
+def attained_margins(logits: Tensor, labels: Tensor) -> Tensor:
+    """:func:`class_margins`, plus the rounding of logits that share a large offset."""
+    return class_margins(logits, labels) + _rounding(logits)
+
+
+def _rounding(logits: Tensor) -> Tensor:
+    return 8 * torch.finfo(logits.dtype).eps * logits.abs().amax(1, keepdim=True)
+
+
 def corners_of(x: Tensor, eps: Epsilon, input_range: InputRange | None) -> tuple[Tensor, Tensor]:
     """The lowest and the highest corner of each box; independent of box_ends, which it checks."""
     radius = broadcast_to_batch(eps, x, "eps")
@@ -111,9 +120,10 @@ def _contradictions(
         wrong += escapes(bounded, margins, y, *corners_of(x, radius, input_range), points=given)
         found += [(place, f"{text}, by {method}") for place, text in wrong]
     with torch.no_grad():
-        margins, lower = class_margins(network.model(x), y), network.lower(input_box(x, 0.0, input_range), y, method)
+        logits, lower = network.model(x), network.lower(input_box(x, 0.0, input_range), y, method)
+        margins = class_margins(logits, y)
         scale = 1 + torch.maximum(lower.abs(), margins.abs()).amax(1, keepdim=True)
-        off = ((lower - margins).abs() > _POINT_SLACK[lower.dtype] * scale).any(1)
+        off = ((lower - margins).abs() > _POINT_SLACK[lower.dtype] * scale + _rounding(logits)).any(1)
     text = f"has other margins than {method} gives the box of radius 0 around it"
     return found + [(place, text) for place in off.nonzero().flatten().tolist()]
 
@@ -132,7 +142,7 @@ def escapes(
     found: list[Finding] = []
     for point in itertools.chain(points, _corners(lower, upper, generator), extremes):
         with torch.no_grad():
-            attained = class_margins(bounded.plain(point), y)
+            attained = attained_margins(bounded.plain(point), y)
             bounded.forward(point)
         below = contradicted(margins, attained).nonzero().flatten().tolist()
         found += [(sample, "has a margin below its lower bound at a point of its box") for sample in below]
@@ -175,7 +185,6 @@ def _is_bounded(node: Any, batch: int) -> bool:
 
 
 def _corners(lower: Tensor, upper: Tensor, generator: torch.Generator) -> Iterator[Tensor]:
-    """The centre, and random corners."""
     yield (lower + upper) / 2
     for _ in range(_CORNERS):
         side = torch.rand(lower.shape, generator=generator).to(lower.device) < 0.5

@@ -20,6 +20,7 @@ from lirpa_fastwarmup.engine.compat import ENGINE_VERSION, engine
 from lirpa_fastwarmup.engine.graph import read_graph
 from lirpa_fastwarmup.engine.operators import operator_of
 from lirpa_fastwarmup.engine.places import Places, by_place, quiet_engine
+from lirpa_fastwarmup.engine.precision import temporarily
 from lirpa_fastwarmup.memory import is_out_of_memory
 
 _OURS = ("auto_LiRPA", "lirpa_fastwarmup")
@@ -70,23 +71,27 @@ class Recorder(TorchFunctionMode):
 class Observation(Recorder):
     """What one run of a network does, in its current mode.
 
-    ``value_reads`` holds ``file:line`` of each call in user code that reads a tensor's value, ``norm_modes`` whether
-    each functional batch_norm uses the statistics of the batch, ``altered`` calls that the exporter turns into another
-    function, and what to write instead.
+    ``value_reads`` holds ``file:line`` of each call in user code that reads a tensor's value, ``constants`` the buffers
+    that are read, by name, ``norm_modes`` whether each functional batch_norm uses the statistics of the batch (of
+    modules only where that is not their mode), ``altered`` calls that the exporter turns into another function, and
+    what to write instead, ``detached`` whether some calls compute no gradients.
     """
 
-    @torch.no_grad()
     def __init__(self, model: nn.Module, inputs: Sequence[Tensor]) -> None:
         super().__init__(self._inspect)
         norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
         self._counters = {id(module.num_batches_tracked) for module in norms}
-        self._statistics = {id(module.running_mean) for module in norms}
-        self._constants = {id(tensor) for tensor in model.buffers()}  # Training changes parameters.
+        self._norms = {id(module.running_mean): module for module in norms}
+        self._buffers = {id(tensor): name for name, tensor in model.named_buffers()}
+        self.constants: dict[str, Tensor] = {}
+        self.detached = False
         self.value_reads: dict[str, None] = {}
         self.operations: list[str] = []
         self.norm_modes: list[bool] = []
         self.altered: list[str] = []
-        self.output = self.run(model, inputs)
+        # Gradients are on, to see where the model switches them off, and need not be computed.
+        with torch.enable_grad(), temporarily(model.parameters(), "requires_grad", False):
+            self.output = self.run(model, inputs)
 
     def _inspect(self, name: str, args: Any, kwargs: Any, _: Any) -> None:
         first = id(args[0]) if args else None
@@ -94,14 +99,21 @@ class Observation(Recorder):
             return
         masks = name == "__getitem__" and isinstance(args[1], Tensor) and args[1].dtype == torch.bool
         reads = name in _READS_A_VALUE or masks or (name == "where" and len(args) == 1)
-        if reads and first not in self._constants:
+        if reads and first in self._buffers:  # Training changes parameters, and seldom buffers.
+            self.constants[self._buffers[first]] = args[0].detach().clone()
+        elif reads:
             frame = traceback.extract_stack(limit=3)[0]  # Of the code that called the function.
             self.value_reads[f"{frame.filename}:{frame.lineno}"] = None
-        if name == "batch_norm" and id(args[1] if len(args) > 1 else None) not in self._statistics:
-            self.norm_modes.append(bool(args[5] if len(args) > 5 else kwargs.get("training", False)))
+        self.detached |= name == "detach" or not torch.is_grad_enabled()
+        if name == "batch_norm":
+            by_batch = bool(args[5] if len(args) > 5 else kwargs.get("training", False))
+            module = self._norms.get(id(args[1] if len(args) > 1 else None))
+            if module is None or by_batch != module.training:
+                self.norm_modes.append(by_batch)
         self.altered += _altered_by_export(name, args, kwargs)
         # Dropout is also called in evaluation mode, where it does nothing.
-        self.operations.append(f"{name} {kwargs.get('training', True)}" if "dropout" in name else name)
+        random = "dropout" in name or name == "rrelu"
+        self.operations.append(f"{name} {kwargs.get('training', True)}" if random else name)
 
 
 def _altered_by_export(name: str, args: Any, kwargs: Any) -> list[str]:
@@ -120,15 +132,13 @@ def untraceable(model: nn.Module, inputs: Sequence[Tensor]) -> tuple[Observation
     """
     for name, module in model.named_modules():
         if hasattr(module, "_orig_mod"):
-            raise NotImplementedError(
-                f"{name or 'the network'} is wrapped by torch.compile, through which the engine does not see: pass the "
-                "module that you compiled (compiled._orig_mod). ShortWarmup(compile=True) compiles the training step"
-            )
+            text = f"{name or 'the network'} is wrapped by torch.compile, through which the engine does not see: pass "
+            text += "the module that you compiled (compiled._orig_mod). "
+            raise NotImplementedError(text + "ShortWarmup(compile=True) compiles the training step")
         if isinstance(module, _BatchNorm) and module.running_mean is None:
-            raise NotImplementedError(
-                f"{name!r} normalises every batch by itself, also in evaluation (track_running_stats=False): the "
-                "output for one input then depends on the others, and has no bound of its own. Use running statistics"
-            )
+            text = f"{name!r} normalises every batch by itself, also in evaluation (track_running_stats=False): the "
+            text += "output for one input then depends on the others, "
+            raise NotImplementedError(text + "and has no bound of its own. Use running statistics")
     Observation(model.eval(), inputs)  # The first call may build state.
     observed = Observation(model, inputs)
     if observed.altered:
@@ -136,6 +146,8 @@ def untraceable(model: nn.Module, inputs: Sequence[Tensor]) -> tuple[Observation
     reasons = [f"it reads the value of a tensor at {place}" for place in observed.value_reads]
     if _differs_in_training(model, inputs):
         reasons.append("it computes something else in training mode")
+    if observed.detached and any(parameter.requires_grad for parameter in model.parameters()):
+        reasons.append("it switches gradients off (no_grad, detach), and certified training does not")
     model.eval()
     return observed, reasons
 
@@ -251,10 +263,8 @@ def named_failures(bounded: Any, method: str) -> Iterator[None]:
             raise
         place = _place(bounded, [frame for frame, package in zip(frames, packages, strict=True) if package in _OURS])
         reason = f" ({type(error).__name__}: {error})" if str(error) else ""
-        raise NotImplementedError(
-            f"auto_LiRPA {ENGINE_VERSION} failed in {method} {place}{reason}: use another method, or write the network "
-            "with other operators"
-        ) from error
+        text = f"auto_LiRPA {ENGINE_VERSION} failed in {method} {place}{reason}: use another method, or write the "
+        raise NotImplementedError(text + "network with other operators") from error
 
 
 def _place(bounded: Any, frames: list[FrameType]) -> str:

@@ -200,10 +200,9 @@ class Inspection:
         """The statistics of the outputs in a sentence; empty if there are none."""
         if self.output is None:
             return ""
-        return (
-            f"The predicted class leads by {self.output.gap:.3g} on average, by at least {self.output.lower_bound:.3g} "
-            f"over the box; IBP proves it constant, right or wrong, for {self.output.certified:.1%} of the samples."
-        )
+        gap, lower = self.output.gap, self.output.lower_bound
+        text = f"The predicted class leads by {gap:.3g} on average, by at least {lower:.3g} over the box; IBP proves "
+        return text + f"it constant, right or wrong, for {self.output.certified:.1%} of the samples."
 
     def tables(self) -> list[Table]:
         """The statistics of ReLU layers and of affine layers as two tables."""

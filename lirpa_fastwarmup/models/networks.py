@@ -134,8 +134,7 @@ def _normalisation(
 ) -> list[nn.Module]:
     """A leading :class:`Normalize` if there are ``mean`` and ``std``; ``sizes`` are classes, width and hidden."""
     if len(in_shape) != 3:
-        needed = "convolutions need images: give (channels, height, width), without the batch"
-        raise ValueError(f"found in_shape={tuple(in_shape)}, but the network's {needed}")
+        raise ValueError(f"convolutions need images (channels, height, width), without the batch; found {in_shape=}")
     if min(*in_shape, *(size for size in sizes if size is not None)) < 1:
         found = "in_shape={}, classes={}, width={}, hidden={}".format(tuple(in_shape), *sizes)
         raise ValueError(f"sizes must be positive; found {found}")
@@ -144,8 +143,7 @@ def _normalisation(
     if mean is None or std is None:
         raise ValueError("give mean and std together, or neither")
     if len(mean) != in_shape[0]:
-        found = f"mean={mean}, std={std}"
-        raise ValueError(f"images of {in_shape[0]} channel(s) need as many means and stds; found {found}")
+        raise ValueError(f"images of {in_shape[0]} channel(s) need as many means and stds; found {mean=}, {std=}")
     return [Normalize(mean, std)]
 
 

@@ -32,6 +32,7 @@ Batch = tuple[Tensor, ...]
 _TOLERANCES = (1e-3, 0.05)
 _COARSE_TOLERANCES = (0.05, 0.2)
 _SMALLEST = 1e-6
+_CONSTANTS = "training", "eps", "momentum", "track_running_stats"  # Of modules, which a recording holds.
 
 
 class CompilationWarning(UserWarning):
@@ -106,7 +107,8 @@ class CompiledSteps:
             tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in (x, eps)),
             torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None,
             self._bounded.radius_dtype,
-            tuple(module.training for module in model.modules()),
+            self._bounded.over_ranks,
+            tuple(tuple(getattr(module, name, None) for name in _CONSTANTS) for module in model.modules()),
             tuple((parameter.shape, parameter.requires_grad) for parameter in model.parameters()),
         )
 
@@ -177,10 +179,8 @@ class _RecordedStep:
         coarse = x.device.type != "cpu" or torch.is_autocast_enabled(x.device.type)
         tolerances = _COARSE_TOLERANCES if coarse else _TOLERANCES
         if not all(found <= allowed for found, allowed in zip(differences, tolerances, strict=True)):
-            raise RuntimeError(
-                f"the compiled loss differs from the engine's by {differences[0]:.1e} and its gradient by "
-                f"{differences[1]:.1e}, relatively"
-            )
+            text = f"the compiled loss differs from the engine's by {differences[0]:.1e} and its gradient by "
+            raise RuntimeError(text + f"{differences[1]:.1e}, relatively")
 
 
 class CudaGraph:
@@ -227,8 +227,6 @@ class CudaGraph:
 
 
 class _WithGradients(torch.autograd.Function):
-    """A loss whose gradients are known already."""
-
     @staticmethod
     def forward(ctx: Any, loss: Tensor, grads: list[Tensor], *parameters: Tensor) -> Tensor:
         ctx.grads = grads

@@ -58,10 +58,9 @@ def insert_batchnorm(model: nn.Module, *example_inputs: Tensor) -> list[str]:
     with unchanged(model):
         observed, reasons = untraceable(model, example_inputs)
     if reasons:
-        raise StructureError(
-            f"the network's path is not fixed: {'; '.join(reasons)}. Layers off the path of the example would be left "
-            "without BatchNorm: use tensor operations (torch.where) instead, or add BatchNorm yourself"
-        )
+        text = f"the network's path is not fixed: {'; '.join(reasons)}. Layers off the path of the example would be "
+        text += "left without BatchNorm: use tensor operations "
+        raise StructureError(text + "(torch.where) instead, or add BatchNorm yourself")
     graph = read_graph(BoundedModule(model, tuple(example_inputs), allow_untested=True))
     final = graph.classification_layers()
     layers = [layer for layer in graph.affine if layer not in final and not graph.has_batchnorm(layer)]
@@ -77,10 +76,8 @@ def insert_batchnorm(model: nn.Module, *example_inputs: Tensor) -> list[str]:
     if missed := _without_effect(model, example_inputs, names):
         for module in inserted:
             _remove_batchnorm(module)
-        raise StructureError(
-            f"{', '.join(missed)}: the module does not return the plain output of its weight, or other code uses the "
-            "weight, so BatchNorm cannot be put directly after it. Add BatchNorm yourself"
-        )
+        text = f"{', '.join(missed)}: the module does not return the plain output of its weight, or other code uses "
+        raise StructureError(text + "the weight, so BatchNorm cannot be put directly after it. Add BatchNorm yourself")
     reads = _reads_of_parameters(model, example_inputs)
     for layer, (module, batchnorm) in zip(layers, inserted.items(), strict=True):
         batchnorm.folding_is_exact = all(reads[id(module._parameters.get(name))] <= 1 for name in _OWN)
@@ -120,19 +117,17 @@ def _reads_of_parameters(model: nn.Module, example_inputs: tuple[Tensor, ...]) -
 def _batchnorm_for(model: nn.Module, layer: AffineLayer) -> nn.Module:
     module = model.get_submodule(layer.name)
     if not isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
-        raise StructureError(
-            f"the weight {layer.parameter!r} is used by the code of {type(module).__name__}, not by an nn.Linear or "
-            "convolution module whose output could be normalised: use a module for it, or add BatchNorm yourself"
-        )
+        text = f"the weight {layer.parameter!r} is used by the code of {type(module).__name__}, not by an nn.Linear or "
+        text += "convolution module whose output could be normalised: "
+        raise StructureError(text + "use a module for it, or add BatchNorm yourself")
     if hasattr(module, _CHILD):
         text = f"{layer.name!r} already has an attribute {_CHILD!r}, which insert_batchnorm would replace"
         raise StructureError(text)
     rank = layer.spatial_rank
     if isinstance(module, nn.Linear) and rank > 0:
-        raise StructureError(
-            f"the linear layer {layer.name!r} works on an output of {rank + 2} dimensions, whose features are not the "
-            "channel dimension that BatchNorm normalises: flatten first, or add BatchNorm yourself"
-        )
+        text = f"the linear layer {layer.name!r} works on an output of {rank + 2} dimensions, whose features are not "
+        text += "the channel dimension that BatchNorm normalises: "
+        raise StructureError(text + "flatten first, or add BatchNorm yourself")
     channels = module.out_features if isinstance(module, nn.Linear) else module.out_channels
     return _BY_RANK[rank](channels, device=module.weight.device, dtype=module.weight.dtype).train(module.training)
 
@@ -160,10 +155,8 @@ def fold_batchnorm(model: nn.Module) -> nn.Module:
     parts = list(model.modules()) if isinstance(model, nn.Module) else []
     held = (value for part in parts for value in (part, *vars(part).values()))
     if not parts or any(isinstance(value, engine.BoundedModule) for value in held):
-        raise TypeError(
-            f"expected the network itself, found {type(model).__name__}: pass the nn.Module that insert_batchnorm was "
-            "called with (bounded.wrapped, if bounded is a lirpa_fastwarmup.BoundedModule)"
-        )
+        text = f"expected the network itself, found {type(model).__name__}: pass the nn.Module that insert_batchnorm "
+        raise TypeError(text + "was called with (bounded.wrapped, if bounded is a lirpa_fastwarmup.BoundedModule)")
     layers = {name: part for name, part in model.named_modules() if _normalise_output in part._forward_hooks.values()}
     for name, layer in layers.items():
         if obstacle := _obstacle_to_folding(layer, model):
@@ -181,16 +174,12 @@ def _obstacle_to_folding(layer: nn.Module, model: nn.Module) -> str:
     base: Any = next((base for base in kind.__mro__ if base in _FOLDABLE), None)
     methods = [name for name in ("__call__", "forward", "_conv_forward") if hasattr(base, name)]
     if base is None or "forward" in vars(layer) or any(getattr(kind, one) is not getattr(base, one) for one in methods):
-        return (
-            f"{kind.__name__} has a forward of its own, which may not be affine in weight and bias: call an nn.Linear "
-            "or convolution module in it instead"
-        )
+        text = f"{kind.__name__} has a forward of its own, which may not be affine in weight and bias: call an "
+        return text + "nn.Linear or convolution module in it instead"
     if not layer._parameters.keys() >= _OWN:
-        return (
-            "its weight or bias is computed from other parameters (parametrised, weight_norm, spectral_norm, pruned): "
-            "first make it permanent, with torch.nn.utils.parametrize.remove_parametrizations, remove_weight_norm, "
-            "remove_spectral_norm or prune.remove"
-        )
+        text = "its weight or bias is computed from other parameters (parametrised, weight_norm, spectral_norm, "
+        text += "pruned): first make it permanent, with torch.nn.utils.parametrize.remove_parametrizations, "
+        return text + "remove_weight_norm, remove_spectral_norm or prune.remove"
     own = {id(parameter) for parameter in layer.parameters(recurse=False)}
     holders = [(name, part) for name, part in model.named_modules() if own & {*map(id, part._parameters.values())}]
     if sharing := [repr(name) for name, part in holders if part is not layer]:

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lirpa_fastwarmup.attacks import PGD
-from lirpa_fastwarmup.boxes import Epsilon, InputRange, box_ends
+from lirpa_fastwarmup.boxes import Epsilon, InputRange, box_ends, broadcast_to_batch
 from lirpa_fastwarmup.engine import bounds, inputs
 from lirpa_fastwarmup.engine.batchnorm import normalized_by
 
@@ -163,10 +163,9 @@ class SABR:
 
     def __post_init__(self) -> None:
         if not 0 < self.ratio <= 1:
-            raise ValueError(
-                f"ratio is the small box's size relative to the box, above 0 and at most 1; found {self.ratio}. A "
-                "ratio of 1 is the IBP loss; for a point instead of a box, use losses.MTLIBP(alpha=0)"
-            )
+            text = f"ratio is the small box's size relative to the box, above 0 and at most 1; found {self.ratio}. A "
+            text += "ratio of 1 is the IBP loss; for a point "
+            raise ValueError(text + "instead of a box, use losses.MTLIBP(alpha=0)")
         if not 0 < self.relu_shrinkage <= 1:
             raise ValueError(f"relu_shrinkage must be above 0 and at most 1; found {self.relu_shrinkage}")
         _check_policy(self.batchnorm)
@@ -183,7 +182,8 @@ class SABR:
     def small_box(self, step: LossStep, points: Tensor) -> tuple[Tensor, Tensor]:
         """The ends of the small box around ``points``."""
         lower, upper = step.box.ptb.x_L, step.box.ptb.x_U
-        half = self.ratio * step.eps if self.scalar else self.ratio * (upper - lower) / 2
+        whole = broadcast_to_batch(step.eps, lower, "eps") if self.scalar else (upper - lower) / 2
+        half = self.ratio * whole
         centre = torch.min(torch.max(points, lower + half), upper - half)
         return box_ends(centre, half, step.input_range if self.scalar else None)
 

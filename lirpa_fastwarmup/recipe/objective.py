@@ -8,7 +8,7 @@ Before the ramp, at ε = 0, the clean cross-entropy replaces L_robust.
 import math
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, Self
@@ -21,7 +21,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from lirpa_fastwarmup import boxes
 from lirpa_fastwarmup.boxes import Epsilon
-from lirpa_fastwarmup.engine import bounds, graph, inputs, plain
+from lirpa_fastwarmup.engine import batchnorm, bounds, graph, inputs, plain
 from lirpa_fastwarmup.engine.module import BoundedModule
 from lirpa_fastwarmup.engine.precision import temporarily
 from lirpa_fastwarmup.recipe.compiled import CompiledSteps, scalar_like
@@ -190,7 +190,11 @@ class ShortWarmup(nn.Module):
         penalties = penalties or {}
         _check_weights(reg_weight, tol, min_eps, kappa, penalties.values())
         loss = IBP() if loss is None else loss
-        _check_kinds(loss, schedule)
+        if isinstance(loss, type) or not callable(loss):
+            raise TypeError(f"expected a loss such as losses.IBP(), or a function of a LossStep; found {loss!r}")
+        if not callable(getattr(schedule, "fraction", None)):
+            text = "expected a schedule such as SmoothedEpsilon(max_eps, start, length, steps_per_epoch), or "
+            raise TypeError(text + f"ConstantEpsilon(eps) for a constant radius; found {schedule!r}")
         bounded.layout.pack_eps(schedule.max_eps, input_range)  # Checks it.
         self.classes = bounds.class_count(bounded)
         # Not a registered module: it is a view of `model`, which is registered.
@@ -204,14 +208,20 @@ class ShortWarmup(nn.Module):
         self.min_eps = min_eps
         self.input_range = input_range
         self._range = bounded.layout.pack_range(input_range)
-        _warn_of_dropout(self.model)
+        if dropout := [name for name, part in self.model.named_modules() if isinstance(part, _DropoutNd) and part.p]:
+            text = f"Dropout ({', '.join(dropout)}) is off in certified training: bounds for one random mask would not "
+            warnings.warn(text + "hold for the next. Remove it, or set its p to 0, to silence this", stacklevel=2)
         fading = _named(regularizers, tol)
         constant = _named(list(penalties), tol, used=fading)
         self.regularizers = fading if reg_weight > 0 else {}
         self.penalties = dict(zip(constant, zip(constant.values(), penalties.values(), strict=True), strict=True))
         self.loss = loss
         self.generator = generator
-        _require_defined(bounded, self.regularizers, self.penalties)
+        if missing := undefined(bounded, [*self.regularizers, *self.penalties]):
+            left = tuple(name for name in self.regularizers if name not in missing)
+            what = "activation" if "tightness" in missing else "ReLU"
+            text = f"the network has no {what}, and {' and '.join(missing)} use the bounds of {what}s: pass "
+            raise graph.StructureError(text + f"regularizers={left} to train without them")
         self.steps_done = 0
         self._checks = ValueChecks()
         self.compiled_phases: Collection[str] = PHASES if compile else ()
@@ -256,18 +266,19 @@ class ShortWarmup(nn.Module):
         if not self.training:
             terms = terms._replace(loss=IBP(), mixed=False, constant={})
         smallest = self.min_eps if terms.fading or terms.constant else 0.0
-        eps = self._max_eps(max_eps) * fraction
-        eps = eps.clamp(min=smallest) if isinstance(eps, Tensor) else max(eps, smallest)
+        largest = self._max_eps(max_eps)
+        if isinstance(largest, Tensor):  # What is never perturbed stays so.
+            eps: Epsilon = torch.where(largest > 0, (largest * fraction).clamp(min=smallest), largest)
+        else:
+            eps = max(largest * fraction, smallest)
         first, last = self.kappa if self.training else (0.0, 0.0)
         clean_weight = 1.0 if phase == START else first + (last - first) * fraction
         attack = getattr(terms.loss, "attack", None)
         starts = () if attack is None or phase == START else (attack.starts(x, self.generator),)
-        values = None
-        if phase in self.compiled_phases:
-            values = self._recorded(terms, x, y, eps, fraction, clean_weight, *starts)
+        given = x, y, eps, fraction, clean_weight, *starts
+        values = self._recorded(terms, *given) if phase in self.compiled_phases else None
         if values is None:
-            box = bounds.input_box(x, eps, self._range)
-            values = self._compute(terms, box, x, y, eps, fraction, clean_weight, *starts)
+            values = self._compute(terms, bounds.input_box(x, eps, self._range), *given)
         step_loss = self._step_loss(values, eps)
         loss = step_loss.loss.detach()
         facts = [loss, torch.full_like(loss, self.steps_done), step_loss.eps]
@@ -289,13 +300,17 @@ class ShortWarmup(nn.Module):
         self, terms: Terms, x: Tensor, y: Tensor, eps: Epsilon, fraction: float, clean_weight: float, *starts: Tensor
     ) -> dict[str, Tensor] | None:
         """What :meth:`_compute` returns, compiled; ``None`` where it must run eagerly."""
-        fading, phases = terms.fading, self.phases_recorded_with(terms.phase)
+        given_terms, fading, phases = terms, terms.fading, self.phases_recorded_with(terms.phase)
         if len(phases) > 1:
             terms = terms._replace(phase=RAMP, fading=self.regularizers, mixed=terms.mixed or START in phases)
         step, key = partial(self._compute, terms), (" and ".join(phases), *terms.key)
         values = self._compiled.run(step, key, x, y, eps, fraction, clean_weight, starts=starts)
         # Where a term that the phase lacks is infinite, its weight of 0 makes the loss NaN.
-        if values is None or (x.device.type == "cpu" and len(phases) > 1 and not values["loss"].isfinite()):
+        if values is not None and x.device.type == "cpu" and len(phases) > 1 and not values["loss"].isfinite():
+            with batchnorm.frozen_running_stats(self.bounded):  # The compiled step has moved them.
+                box = bounds.input_box(x, eps, self._range)
+                return self._compute(given_terms, box, x, y, eps, fraction, clean_weight, *starts)
+        if values is None:
             return None
         absent = {f"terms.{name}" for name in terms.fading.keys() - fading.keys()}
         return {name: value for name, value in values.items() if name not in absent}
@@ -412,36 +427,10 @@ def _check_weights(reg_weight: float, tol: float, min_eps: float, kappa: Any, pe
     if not (reg_weight >= 0 and tol > 0 and min_eps >= 0):
         raise ValueError(f"expected reg_weight ≥ 0, tol > 0 and min_eps ≥ 0; found {reg_weight}, {tol} and {min_eps}")
     if not (isinstance(kappa, tuple | list) and len(kappa) == 2 and all(0 <= one <= 1 for one in kappa)):
-        raise ValueError(
-            "kappa must be a pair, the clean loss's weights at the start and at the end of the ramp, each from 0 to 1; "
-            f"found {kappa!r}"
-        )
+        text = "kappa must be a pair, the clean loss's weights at the start and at the end of the ramp, each from 0 to "
+        raise ValueError(text + f"1; found {kappa!r}")
     if not all(math.isfinite(weight) and weight >= 0 for weight in penalties):
         raise ValueError(f"weights of penalties must be finite and at least 0; found {list(penalties)}")
-
-
-def _check_kinds(loss: Any, schedule: Any) -> None:
-    if isinstance(loss, type) or not callable(loss):
-        raise TypeError(f"expected a loss such as losses.IBP(), or a function of a LossStep; found {loss!r}")
-    if not callable(getattr(schedule, "fraction", None)):
-        text = "expected a schedule such as SmoothedEpsilon(max_eps, start, length, steps_per_epoch), or "
-        raise TypeError(text + f"ConstantEpsilon(eps) for a constant radius; found {schedule!r}")
-
-
-def _warn_of_dropout(model: nn.Module) -> None:
-    if dropout := [name for name, part in model.named_modules() if isinstance(part, _DropoutNd) and part.p]:
-        text = f"Dropout ({', '.join(dropout)}) is off in certified training: bounds for one random mask would not "
-        text += "hold for the next. Remove it, or set its p to 0, to silence this"
-        warnings.warn(text, stacklevel=3)
-
-
-def _require_defined(bounded: BoundedModule, regularizers: Iterable[str], penalties: Iterable[str]) -> None:
-    """Raise StructureError if the network has no activations that a term reads."""
-    if missing := undefined(bounded, [*regularizers, *penalties]):
-        left = tuple(name for name in regularizers if name not in missing)
-        what = "activation" if "tightness" in missing else "ReLU"
-        text = f"the network has no {what}, and {' and '.join(missing)} use the bounds of {what}s: pass "
-        raise graph.StructureError(text + f"regularizers={left} to train without them")
 
 
 def _named(terms: Sequence[str | Regularizer], tol: float, used: Collection[str] = ()) -> dict[str, Regularizer]:

@@ -30,7 +30,6 @@ def _import_sources(sources: dict[str, str]) -> None:
 
 
 def _points(torch: Any, stats: dict[str, Any], shape: list[int]) -> list[Any]:
-    """What the attack left, as inputs of the network."""
     found = [value for value in stats.values() if isinstance(value, torch.Tensor) and value.shape[-len(shape) :]]
     size = torch.Size(shape).numel()
     rows = [value.reshape(-1, *shape) for value in found if value.numel() and value.numel() % size == 0]

@@ -12,13 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from lirpa_fastwarmup.attacks import attack
-from lirpa_fastwarmup.boxes import Epsilon, InputRange, box_ends, is_per_sample, radii_of
+from lirpa_fastwarmup.boxes import Epsilon, InputRange, box_ends, converted, is_per_sample, radii_of
 from lirpa_fastwarmup.engine import soundness
 from lirpa_fastwarmup.engine.bounds import METHODS, MarginBounds, input_box, proved
 from lirpa_fastwarmup.engine.module import BoundedModule
 from lirpa_fastwarmup.engine.precision import exact_arithmetic
 from lirpa_fastwarmup.engine.soundness import Finding
-from lirpa_fastwarmup.engine.tracing import copy_of
 from lirpa_fastwarmup.memory import MicroBatches
 from lirpa_fastwarmup.verification.complete import CompleteVerifier
 from lirpa_fastwarmup.verification.intervals import Interval, interval_bounds
@@ -91,14 +90,15 @@ class _Batch:
     def __init__(
         self, network: MarginBounds, x: Tensor, y: Tensor, eps: Epsilon, plan: Plan, points: Tensor | None
     ) -> None:
-        self.network, self.x, self.y, self.points = network, x.to(network.dtype), y, points
+        self.network, self.y, self.points = network, y, points
+        self.x = converted(x, network.dtype, eps)
         self.radii = partial(radii_of, eps, x)
         logits = [network.model(self.x)]  # Of the samples, and of the attack's points.
         if points is not None:
             lower, upper = box_ends(self.x, eps, plan.input_range)
             self.points = torch.min(torch.max(points.to(self.x.dtype), lower), upper)
             logits.append(network.model(self.points))
-        self.attained = [soundness.class_margins(one, y) for one in logits]
+        self.attained = [soundness.attained_margins(one, y) for one in logits]
         self.predictions = logits[0].argmax(1)
         self.falsified = torch.stack([one.argmax(1) != y for one in logits]).any(0)
         self.method = torch.full_like(y, -1)  # The place in NAMES of the cheapest proof; −1 without one.
@@ -129,7 +129,7 @@ class Certifier:
     ) -> None:
         self.plan, self._bounds, self._network = plan, tuple(bounds), network
         self._complete, self._checks = complete, check
-        self._rigorous = RigorousMargins(copy_of(network.wrapped)) if plan.rigorous else None
+        self._rigorous = RigorousMargins(network.wrapped) if plan.rigorous else None
         self._checked: set[tuple[str, torch.dtype, bool]] = set()  # By method, precision, and whether attacked.
         self._micro_batches = plan.micro_batches()
 
@@ -190,7 +190,6 @@ class Certifier:
         result.stages[RIGOROUS] = Stage(len(proved), hits, time.perf_counter() - started)
 
     def _attack(self, x: Tensor, y: Tensor, eps: Epsilon, stages: dict[str, Stage]) -> Tensor:
-        """The worst point found for each sample, in the first precision."""
         started = time.perf_counter()
         model, samples = self._bounds[0].model, torch.arange(len(y), device=y.device)
         points = attack_samples(model, x, y, eps, samples, self.plan, self._micro_batches[ATTACK])
@@ -292,7 +291,6 @@ class Certifier:
 
 
 def _changes(first: _Batch, second: _Batch, index: int) -> str:
-    """How the verdicts on a sample differ in double precision."""
     texts = []
     before, after = bool(first.method[index] >= 0), bool(second.method[index] >= 0)
     if before != after:
@@ -311,7 +309,7 @@ def beyond_intervals(bounded: BoundedModule, x: Tensor, eps: Epsilon, input_rang
         ends = zip(*map(bounded.layout.unpack, soundness.corners_of(x, eps, input_range)), strict=True)
         boxes = [(low, high) if low.is_floating_point() else low for low, high in ends]
         reference = interval_bounds(bounded.wrapped, *boxes)
-    except (NotImplementedError, RuntimeError, ValueError, ArithmeticError) as error:
+    except (NotImplementedError, RuntimeError, ValueError, TypeError, ArithmeticError) as error:
         logger.info("IBP is not compared with interval arithmetic on this network: %s", error)
         return []
     found = bounded.compute_bounds(x=(input_box(x, eps, input_range),), method="IBP")

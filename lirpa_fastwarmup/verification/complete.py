@@ -58,10 +58,9 @@ class ABCrown:
     def __post_init__(self) -> None:
         script = Path(self.checkout, "complete_verifier", "api.py")
         if not script.is_file():
-            raise FileNotFoundError(
-                f"{self.checkout} is no checkout of alpha-beta-CROWN: it has no {script.relative_to(self.checkout)}. "
-                "Clone its repository with --recursive (docs/verification.md)"
-            )
+            text = f"{self.checkout} is no checkout of alpha-beta-CROWN: it has no "
+            text += f"{script.relative_to(self.checkout)}. Clone its "
+            raise FileNotFoundError(text + "repository with --recursive (docs/verification.md)")
         if not self.time_limit > 0:
             raise ValueError(f"time_limit, seconds for each sample, must be above 0; found {self.time_limit}")
 
@@ -141,10 +140,9 @@ class CompleteVerifier:
             try:
                 self._process: _Process | None = self._started()
             except (WorkerError, OSError) as error:
-                raise WorkerError(
-                    f"α,β-CROWN does not start with {abcrown.python}: {error}{self._last_words()}. See that this "
-                    "interpreter has what complete_verifier/requirements.txt lists (docs/verification.md)"
-                ) from error
+                text = f"α,β-CROWN does not start with {abcrown.python}: {error}{self._last_words()}. See that this "
+                text += "interpreter has what complete_verifier/requirements.txt "
+                raise WorkerError(text + "lists (docs/verification.md)") from error
             self._stack = stack.pop_all()
 
     def _started(self) -> _Process:
@@ -185,7 +183,6 @@ class CompleteVerifier:
 
     @torch.no_grad()
     def _is_counterexample(self, points: Sequence[Any], lower: Tensor, upper: Tensor, label: int) -> bool:
-        """Whether the network itself misclassifies one of ``points`` in the box."""
         if not points:
             return False
         found = torch.min(torch.max(torch.tensor(points, dtype=lower.dtype).view(-1, *lower.shape), lower), upper)
@@ -198,7 +195,6 @@ class CompleteVerifier:
 
 
 def _sources(model: nn.Module) -> dict[str, str]:
-    """The files of the modules that define the classes of ``model``."""
     found = {}
     for name in sorted({type(module).__module__ for module in model.modules()}):
         file = getattr(sys.modules[name], "__file__", None)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lirpa_fastwarmup.boxes import check_positive
+from lirpa_fastwarmup.boxes import check_positive, converted
 from lirpa_fastwarmup.engine.bounds import MarginBounds, class_count, input_box, proved
 from lirpa_fastwarmup.engine.graph import fingerprint
 from lirpa_fastwarmup.engine.module import BoundedModule
@@ -111,21 +111,21 @@ def verify(
     plan = Plan(ordered(methods), *attack_and_data, float64=float64, rigorous=rigorous, complete=settings)
     dtypes = (torch.float32, torch.float64) if float64 else (torch.float32,)
     options = {"indices": indices, "journal": journal, "progress": progress, "over_ranks": over_ranks}
+    bounds = [MarginBounds(bounded, dtype) for dtype in dtypes]
     with ExitStack() as stack:
         complete = None
         if abcrown is not None:
-            plain = copy_of(bounded.wrapped).float().cpu().eval()
-            complete = stack.enter_context(closing(CompleteVerifier(abcrown, plain, journal, fingerprint(bounded))))
-        certifier = Certifier([MarginBounds(bounded, dtype) for dtype in dtypes], plan, bounded, complete=complete)
-        return _verification(bounded, samples, eps, packed, certifier, warn=True, **options)
+            plain, certified = copy_of(bounded.wrapped).float().cpu().eval(), fingerprint(bounds[0].bounded("IBP"))
+            complete = stack.enter_context(closing(CompleteVerifier(abcrown, plain, journal, certified)))
+        certifier = Certifier(bounds, plan, bounded, complete=complete)
+        return _verification(bounds[0].bounded("IBP"), samples, eps, packed, certifier, warn=True, **options)
 
 
 def _check_complete(bounded: BoundedModule, abcrown: ABCrown | None, methods: Sequence[str], *, float64: bool) -> None:
     if (COMPLETE in methods) != (abcrown is not None):
-        raise ValueError(
-            f"the method {COMPLETE!r} and the argument abcrown need each other: pass methods=(..., {COMPLETE!r}) and "
-            f"abcrown=verification.ABCrown(checkout); found methods={methods} and abcrown={abcrown}"
-        )
+        text = f"the method {COMPLETE!r} and the argument abcrown need each other: pass methods=(..., {COMPLETE!r}) "
+        text += "and abcrown=verification.ABCrown(checkout); "
+        raise ValueError(text + f"found methods={methods} and abcrown={abcrown}")
     if abcrown is not None and (float64 or not bounded.layout.is_single):
         what = "in one precision" if float64 else "on networks of one input"
         raise NotImplementedError(f"α,β-CROWN is run {what} only: leave {COMPLETE!r} out")
@@ -155,6 +155,7 @@ def evaluate(
         check: check the bounds of some samples of the first batch, as :func:`verify` does.
     """
     bounded = view_of(bounded)
+    _check_dtype(bounded)
     packed = None if eps is None else bounded.layout.pack_eps(eps, input_range)
     plan = Plan(("IBP",), pgd_steps, restarts, bounded.layout.pack_range(input_range), batch_size, seed)
     dtype = next((value.dtype for value in bounded.wrapped.parameters()), torch.get_default_dtype())
@@ -183,28 +184,33 @@ def _verification(
 
 
 def _plain(eps: Any) -> Any:
-    """``eps`` as numbers and lists of numbers."""
     if isinstance(eps, tuple | list):
         return list(map(_plain, eps))
     # A subclass of float may print differently, such as 8/255.
     return eps.tolist() if isinstance(eps, Tensor) else eps if isinstance(eps, float) else float(eps)
 
 
+def _check_dtype(bounded: BoundedModule) -> None:
+    for name, value in bounded.wrapped.named_parameters():
+        if value.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"certificates are of float32 or float64 networks; {name!r} is {value.dtype}: use .float()")
+
+
 def check_network(bounded: Any) -> BoundedModule:
     """Refuse a network that cannot be verified, with the errors of :func:`verify`; return this package's view of it."""
     bounded = view_of(bounded)
+    _check_dtype(bounded)
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("the attack needs gradients, which torch.inference_mode() forbids: call this outside of it")
     training = [name or "the network itself" for name, module in bounded.wrapped.named_modules() if module.training]
     if training:
-        raise ValueError(
-            f"the network is in training mode ({', '.join(training[:3])}{', …' if len(training) > 3 else ''}), where "
-            "the output for one sample depends on the other samples of its batch: call bounded.eval()"
-        )
+        text = f"the network is in training mode ({', '.join(training[:3])}{', …' if len(training) > 3 else ''}), "
+        text += "where the output for one sample depends on the "
+        raise ValueError(text + "other samples of its batch: call bounded.eval()")
     class_count(bounded)
     if not bounded.any_batch and len(bounded.example[0]) > 1:  # Batches of one sample suffice.
-        raise ValueError(
-            f"the network accepts only batches of {len(bounded.example[0])}, but methods run on smaller batches: keep "
-            "its first dimension open, x.view(len(x), …)"
-        )
+        text = f"the network accepts only batches of {len(bounded.example[0])}, but methods run on smaller batches: "
+        raise ValueError(text + "keep its first dimension open, x.view(len(x), …)")
     return bounded
 
 
@@ -249,10 +255,11 @@ def certified_radii(
     if COMPLETE in ordered(methods):
         raise ValueError(f"radii are searched by bounds alone, not by {COMPLETE}: verify the radii of interest with it")
     plan = Plan(ordered(methods), pgd_steps, restarts, bounded.layout.pack_range(input_range), batch_size, seed)
-    search = _Search(MarginBounds(bounded, torch.float32), plan, largest, tolerance, untested=bool(bounded.untested))
+    bounds = MarginBounds(bounded, torch.float32)
+    search = _Search(bounds, plan, largest, tolerance, untested=bool(bounded.untested))
     conditions = {"largest": largest, "tolerance": tolerance}
     options: dict[str, Any] = {"indices": indices, "journal": journal, "progress": progress, "over_ranks": over_ranks}
-    found = over_batches(bounded, samples, search.radii, Radius, plan, conditions, eps=1.0, **options)
+    found = over_batches(bounds.bounded("IBP"), samples, search.radii, Radius, plan, conditions, eps=1.0, **options)
     if found.contradictions:
         raise UnsoundBoundError(found.sentences(), found.certificates)
     return found.certificates
@@ -269,7 +276,7 @@ class _Search:
     @torch.no_grad()
     def radii(self, x: Tensor, y: Tensor, _: Any) -> BatchResult[Radius]:
         """The radii of a batch, and contradictions."""
-        x = x.float()
+        x = converted(x, torch.float32, 10 * self._tolerance)
         methods = self._plan.methods
         with exact_arithmetic(x.device):
             predictions = self._network.model(x).argmax(1)
@@ -322,7 +329,6 @@ class _Search:
             step *= 2
 
     def _falsified(self, x: Tensor, y: Tensor, eps: Tensor) -> Tensor:
-        """Whether the attack finds a misclassified point in each certified box."""
         certified = (eps.flatten() > 0).nonzero().squeeze(1)
         falsified = torch.zeros(len(y), dtype=torch.bool, device=x.device)
         if len(certified) and self._plan.restarts:

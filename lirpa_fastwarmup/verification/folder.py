@@ -115,7 +115,6 @@ class Journal:
 
 
 def _journals_beside(path: Path) -> list[Path]:
-    """``path`` and the journals of other processes in its folder."""
     name = path.name.removesuffix(path.suffix) if path.suffix[1:].isdigit() else path.name
     return sorted({path, *path.parent.glob(f"{glob.escape(name)}*")})
 

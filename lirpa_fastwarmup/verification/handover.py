@@ -81,10 +81,8 @@ def without_inserted_batchnorm(model: nn.Module) -> tuple[nn.Module, str]:
         return model, f"{NETWORK} contains the inserted BatchNorm: {error}"
     if folded.state_dict().keys() == model.state_dict().keys():
         return model, ""
-    return folded, (
-        f"{NETWORK} is the folded network: inserted BatchNorm is part of its weights. Certificates of the run are of "
-        "the network before folding, whose outputs differ by rounding."
-    )
+    text = f"{NETWORK} is the folded network: inserted BatchNorm is part of its weights. Certificates of the run are "
+    return folded, text + "of the network before folding, whose outputs differ by rounding."
 
 
 def robustness_property(lower: Tensor, upper: Tensor, label: int, classes: int, *, comment: str = "") -> str:

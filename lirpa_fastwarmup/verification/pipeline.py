@@ -46,7 +46,8 @@ def over_batches(
     """The results, of class ``kind``, that ``compute`` gives for x and y, on the network's device, and their radius.
 
     ``screen`` decides some samples of every batch; ``compute`` then runs on the others, in full batches. ``conditions``
-    are what results depend on besides network, plan and batch, for the journal. ``eps`` is packed.
+    are what results depend on besides network, plan and batch, for the journal. ``eps`` is packed. ``bounded`` is the
+    copy that ``compute`` certifies, as modules and weights of the original may have been replaced since it was wrapped.
     """
     ranks = world() if over_ranks else SINGLE
     size = plan.batch_size if bounded.any_batch else 1
@@ -90,8 +91,6 @@ def over_batches(
 
 
 class _Part(NamedTuple):
-    """Samples, their radius, and their places among all samples."""
-
     x: Tensor
     y: Tensor
     radius: Any
@@ -188,10 +187,9 @@ def _batch(batch: Any, layout: Layout) -> Batch:
     inputs = parts[0] if parts and isinstance(parts[0], tuple | list) else parts[:1]
     if not (len(parts) in (2, 3) and all(isinstance(one, Tensor) for one in (*inputs, parts[1])) and len(inputs)):
         found = [type(part).__name__ for part in parts] if parts else type(batch).__name__
-        raise TypeError(
-            f"expected inputs and labels, tensors (x, y), found {found}: labels are needed, because a certificate "
-            "states that a sample's own class wins everywhere in its box; for arrays, pass torch.from_numpy(x)"
-        )
+        text = f"expected inputs and labels, tensors (x, y), found {found}: labels are needed, because a certificate "
+        text += "states that a sample's own class wins everywhere "
+        raise TypeError(text + "in its box; for arrays, pass torch.from_numpy(x)")
     for x, example in zip(inputs, layout.example, strict=False):
         if example.is_floating_point() and not x.is_floating_point():
             raise TypeError(f"inputs must be floating-point numbers, found {x.dtype}: for bytes, pass x.float() / 255")
