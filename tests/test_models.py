@@ -166,7 +166,7 @@ def test_normalisation_is_the_first_layer():
 def test_bad_sizes(name):
     with pytest.raises(ValueError, match=r"sizes must be positive.*width=0"):
         models.MODELS[name]((1, 28, 28), 10, width=0)
-    with pytest.raises(ValueError, match=r"found in_shape=\(28, 28\), .* give \(channels, height, width\)"):
+    with pytest.raises(ValueError, match=r"images \(channels, height, width\), .*found in_shape=\(28, 28\)"):
         models.MODELS[name]((28, 28), 10)
     with pytest.raises(ValueError, match="mean and std together"):
         small(name, mean=(0.5,))
