@@ -202,13 +202,11 @@ def _descend(
             scores = _margins(logits, y) if until_misclassified else -F.cross_entropy(logits, y, reduction="none")
         succeeded = logits.detach().argmax(1) != y
         found = found.or_better(Attack(point.detach(), scores.detach(), succeeded), until_misclassified)
-        if step == len(strides) or (until_misclassified and bool(found.succeeded.all())):
+        # A network that computes without gradients is attacked at the start alone.
+        if step == len(strides) or not scores.requires_grad or (until_misclassified and bool(found.succeeded.all())):
             break
-        gradient = None
-        if scores.requires_grad:
-            (gradient,) = torch.autograd.grad(scores, point, torch.ones_like(scores), allow_unused=True)
-        if gradient is None:  # The network computes without gradients: the start is all that is attacked.
-            break
+        ones = torch.ones_like(scores)
+        (gradient,) = torch.autograd.grad(scores, point, ones, allow_unused=True, materialize_grads=True)
         point = torch.min(torch.max(point.detach() - strides[step] * gradient.sign(), lower), upper)
         if not best and step == len(strides) - 1:
             return Attack(point, found.margins, found.succeeded)

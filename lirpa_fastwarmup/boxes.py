@@ -88,13 +88,13 @@ def is_per_sample(eps: Any, x: Tensor) -> TypeGuard[Tensor]:
 
 
 def converted(x: Tensor, dtype: torch.dtype, eps: Epsilon) -> Tensor:
-    """``x`` in ``dtype``; raises ValueError if rounding moves an element by more than a hundredth of its radius."""
+    """``x`` in ``dtype``; raises ValueError if rounding moves an element by more than a tenth of its radius."""
     rounded = x.to(dtype)
     if x.dtype == torch.float64 != dtype:
         moved, radius = (rounded.double() - x).abs(), torch.as_tensor(broadcast_to_batch(eps, x, "eps"))
-        if bool(((moved > radius / 100) & (radius > 0)).any()):
-            text = f"converting the inputs to {dtype} moves them by up to {float(moved.max()):.2g}, too far for their "
-            raise ValueError(text + "boxes' radius: subtract a constant from the data, as part of the network's input")
+        if bool(((moved > radius / 10) & (radius > 0)).any()):
+            text = f"converting the inputs to {dtype} moves them by up to {float(moved.max()):.2g}, too far for such "
+            raise ValueError(text + "small boxes: shift the data closer to 0 before, or use a larger radius")
     return rounded
 
 

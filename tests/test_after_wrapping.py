@@ -64,16 +64,57 @@ def test_balls_of_other_norms_are_refused(norm, method):
         bounded.compute_bounds(x=(ball,), method=method)
 
 
-@pytest.mark.parametrize("change", [negated, slower_norm])
-def test_an_engine_module_whose_network_changed_is_refused(change):
+def test_an_engine_module_whose_network_changed_is_followed_or_refused():
     net, x = perceptron(norm=True).eval(), images()
     plain = engine.BoundedModule(net, x[:2])
     plain.eval()
     y = plain(x).argmax(1)
     assert fw.verify(plain, (x, y), 0.002, restarts=0).certificates
-    change(net)
-    with pytest.raises(ValueError, match="computes another function than the network"):
+    net[2].eps = 10.0
+    found = fw.verify(plain, (x, y), 0.002, restarts=0).certificates
+    assert torch.equal(plain(x), net(x))
+    assert [one.prediction for one in found] == plain(x).argmax(1).tolist()
+    negated(net)
+    with pytest.raises(ValueError, match="does not hold the parameter"):
         fw.verify(plain, (x, y), 0.002, restarts=0)
+
+
+def test_a_check_of_an_engine_module_keeps_its_last_pass():
+    net, x = perceptron(norm=True).eval(), images()
+    plain = engine.BoundedModule(net, x)
+    plain.eval()
+    y = plain(x).argmax(1)
+    assert evaluate(plain, (x, y), 0.01, restarts=0).certificates
+    plain.compute_bounds(x=(engine_box(x, 0.02),), method="IBP")
+    expected = plain.compute_bounds(x=None, method="CROWN", IBP=False)
+    plain.compute_bounds(x=(engine_box(x, 0.02),), method="IBP")
+    evaluate(plain, (x, y), 0.01, restarts=0)
+    found = plain.compute_bounds(x=None, method="CROWN", IBP=False)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    net.double()
+    plain.double()
+    assert evaluate(plain, (x.double(), y), 0.01, restarts=0).certificates
+
+
+def engine_box(x, eps):
+    return engine.BoundedTensor(x, engine.PerturbationLpNorm(norm=float("inf"), eps=eps))
+
+
+def test_other_norms_on_the_engines_own_module_keep_their_bounds():
+    x = torch.rand(4, 8)
+    net = nn.Sequential(nn.BatchNorm1d(8), nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3)).eval()
+    plain = engine.BoundedModule(net, x)
+    plain.eval()
+
+    def width():
+        ball = engine.BoundedTensor(x, engine.PerturbationLpNorm(norm=2.0, eps=1.0))
+        lower, upper = plain.compute_bounds(x=(ball,), method="IBP")
+        return upper - lower
+
+    before = width()
+    fw.share_batchnorm_state(plain, net)
+    assert torch.allclose(width(), before)
+    assert bool((before > 0).all())
 
 
 class Indexed(nn.Module):
@@ -133,6 +174,36 @@ def test_buffers_that_the_trace_holds_as_numbers_must_not_change():
         bounded.compute_bounds(x=(fw.input_box(x, 0.1),), method="IBP")
     again = fw.BoundedModule(net, x)
     assert torch.allclose(again(x), net(x))
+
+
+class Reading(nn.Module):
+    """Reads a buffer in Python, and may change it."""
+
+    def __init__(self, value, change):
+        super().__init__()
+        self.fc, self.change = nn.Linear(4, 2), change
+        self.register_buffer("state", torch.tensor(value))
+
+    def forward(self, x):
+        state = self.state.item()
+        self.change(self.state)
+        return self.fc(x) if state != 12345 else x
+
+
+def test_a_buffer_that_marks_an_absent_value_is_a_constant():
+    x = torch.rand(4, 4)
+    bounded = fw.BoundedModule(Reading(float("nan"), lambda state: None), x)
+    assert bounded.to(torch.float64)(x.double()).shape == (4, 2)
+
+
+@pytest.mark.parametrize(
+    ("value", "change"), [(0, lambda s: s.add_(1)), (False, lambda s: None if s else s.fill_(True))]
+)
+def test_buffers_that_the_network_itself_changes_are_reported(value, change):
+    x = torch.rand(4, 4)
+    with pytest.warns(TracedPathWarning, match="buffer 'state'"):
+        bounded = fw.BoundedModule(Reading(value, change), x)
+    assert bounded(x).shape == (4, 2)
 
 
 class Tied(nn.Module):
@@ -239,14 +310,14 @@ class Backbone(nn.Module):
         return self.head(h)
 
 
-def test_switched_off_gradients_are_reported_and_verified():
+def test_networks_without_gradients_are_verified():
     torch.manual_seed(0)
     net, x = Backbone().eval(), images(8)
     y = net(x).argmax(1)
-    with pytest.warns(TracedPathWarning, match="switches gradients off"):
-        bounded = fw.BoundedModule(net, x)
+    bounded = fw.BoundedModule(net, x)
     assert fw.verify(bounded, (x, y), 0.001).certificates
     assert evaluate(bounded, (x, y), 0.001).certificates
+    assert fw.verify(fw.BoundedModule(net.requires_grad_(False), x), (x, y), 0.001).certificates
 
 
 def test_random_relus_are_reported():
@@ -351,5 +422,6 @@ def test_networks_in_half_precision_are_refused(certify, dtype):
 def test_inference_mode_is_refused():
     net, x = perceptron().eval(), images(4)
     bounded = fw.BoundedModule(net, x)
-    with torch.inference_mode(), pytest.raises(RuntimeError, match="call this outside of it"):
-        fw.verify(bounded, (x, net(x).argmax(1)), 0.01)
+    for certify in (fw.verify, evaluate):
+        with torch.inference_mode(), pytest.raises(RuntimeError, match="call this outside of it"):
+            certify(bounded, (x, net(x).argmax(1)), 0.01)

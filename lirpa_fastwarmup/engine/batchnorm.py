@@ -1,5 +1,6 @@
 """BatchNorm nodes: state shared with the model, whose buffers the engine copies, batch statistics, and intervals."""
 
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
@@ -118,7 +119,8 @@ class SharedBatchNorm(BoundBatchNormalization):
         return result
 
     def interval_propagate(self, *v: Any) -> Any:
-        if self.bn_mode != "forward":
+        # The engine's own modules also have these nodes, and balls of other norms.
+        if self.bn_mode != "forward" or _engine.Interval.get_perturbation(v[0])[0] != math.inf:
             return super().interval_propagate(*v)
         (lower, upper), constants = v[0], self.scale_and_shift(*(interval[0] for interval in v[1:]))
         scale, shift = (_per_channel(one, lower) for one in constants)
@@ -173,6 +175,7 @@ def adopt_batchnorm(bounded: Any, model: nn.Module, kind: type[SharedBatchNorm])
             is_module = isinstance(owner[0], _BatchNorm)
             node.owner = (owner[0] if is_module else _FunctionalNorm(owner[0], node.eps, node.momentum),)
             node.__class__ = kind
+            node.eps = node.owner[0].eps
             node.updates_running_stats, node.over_ranks = True, False
             for source in node.inputs[1:3]:
                 if type(source) is _engine.BoundConstant:
@@ -216,9 +219,11 @@ class StateLink:
         """Point the node to the model's current tensor, which ``.to`` and loading may have replaced."""
         kind, name = ("_parameters", "param") if isinstance(self.node, _engine.BoundParams) else ("_buffers", "buffer")
         current = getattr(self.owner, kind)[self.attribute]
-        if any(owner._parameters.get(attribute) is not current for owner, attribute in self.tied):
-            text = f"the parameter {self.node.ori_name!r} was shared by several modules when the network was wrapped, "
-            raise ValueError(text + "and is no longer: build a BoundedModule again")
+        others = [getattr(owner, kind).get(attribute) for owner, attribute in self.tied]
+        # Moving a model copies a shared buffer for each of its modules.
+        if any(one is not current and (kind == "_parameters" or not torch.equal(one, current)) for one in others):
+            text = f"the tensor {self.node.ori_name!r} was shared by several modules when the network was wrapped, and "
+            raise ValueError(text + "is no longer: build a BoundedModule again, or share it again")
         getattr(self.node, kind)[name] = current
 
 
@@ -238,7 +243,7 @@ def state_links(bounded: Any, model: nn.Module) -> list[StateLink]:
     owners = [(node, _owner(model, node.ori_name)) for node in nodes]
     holders: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
-        for name, value in module._parameters.items():
+        for name, value in (*module._parameters.items(), *module._buffers.items()):
             holders.setdefault(id(value), []).append((module, name))
     return [StateLink(node, *own, holders.get(id(getattr(*own)), ())) for node, own in owners if own is not None]
 

@@ -21,14 +21,15 @@ _AT_ONCE = 2**15  # Elements that stay in a core's cache; PyTorch divides no ope
 _MANY = 2**22  # Elements of the array for the whole batch, above which this is faster.
 
 
-def _is_recorded() -> bool:
+def is_recorded() -> bool:
+    """Whether a training step is being recorded, whose tensors have no values."""
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
 
 
 def _centres_and_radii(weight: Tensor, centre: Tensor, radius: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Centres and radii of the margins, (batch, classes)."""
     own = weight[labels]
-    if _is_recorded():
+    if is_recorded():
         differences = own.unsqueeze(1) - weight
         return (differences * centre.unsqueeze(1)).sum(2), (differences.abs() * radius.unsqueeze(1)).sum(2)
     centres, radii = (centre.new_empty(len(labels), len(weight)) for _ in range(2))
@@ -45,7 +46,7 @@ def _centres_and_radii(weight: Tensor, centre: Tensor, radius: Tensor, labels: T
 def _gradients_of_radii(grad: Tensor, weight: Tensor, radius: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of the radii with respect to ``weight`` and ``radius``, from that with respect to the radii."""
     own = weight[labels]
-    if _is_recorded():
+    if is_recorded():
         differences, given = own.unsqueeze(1) - weight, grad.unsqueeze(2)
         signed = differences.sign() * given
         of_weight, of_own = -(signed * radius.unsqueeze(1)).sum(0), signed.sum(1)

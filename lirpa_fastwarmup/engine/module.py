@@ -18,7 +18,7 @@ from lirpa_fastwarmup.engine.compat import ENGINE_VERSION, engine
 from lirpa_fastwarmup.engine.equality import check_same_function
 from lirpa_fastwarmup.engine.graph import read_graph
 from lirpa_fastwarmup.engine.inputs import Layout, Unpacked
-from lirpa_fastwarmup.engine.margins import margin_interval
+from lirpa_fastwarmup.engine.margins import is_recorded, margin_interval
 from lirpa_fastwarmup.engine.nodes import CUSTOM_OPERATORS, adopt
 from lirpa_fastwarmup.engine.operators import review
 from lirpa_fastwarmup.engine.precision import default_dtype, exact_arithmetic, temporarily
@@ -27,7 +27,6 @@ _bound: Any = engine.bound_general
 
 
 def _like(model: nn.Module) -> Tensor:
-    """A tensor of the model's device and dtype."""
     return next(model.parameters(), next(model.buffers(), torch.empty(0)))
 
 
@@ -247,6 +246,7 @@ class BoundedModule(engine.BoundedModule):
         for node in self._modules.values():
             if isinstance(node, _bound.BoundConstant) and isinstance(node.value, Tensor):
                 node.value = fn(node.value)
+        self._constants = {name: fn(value) for name, value in self._constants.items()}
         self.device = _like(self.wrapped).device
         self.example = tuple(x.to(self.device) for x in self.example)
         self._follow_wrapped()
@@ -256,8 +256,9 @@ class BoundedModule(engine.BoundedModule):
         """Adopt the wrapped model's mode and replaced tensors; raise ValueError if the trace does not fit them."""
         for link in self._links:
             link.refresh()
-        for name, value in self._constants.items():
-            if not torch.equal(self.wrapped.get_buffer(name).to(value), value):
+        current = dict(self.wrapped.named_buffers()) if self._constants and not is_recorded() else {}
+        for name in current.keys() & self._constants.keys():
+            if not torch.allclose(current[name], self._constants[name], 0, 0, equal_nan=True):
                 text = f"the network reads its buffer {name!r} in Python, and it has changed since it was wrapped: "
                 raise ValueError(text + "build a BoundedModule again, or compute with the tensor itself")
         batchnorm.follow_modules(self, self.wrapped.training)
@@ -273,10 +274,6 @@ class BoundedModule(engine.BoundedModule):
         """The network's inputs, also from one tensor that packs them, with checked shapes."""
         x = self.layout.unpack(x[0]) if len(x) == 1 < len(self.example) else x
         check_input_shapes(x, self.example)
-        for ptb in (getattr(one, "ptb", None) for one in x):
-            if ptb is not None and getattr(ptb, "norm", None) != math.inf:
-                text = f"bounds over {ptb} have not been tested, and some would be of radius 0: use input_box, or "
-                raise NotImplementedError(text + "PerturbationLpNorm with norm=float('inf')")
         return x
 
     def compute_bounds(self, x: Any = None, *args: Any, reuse_statistics: bool = False, **kwargs: Any) -> Any:
@@ -296,8 +293,8 @@ class BoundedModule(engine.BoundedModule):
 
         Raises:
             NotImplementedError: the engine has no such bounds for an operator, or fails; the message names method and
-                place.
-            ValueError: inputs have another shape than the example's, batch aside.
+                place. Or the box is a ball of another norm than l∞.
+            ValueError: inputs have another shape than the example's, batch aside; or the network was changed since.
 
         Example:
             >>> lower, upper = bounded.compute_bounds(x=(fw.input_box(x, 8 / 255),), method="CROWN-IBP")
@@ -306,6 +303,10 @@ class BoundedModule(engine.BoundedModule):
             return super().compute_bounds(x, *args, **{**kwargs, **self.within_optimization})
         if x is not None:
             x = self._unpacked((x,) if isinstance(x, Tensor) else tuple(x))
+            for ptb in (getattr(one, "ptb", None) for one in x):
+                if ptb is not None and getattr(ptb, "norm", None) != math.inf:
+                    text = f"bounds over {ptb} have not been tested, and some would be of radius 0: use input_box, or "
+                    raise NotImplementedError(text + "PerturbationLpNorm with norm=float('inf')")
         method = kwargs.get("method", args[2] if len(args) > 2 else None) or "backward"
         if self._reviewed.interval_only and method.lower() not in ("ibp", "interval"):
             text = f"auto_LiRPA {ENGINE_VERSION} has only IBP bounds for {'; '.join(self._reviewed.interval_only)}: "

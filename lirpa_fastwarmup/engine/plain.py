@@ -32,12 +32,13 @@ def view_of(bounded: Any) -> BoundedModule:
         if isinstance(getattr(bounded, "module", None), engine.BoundedModule):
             raise TypeError(f"expected a BoundedModule, found {type(bounded).__name__}: pass its .module")
         read_graph(bounded)  # Raises the error.
-    view: BoundedModule | None = vars(bounded).get(_VIEW)
-    if view is None:
-        view = _joined(bounded)
+    known: BoundedModule | None = vars(bounded).get(_VIEW)
+    view = _joined(bounded) if known is None else known
+    share_batchnorm_state(bounded, view.wrapped)  # Refuses parameters that were replaced since.
+    if known is None:
+        with unchanged(view.wrapped), torch.no_grad():
+            _require_same(bounded, view, view.wrapped)
         object.__setattr__(bounded, _VIEW, view)
-    with unchanged(view.wrapped), torch.no_grad():  # Either may have been given other tensors or modules since.
-        _require_same(bounded, view, view.wrapped)
     if view.training != bounded.training:
         view.train(bounded.training)
     return view
@@ -53,7 +54,6 @@ def _joined(bounded: Any) -> BoundedModule:
     given = {name: value for name, value in record.arguments.items() if name not in ("self", "model", "verbose")}
     with unchanged(model):  # The engine may have left it in another mode.
         view = BoundedModule(model, **{**given, "device": bounded.device})
-    share_batchnorm_state(bounded, model)
     for node in bounded._modules.values():
         if type(node) is engine.bound_general.BoundParams:
             node.__class__ = SharedParameter  # The engine's changes requires_grad with the mode.

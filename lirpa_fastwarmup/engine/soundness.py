@@ -194,7 +194,6 @@ def _corners(lower: Tensor, upper: Tensor, generator: torch.Generator) -> Iterat
 def _extremes(
     bounded: Any, nodes: list[_BoundedNode], margins: Tensor, y: Tensor, lower: Tensor, upper: Tensor, generator: Any
 ) -> Iterator[Tensor]:
-    """The corners that signed gradients at the centre point to."""
     relaxed = {id(node) for node in bounded_inputs(bounded)}
     centre = ((lower + upper) / 2).requires_grad_(True)
     with torch.enable_grad():

@@ -20,7 +20,6 @@ from lirpa_fastwarmup.engine.compat import ENGINE_VERSION, engine
 from lirpa_fastwarmup.engine.graph import read_graph
 from lirpa_fastwarmup.engine.operators import operator_of
 from lirpa_fastwarmup.engine.places import Places, by_place, quiet_engine
-from lirpa_fastwarmup.engine.precision import temporarily
 from lirpa_fastwarmup.memory import is_out_of_memory
 
 _OURS = ("auto_LiRPA", "lirpa_fastwarmup")
@@ -74,9 +73,10 @@ class Observation(Recorder):
     ``value_reads`` holds ``file:line`` of each call in user code that reads a tensor's value, ``constants`` the buffers
     that are read, by name, ``norm_modes`` whether each functional batch_norm uses the statistics of the batch (of
     modules only where that is not their mode), ``altered`` calls that the exporter turns into another function, and
-    what to write instead, ``detached`` whether some calls compute no gradients.
+    what to write instead.
     """
 
+    @torch.no_grad()
     def __init__(self, model: nn.Module, inputs: Sequence[Tensor]) -> None:
         super().__init__(self._inspect)
         norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
@@ -84,14 +84,11 @@ class Observation(Recorder):
         self._norms = {id(module.running_mean): module for module in norms}
         self._buffers = {id(tensor): name for name, tensor in model.named_buffers()}
         self.constants: dict[str, Tensor] = {}
-        self.detached = False
         self.value_reads: dict[str, None] = {}
         self.operations: list[str] = []
         self.norm_modes: list[bool] = []
         self.altered: list[str] = []
-        # Gradients are on, to see where the model switches them off, and need not be computed.
-        with torch.enable_grad(), temporarily(model.parameters(), "requires_grad", False):
-            self.output = self.run(model, inputs)
+        self.output = self.run(model, inputs)
 
     def _inspect(self, name: str, args: Any, kwargs: Any, _: Any) -> None:
         first = id(args[0]) if args else None
@@ -104,7 +101,6 @@ class Observation(Recorder):
         elif reads:
             frame = traceback.extract_stack(limit=3)[0]  # Of the code that called the function.
             self.value_reads[f"{frame.filename}:{frame.lineno}"] = None
-        self.detached |= name == "detach" or not torch.is_grad_enabled()
         if name == "batch_norm":
             by_batch = bool(args[5] if len(args) > 5 else kwargs.get("training", False))
             module = self._norms.get(id(args[1] if len(args) > 1 else None))
@@ -139,15 +135,19 @@ def untraceable(model: nn.Module, inputs: Sequence[Tensor]) -> tuple[Observation
             text = f"{name!r} normalises every batch by itself, also in evaluation (track_running_stats=False): the "
             text += "output for one input then depends on the others, "
             raise NotImplementedError(text + "and has no bound of its own. Use running statistics")
-    Observation(model.eval(), inputs)  # The first call may build state.
+    first = Observation(model.eval(), inputs)  # It may build state.
     observed = Observation(model, inputs)
+    for name, value in first.constants.items():
+        again = observed.constants.pop(name, None)
+        if again is not None and torch.allclose(value, again, 0, 0, equal_nan=True):
+            observed.constants[name] = again
+        else:
+            observed.value_reads[f"every call, of the buffer {name!r}"] = None
     if observed.altered:
         raise NotImplementedError(f"the network calls {observed.altered[0]}")
     reasons = [f"it reads the value of a tensor at {place}" for place in observed.value_reads]
     if _differs_in_training(model, inputs):
         reasons.append("it computes something else in training mode")
-    if observed.detached and any(parameter.requires_grad for parameter in model.parameters()):
-        reasons.append("it switches gradients off (no_grad, detach), and certified training does not")
     model.eval()
     return observed, reasons
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lirpa_fastwarmup.boxes import Epsilon, InputRange
@@ -32,7 +33,6 @@ Batch = tuple[Tensor, ...]
 _TOLERANCES = (1e-3, 0.05)
 _COARSE_TOLERANCES = (0.05, 0.2)
 _SMALLEST = 1e-6
-_CONSTANTS = "training", "eps", "momentum", "track_running_stats"  # Of modules, which a recording holds.
 
 
 class CompilationWarning(UserWarning):
@@ -103,12 +103,14 @@ class CompiledSteps:
         """Everything that any recording depends on besides the values of tensors."""
         x, _, eps, *_ = batch
         model, device = self._bounded.wrapped, x.device.type
+        norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
         return (
             tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in (x, eps)),
             torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None,
             self._bounded.radius_dtype,
             self._bounded.over_ranks,
-            tuple(tuple(getattr(module, name, None) for name in _CONSTANTS) for module in model.modules()),
+            tuple(module.training for module in model.modules()),
+            tuple((one.eps, one.momentum, one.track_running_stats) for one in norms),
             tuple((parameter.shape, parameter.requires_grad) for parameter in model.parameters()),
         )
 

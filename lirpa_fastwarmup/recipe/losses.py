@@ -182,8 +182,7 @@ class SABR:
     def small_box(self, step: LossStep, points: Tensor) -> tuple[Tensor, Tensor]:
         """The ends of the small box around ``points``."""
         lower, upper = step.box.ptb.x_L, step.box.ptb.x_U
-        whole = broadcast_to_batch(step.eps, lower, "eps") if self.scalar else (upper - lower) / 2
-        half = self.ratio * whole
+        half = self.ratio * (broadcast_to_batch(step.eps, lower, "eps") if self.scalar else (upper - lower) / 2)
         centre = torch.min(torch.max(points, lower + half), upper - half)
         return box_ends(centre, half, step.input_range if self.scalar else None)
 

@@ -264,10 +264,8 @@ class Certifier:
         searches = self.plan.restarts > 0 or self._complete is not None
 
         def falsified(index: int) -> bool | None:
-            if not searches:
-                return None
-            if found[index]:
-                return True
+            if not searches or found[index]:
+                return True if searches else None
             # IBP alone decided the sample, or α,β-CROWN failed on it.
             unsearched = first.points is None and first.outcomes.get(index, "error").startswith("error")
             return None if unsearched else False

@@ -191,8 +191,10 @@ def _plain(eps: Any) -> Any:
 
 
 def _check_dtype(bounded: BoundedModule) -> None:
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("the checks need gradients, which torch.inference_mode() forbids: call this outside of it")
     for name, value in bounded.wrapped.named_parameters():
-        if value.dtype not in (torch.float32, torch.float64):
+        if value.is_floating_point() and value.dtype not in (torch.float32, torch.float64):
             raise TypeError(f"certificates are of float32 or float64 networks; {name!r} is {value.dtype}: use .float()")
 
 
@@ -200,8 +202,6 @@ def check_network(bounded: Any) -> BoundedModule:
     """Refuse a network that cannot be verified, with the errors of :func:`verify`; return this package's view of it."""
     bounded = view_of(bounded)
     _check_dtype(bounded)
-    if torch.is_inference_mode_enabled():
-        raise RuntimeError("the attack needs gradients, which torch.inference_mode() forbids: call this outside of it")
     training = [name or "the network itself" for name, module in bounded.wrapped.named_modules() if module.training]
     if training:
         text = f"the network is in training mode ({', '.join(training[:3])}{', …' if len(training) > 3 else ''}), "

@@ -273,8 +273,9 @@ def _only_shape(function: Any, args: Any, kwargs: Any) -> Any:
     return _call(function, args, kwargs, [interval.lower for interval in intervals_in((args, kwargs))])
 
 
-with (Path(__file__).parent / "aten.csv").open(newline="") as _file:  # "moving" operators compute nothing.
+with (Path(__file__).parent / "aten.csv").open(newline="", encoding="utf-8") as _file:
     _OPERATORS = {row["kind"]: row["operators"].split() for row in csv.DictReader(_file)}
+# Those that move elements compute nothing.
 MOVING, BATCH_NORM = frozenset(_OPERATORS["moving"]), frozenset(_OPERATORS["batch norm"])
 _RULES: dict[str, Rule] = {
     **dict.fromkeys([*MOVING, *_OPERATORS["not decreasing"]], increasing),

@@ -62,7 +62,7 @@ def read_onnx(path: Path, in_shape: Sequence[int]) -> nn.Module:
     model = _converted(content, path)
     output = _outputs(model, [example], path)
     if output.ndim != 2 or len(output) != len(example):
-        raise ValueError(f"the output of {path} for {len(example)} inputs is {tuple(output.shape)}, not (8, classes)")
+        raise ValueError(f"the output of {path} for 8 inputs is {tuple(output.shape)}, and should be (8, classes)")
     _require_equal(output, _onnxruntime(path, example), path)
     return model
 
@@ -221,6 +221,9 @@ def _onnxruntime(path: Path, x: Tensor) -> Tensor:
 
 def _require_equal(found: Tensor, expected: Tensor, path: Path) -> None:
     """Refuse outputs that differ by more than rounding explains; other shapes, and NaN, differ by infinity."""
+    if found.shape == expected.shape:  # Samples may lie outside of a function's domain.
+        neither = ~(found.isfinite() | expected.isfinite())
+        found, expected = found.masked_fill(neither, 0.0), expected.masked_fill(neither, 0.0)
     difference = (found - expected).abs().amax(1) if found.shape == expected.shape else torch.tensor(math.nan)
     if not bool((difference <= 1e-4 * (1 + expected.abs().amax(1))).all()):
         size = float(difference.nan_to_num(math.inf).max())

@@ -123,7 +123,6 @@ class Batches:
 
 
 def _move(tensor: Tensor, device: torch.device) -> Tensor:
-    """``tensor`` on ``device``, copied to a GPU without blocking, which needs pinned memory."""
     if device.type == "cuda" and tensor.device.type == "cpu":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)

@@ -170,7 +170,6 @@ def certified_samples(path: Path, eps: float) -> tuple[float, list[Sample]]:
 
 
 def _inspect_network(record: RunRecord, model: _SavedModel, data_dir: Path | None, *, trust: bool) -> None:
-    """Inspect the network, and take the images of the samples that are hardest and easiest to certify."""
     if not model.path.is_file():
         raise FileNotFoundError(f"the folder holds no trained network ({MODEL})")
     network, settings = load_model(model.path, trust=trust, content=model.checked), model.checked["settings"]

@@ -51,7 +51,6 @@ def _phases_that_pay(run: Run) -> tuple[str, ...]:
 
 
 def _eager_seconds(run: Run, precision: str) -> float:
-    """Seconds of an eager step in the ramp, forward and backward, on samples of the test set."""
     objective, settings = run.objective, run.settings
     size = micro_batch_size(settings)
     x = run.inspected[torch.arange(size) % len(run.inspected)]

@@ -155,7 +155,6 @@ def _take_step(run: build.Run, position: Position, x: Tensor, y: Tensor) -> Step
 
 @torch.no_grad()
 def _require_finite(run: build.Run) -> None:
-    """Check the network after the last step of an epoch, whose effect no later loss shows."""
     bounded = run.objective.bounded.eval()
     x, _ = next(iter(run.test_batches))
     if not all(bool(value.isfinite().all()) for value in (*bounded.state_dict().values(), bounded(x))):

@@ -176,7 +176,6 @@ def _run_to_end(
 
 
 def _close_epoch(run: Run, position: Position, progress: Progress) -> None:
-    """Evaluate the network, update the best epoch, and move to the next one."""
     row = history_row(run, position)
     position.history.append(row)
     position.epoch_seconds.append(position.seconds)

@@ -58,7 +58,6 @@ def history_row(run: Run, position: Position) -> dict[str, float]:
 
 
 def _recompute_statistics(run: Run) -> None:
-    """Give the evaluated network the statistics of the training set, or else all processes those of rank 0."""
     if run.settings.precise_bn or run.settings.swa_start is not None:  # A mean of weights has no statistics of its own.
         samples = run.train_batches.split
         update_bn(data.Batches(samples, _PRECISE_BATCH, drop_single=True, device=run.device), run.evaluated.wrapped)
