@@ -72,6 +72,7 @@ def main() -> None:
         last = {column: value for column, value in history[-1].items() if column.endswith("error")}
         print(f"{name}: {seeds} seeds, {len(history)} epochs, {last}")
     histories = {name: history for name, (history, _) in found.items()}
+    options.out.mkdir(parents=True, exist_ok=True)
     draw_growth(histories, options.out / "cifar10_bounds.svg")
     draw_states(histories, options.out / "cifar10_states.svg")
 
