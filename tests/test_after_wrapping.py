@@ -299,6 +299,22 @@ def test_a_compiled_step_follows_attributes_of_batchnorm(monkeypatch):
     assert torch.allclose(found[0][1], found[1][1], atol=1e-6)
 
 
+class Scaled(nn.Linear):
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.eps = [1e-5]  # Of another meaning than BatchNorm's, and not hashable.
+
+
+def test_only_batchnorm_has_attributes_that_recordings_depend_on(monkeypatch):
+    monkeypatch.setattr(CompiledSteps.__init__, "__kwdefaults__", {"batch_size": None, "backend": "eager"})
+    net, x, y = nn.Sequential(nn.Flatten(), Scaled(16, 8), nn.ReLU(), nn.Linear(8, 3)), images(16), torch.arange(16) % 3
+    warmup = fw.ShortWarmup(fw.BoundedModule(net, x), fw.ConstantEpsilon(0.05), compile=True, regularizers=())
+    warmup.train()
+    for _ in range(2):
+        warmup(x, y)
+    assert len(warmup._compiled._steps) == 1
+
+
 class Backbone(nn.Module):
     def __init__(self):
         super().__init__()

@@ -174,6 +174,14 @@ def test_a_conversion_that_is_wrong_far_from_0_is_noticed(tmp_path):
         verification.read_onnx(path, (1, 8, 8))
 
 
+@pytest.mark.parametrize("operator", ["Sqrt", "Exp"])
+def test_samples_outside_of_a_functions_domain_are_no_difference(operator, tmp_path):
+    path = onnx_model([helper.make_node(operator, ["x"], ["h"]), *LINEAR], weights(), tmp_path / "partial.onnx")
+    x = torch.rand(4, 1, 8, 8)
+    (expected,) = onnxruntime.InferenceSession(str(path)).run(None, {"x": x.numpy()})
+    assert torch.allclose(verification.read_onnx(path, (1, 8, 8))(x), torch.from_numpy(expected), atol=1e-5)
+
+
 def test_missing_packages_are_named(tmp_path, monkeypatch):
     find = onnx_file.importlib.util.find_spec
     for package, message in (
