@@ -4,7 +4,7 @@
 
 MNIST at ε = 0.3, in the short schedule of docs/results.md, with the published settings of the loss, as
 ``lirpa-fastwarmup train mnist --method mtl-ibp --show`` prints them. CTRAIN's loop has its own initialisation,
-schedule, attack, BatchNorm policy, regularisers and L1 term. An interrupted run goes on from the last epoch's end.
+schedule, attack, BatchNorm policy, regularisers and L1 term. An interrupted run resumes at the last epoch's end.
 """
 
 from __future__ import annotations
@@ -104,7 +104,8 @@ def normalise_by_attacked(bounded: Any, x: Tensor, y: Tensor) -> None:
     """Replace the running statistics by those of attacked samples, by which CTRAIN's loop normalises bounds."""
     box = (x - EPS).clamp(0, 1), (x + EPS).clamp(0, 1)
     attack = fw.attacks.PGD(steps=1, step_size=2.0)
-    points = attack.points(bounded.eval() or bounded, y, *box, attack.starts(x))
+    bounded.eval()  # As CTRAIN attacks.
+    points = attack.points(bounded, y, *box, attack.starts(x))
     bounded.train()
     bounded(points)
     norms = [
