@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 import re
 import warnings
@@ -307,6 +308,23 @@ def test_what_cannot_be_compiled_is_taken_eagerly_with_one_warning(why, x, y):
         for objective in (eager, compiled):
             objective.steps_done = FULL
         assert_same_step(eager, compiled, x, y)
+
+
+@dataclasses.dataclass  # Without a hash.
+class Hinge:
+    margin: float = 1.0
+
+    def __call__(self, step):
+        return fw.losses.LossValue((self.margin - step.ibp_margins()).clamp(min=0).sum(1).mean())
+
+
+def test_a_loss_without_a_hash_is_taken_eagerly(x, y):
+    eager, compiled = pair(networks.SmallResNet(batchnorm=True), x, loss=Hinge())
+    for objective in (eager, compiled):
+        objective.steps_done = FULL
+    with pytest.warns(CompilationWarning, match="unhashable"):
+        assert_same_step(eager, compiled, x, y)
+    assert hash(fw.attacks.PGD(decay=(0.1, [4, 7]))) == hash(fw.attacks.PGD(decay=(0.1, (4, 7))))
 
 
 @pytest.mark.parametrize(("on_loss", "on_gradient"), [(1.01, 1.0), (1.0, 1.1)])

@@ -12,6 +12,7 @@ import torch
 
 from lirpa_fastwarmup import cli
 from lirpa_fastwarmup.experiments import data
+from lirpa_fastwarmup.experiments.data.download import CorruptFileError
 from lirpa_fastwarmup.experiments.presets import preset
 from lirpa_fastwarmup.experiments.training import UntrustedError, load_model, resume, train
 from lirpa_fastwarmup.storage import read_json
@@ -30,6 +31,10 @@ def series():
     x = torch.randn(60, 2, 7, generator=torch.Generator().manual_seed(0))
     y = (x.mean((1, 2)) > 0).long()
     return (x[:40], y[:40]), torch.utils.data.TensorDataset(x[40:], y[40:])
+
+def fractions():
+    x = torch.randn(9, 2)
+    return (x, (x[:, 0] > 0).long()), torch.utils.data.TensorDataset(x, torch.rand(9) * 2)
 
 def numbers():
     return 7
@@ -176,6 +181,8 @@ def test_train_and_test_must_fit_together(folder):
 def test_what_factories_return(folder):
     dataset = data.load("net.py:series")
     assert (dataset.name, dataset.in_shape, len(dataset.train), len(dataset.test)) == ("series", (2, 7), 40, 20)
+    with pytest.raises(CorruptFileError, match=r"should contain integer labels .* found float32"):
+        data.load("net.py:fractions")
     with pytest.raises(TypeError, match="returned an object of type int: return \\(train, test\\)"):
         data.load("net.py:numbers")
     with pytest.raises(ImportError, match="has no 'absent', named by the dataset"):
@@ -261,18 +268,24 @@ def test_the_factory_of_the_data_needs_trust_too(folder, capsys):
 
 
 def test_changed_data_is_refused_on_resuming(folder):
-    table(folder / "mine.csv", *samples(50))
+    inputs, labels = samples(50)
+    table(folder / "mine.csv", inputs, labels)
     settings = preset("custom", dataset="mine.csv", eps=0.05).replace(
         model="net.py:make", epochs=1, ramp_length=0, batch_size=16, pgd_restarts=0
     )
     train(settings, folder / "run")
     (folder / "run" / "summary.json").unlink()
     table(folder / "mine.csv", *samples(60))
-    with pytest.raises(ValueError, match="40 training samples, and mine has 48 now"):
+    with pytest.raises(ValueError, match=r"40 training samples .* and mine has 48 training samples"):
+        resume(folder / "run", trust=True)
+    table(folder / "mine.csv", samples(50)[0] * 2, samples(50)[1])
+    with pytest.raises(
+        ValueError, match=r"digest \w+.* and mine has 40 training samples \(digest .*: use the same data"
+    ):
         resume(folder / "run", trust=True)
     (folder / "moved").mkdir()
     (folder / "mine.csv").unlink()
-    table(folder / "moved" / "mine.csv", *samples(50))
+    table(folder / "moved" / "mine.csv", inputs, labels)
     resume(folder / "run", data_dir=folder / "moved", trust=True)
 
 

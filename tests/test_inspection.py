@@ -151,6 +151,62 @@ def test_gain_is_over_the_relus_that_a_layer_reads():
     assert found.output is not None
 
 
+class Branches(nn.Module):
+    def __init__(self, count):
+        super().__init__()
+        self.branches = nn.ModuleList(nn.Linear(8, 16) for _ in range(count))
+        self.joint, self.out = nn.Linear(16 * count, 16), nn.Linear(16, 3)
+
+    def forward(self, x):
+        return self.out(self.joint(torch.cat([branch(x).relu() for branch in self.branches], 1)).relu())
+
+
+def test_growth_per_layer_is_the_mean_gain_however_many_branches_there_are():
+    model = Branches(6)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(4)
+    found = fw.inspect(fw.BoundedModule(model, torch.rand(4, 8)), torch.rand(16, 8), 0.01)
+    gains = [layer.gain for layer in found.relus]
+    assert min(gains) <= found.growth_per_layer <= max(gains)
+    assert found.growth_per_layer == pytest.approx(torch.tensor(gains).log().mean().exp().item(), rel=1e-5)
+
+
+class Tokens(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.token, self.out = nn.Linear(8, 16), nn.Linear(64, 3)
+
+    def forward(self, x):
+        return self.out(self.token(x).relu().flatten(1))
+
+
+def test_units_of_a_linear_layer_are_in_the_last_dimension():
+    model = Tokens()
+    with torch.no_grad():
+        model.token.bias[:12] = -100.0
+        model.token.bias[12:] = 100.0
+    found = fw.inspect(fw.BoundedModule(model, torch.rand(2, 4, 8)), torch.rand(8, 4, 8), 0.01)
+    assert found.dead == pytest.approx(0.75)
+
+
+def test_the_expected_gain_is_halved_behind_activations_alone():
+    model = nn.Sequential(nn.Linear(8, 64), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 3))
+    found = fw.inspect(fw.BoundedModule(model, torch.rand(2, 8)), torch.rand(4, 8), 0.01)
+    for layer, part, factor in zip(found.affine, (model[0], model[1], model[3]), (1, 1, 0.5), strict=True):
+        mean = float(part.weight.detach().abs().mean())
+        assert layer.expected_gain == pytest.approx(factor * layer.fan_in * mean, rel=1e-5)
+
+
+def test_outputs_that_are_nan_are_not_called_constant(x):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 3))
+    with torch.no_grad():
+        model[3].bias[1] = torch.nan
+    found = fw.inspect(fw.BoundedModule(model, x), x, EPS)
+    assert [finding.kind for finding in found.findings] == ["not finite"]
+    assert "outputs" in found.findings[0].text
+
+
 def test_radius_of_each_feature_and_boxes_of_ones_own():
     x = torch.rand(6, 64)
     bounded = fw.BoundedModule(nn.Sequential(nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 3)), x)

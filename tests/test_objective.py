@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import math
 from functools import partial
 
@@ -147,6 +148,40 @@ def test_state_dict_is_the_step_and_the_models_own_keys(x, y):
     with pytest.raises(RuntimeError, match="size mismatch"):
         other.load_state_dict({**saved, "step": torch.tensor(99), "0.bias": torch.zeros(9)})
     assert other.steps_done == 3
+
+
+class Versioned(nn.Linear):
+    """Whose weights were stored halved in version 1."""
+
+    _version = 2
+
+    def _load_from_state_dict(self, state, prefix, metadata, *rest):
+        if metadata.get("version", 1) < 2:
+            state[f"{prefix}weight"] = state[f"{prefix}weight"] * 2
+        super()._load_from_state_dict(state, prefix, metadata, *rest)
+
+
+def test_states_keep_the_versions_of_modules(x):
+    bounded = fw.BoundedModule(nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), Versioned(8, 3)), x)
+    warmup = fw.ShortWarmup(bounded, fw.ConstantEpsilon(0.1))
+    before = warmup.model[3].weight.clone()
+    file = io.BytesIO()
+    torch.save(warmup.state_dict(), file)
+    file.seek(0)
+    warmup.load_state_dict(torch.load(file, weights_only=True))
+    assert torch.equal(warmup.model[3].weight, before)
+
+
+def test_a_loss_may_have_an_attack_that_draws_no_starts(x, y):
+    class Own:
+        def attack(self, step):
+            return step.x
+
+        def __call__(self, step):
+            return fw.losses.LossValue(step.ibp_margins().neg().exp().sum(1).mean())
+
+    bounded = fw.BoundedModule(nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 3)), x)
+    assert fw.ShortWarmup(bounded, fw.ConstantEpsilon(0.1), loss=Own())(x, y).loss.isfinite()
 
 
 def test_moves_and_copies_as_one(x, y):

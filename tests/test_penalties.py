@@ -97,6 +97,21 @@ def test_weight_l1_counts_a_shared_weight_once(make, x):
     assert float(fw.regularizers.weight_l1(fw.BoundedModule(model, x)).detach()) == pytest.approx(expected, rel=1e-5)
 
 
+class Times(nn.Module):
+    def forward(self, weight):
+        return 100 * weight
+
+
+def test_weight_l1_is_that_of_the_computed_weight(x):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 3))
+    nn.utils.parametrize.register_parametrization(model[1], "weight", Times())
+    term = fw.regularizers.weight_l1(fw.BoundedModule(model, x))
+    expected = float(model[1].weight.detach().abs().sum() + model[3].weight.detach().abs().sum())
+    assert float(term.detach()) == pytest.approx(expected, rel=1e-5)
+    (gradient,) = torch.autograd.grad(term, model[1].parametrizations.weight.original)
+    assert torch.allclose(gradient.abs(), torch.tensor(100.0))
+
+
 def test_without_relu_only_weight_l1_is_defined(x):
     bounded = after_ibp(nn.Sequential(nn.Flatten(), nn.Linear(64, 4), nn.LeakyReLU(), nn.Linear(4, 3)), x)
     assert float(fw.regularizers.weight_l1(bounded).detach()) > 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import csv
 import json
+import warnings
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from lirpa_fastwarmup import cli
 from lirpa_fastwarmup.engine.precision import products_in_tf32
 from lirpa_fastwarmup.experiments import data
 from lirpa_fastwarmup.experiments.presets import preset
-from lirpa_fastwarmup.experiments.training import METHODS, choices, load_model, resume, train
+from lirpa_fastwarmup.experiments.training import METHODS, choices, load_model, resume, summary, train
 from lirpa_fastwarmup.experiments.training.build import build_run
 from lirpa_fastwarmup.experiments.training.interrupt import StopRequest
 from lirpa_fastwarmup.experiments.training.loop import EpochMeans, Position, Progress, train_epoch
@@ -157,6 +158,18 @@ def _only_batch(settings):
 def test_parts_are_never_of_one_sample(tmp_path):
     run, _ = one_epoch(SMALL.replace(accumulate=40, data_limit=51), tmp_path)  # Batches of 48 and 3.
     assert run.objective.steps_done == 2
+    assert run.objective._compiled._batch_size == 2
+    assert choices._eager_seconds(run, "float32") > 0
+
+
+def test_a_network_with_batchnorm_of_its_own_is_never_given_one_sample(own_networks):
+    settings = SMALL.replace(model="my_networks:normalised", width=None, batchnorm=False, data_limit=97, accumulate=48)
+    run, _ = one_epoch(settings, own_networks)
+    assert len(run.train_batches) == 2  # The last sample is left out.
+
+
+def test_fewer_samples_than_a_batch_are_compiled_too():
+    assert build_run(SMALL.replace(data_limit=20), CPU).objective._compiled._batch_size == 20
 
 
 def test_gradients_are_clipped_to_the_norm(tmp_path):
@@ -209,8 +222,8 @@ def test_the_mean_of_weights_from_an_epoch_on_is_kept(tmp_path):
         train_epoch(run, position, Recorded(), StopRequest(tmp_path))
         if epoch == 1:
             assert torch.equal(run.average.module[0].weight, run.objective.model[0].weight)
-    # Of every tenth step's.
-    expected = (states[20] + states[30]) / 2
+    # Of every tenth step from the first of epoch 2 on.
+    expected = (states[12] + states[22] + states[32]) / 3
     assert torch.allclose(run.average.module[0].weight, expected, rtol=1e-6)
     train(settings, tmp_path / "run")
     kept = load_model(tmp_path / "run" / "model.pt")
@@ -232,6 +245,58 @@ def test_precise_bn_takes_the_statistics_of_the_training_set(tmp_path):
     assert torch.allclose(precise[1].running_mean, first.mean(1), atol=1e-5)
     assert torch.allclose(precise[1].running_var, first.var(1), rtol=1e-4)
     assert not torch.allclose(plain[1].running_var, first.var(1), rtol=1e-2)
+
+
+@pytest.mark.parametrize("decay", [0.9, 0.9995])
+def test_averages_leave_integers_as_they_are(decay, own_networks):
+    settings = SMALL.replace(model="my_networks:Permuted", width=None, average_decay=decay, epochs=3)
+    train(settings, own_networks / "run")
+    kept = load_model(own_networks / "run" / "model.pt", trust=True)
+    assert kept.index.tolist() == [3, 1, 2, 0, 7, 5, 6, 4]
+
+
+def test_precise_statistics_weigh_samples_alike(tmp_path, monkeypatch):
+    monkeypatch.setattr(summary, "_PRECISE_BATCH", 50)
+    settings = SMALL.replace(data_limit=52)  # Batches of 50 and 2.
+    run = build_run(settings.replace(precise_bn=True), CPU)
+    summary._recompute_statistics(run)
+    network = run.evaluated.wrapped
+    with torch.no_grad():
+        first = network[0](run.train_batches.split.images.float() / 255).transpose(0, 1).flatten(1)
+    assert torch.allclose(network[1].running_mean, first.mean(1), atol=1e-6)
+    assert network[1].momentum == 0.1
+    assert not any(module.training for module in network.modules())
+
+
+def test_precise_statistics_know_no_dropout(own_networks):
+    runs = []
+    for model in ("normalised", "dropping"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            runs.append(build_run(SMALL.replace(model=f"my_networks:{model}", width=None, precise_bn=True), CPU))
+        summary._recompute_statistics(runs[-1])
+    norms = [next(m for m in run.evaluated.wrapped.modules() if isinstance(m, nn.BatchNorm2d)) for run in runs]
+    assert torch.equal(norms[0].running_var, norms[1].running_var)
+
+
+@pytest.mark.parametrize("changes", [{"precise_bn": True}, {"swa_start": 1}])
+def test_precise_statistics_leave_frozen_batchnorm_alone(changes, own_networks):
+    settings = SMALL.replace(model="my_networks:frozen", width=None, batchnorm=False, **changes)
+    train(settings, own_networks / "run")
+    kept = load_model(own_networks / "run" / "model.pt", trust=True)
+    assert kept[0].running_var.item() == 4.0
+    assert 0 < kept[1].running_var.item() < 0.5
+
+
+def test_the_first_step_of_the_average_is_always_in_it(tmp_path):
+    settings = SMALL.replace(epochs=3, swa_start=3)  # Two steps an epoch.
+    run, position = build_run(settings, CPU), Position(EpochMeans(CPU))
+    for epoch in (1, 2, 3):
+        position.epoch, position.batches_done = epoch, 0
+        train_epoch(run, position, Progress(), StopRequest(tmp_path))
+    assert int(run.average.n_averaged) == 1
+    with pytest.raises(ValueError, match="no weights are averaged: swa_start is 4, of 3 epochs"):
+        settings.replace(swa_start=4)
 
 
 @pytest.mark.parametrize(
@@ -300,6 +365,36 @@ def steep():
 
 def seven():
     return Net(7)
+
+class Permuted(Net):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("index", torch.tensor([3, 1, 2, 0, 7, 5, 6, 4]))
+        self.last = nn.Linear(8, 10)
+
+    def forward(self, x):
+        return self.last(self.head[:3](self.conv(x))[:, self.index].relu())
+
+def normalised():
+    net = Net()
+    net.head.insert(0, nn.BatchNorm2d(2))
+    return net
+
+def dropping():
+    net = normalised()
+    net.head.insert(0, nn.Dropout(0.5))
+    return net
+
+class Frozen(nn.Sequential):
+    def train(self, mode=True):
+        super().train(mode)
+        self[0].eval()
+        return self
+
+def frozen():
+    norm = nn.BatchNorm2d(1)
+    norm.running_var.fill_(4.0)
+    return Frozen(norm, nn.BatchNorm2d(1), Net())
 
 def text():
     return "net"

@@ -37,9 +37,10 @@ def _train(options: argparse.Namespace) -> int:
     common.find_factories_here(options.model, options.dataset, trust=options.trust)
     # After torchrun has restarted the processes, the same command resumes from the last checkpoint.
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) and options.preset is not None:
-        from lirpa_fastwarmup.experiments.training.checkpoint import CHECKPOINT
+        from lirpa_fastwarmup.experiments.training.checkpoint import CHECKPOINT, SUMMARY
 
-        options.resume, options.overwrite = (_folder(options) / CHECKPOINT).is_file(), True
+        is_earlier = options.overwrite and (_folder(options) / SUMMARY).is_file()  # A run to be replaced.
+        options.resume, options.overwrite = (_folder(options) / CHECKPOINT).is_file() and not is_earlier, True
     settings, origins = (_resumed_settings if options.resume else common.settings_and_origins)(options)
     if options.show:
         print(common.table(settings, origins))
@@ -81,7 +82,7 @@ def _resumed_settings(options: argparse.Namespace) -> tuple[Settings, dict[str, 
 
     settings = settings_of_run(_folder(options))
     saved, typed = vars(settings), common.given_settings(options)
-    given = (vars(common.settings_and_origins(options)[0]) if options.preset else saved) | typed
+    given = vars(common.settings_and_origins(options)[0]) if options.preset else saved | typed
     # The run has chosen itself what to compile, and its precision.
     free = {"data_dir", "compiled_phases", *({"compile"} - typed.keys())}
     free |= {"precision"} if given["precision"] == "auto" else set()
@@ -122,7 +123,7 @@ class _Console:
         errors = f"standard error {row['standard_error']:6.2%}  verified error {row['verified_error']:6.2%}  "
         if math.isnan(row["verified_error"]):  # Computed only at the end of the run.
             errors = ""
-        epoch = f"epoch {row['epoch']:>{len(str(self._epochs))}}/{self._epochs}  eps {row['eps']:.4f}"
+        epoch = f"epoch {row['epoch']:>{len(str(self._epochs))}}/{self._epochs}  eps {row['eps']:<6.4g}"
         print(f"{epoch}  loss {row['loss']:7.4f}  {errors}{dead}{seconds:.1f} s", flush=True)
 
 

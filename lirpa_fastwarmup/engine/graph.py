@@ -57,11 +57,17 @@ class AffineLayer:
     node: Any
     source: Any  # The node that the layer reads.
     _weight: Any  # The node of the parameter.
+    _factor: Any  # The node of the weight.
 
     @property
     def weight(self) -> nn.Parameter:
         """The parameter that holds the weight."""
         return self._weight.param
+
+    @property
+    def matrix(self) -> Tensor:
+        """The weight itself, differentiable, also where a parametrisation computes it."""
+        return evaluate(self._factor)
 
     @property
     def spatial_rank(self) -> int:
@@ -115,7 +121,7 @@ class NetworkGraph:
         fan_in = _fan_in(node, weight, sources[0])
         while isinstance(factor, node_classes("Transpose")):
             factor = factor.inputs[0]
-        return AffineLayer(module, weight.ori_name, fan_in, factor is weight, node, sources[0], weight)
+        return AffineLayer(module, weight.ori_name, fan_in, factor is weight, node, sources[0], weight, factor)
 
     def _is_relu(self, node: Any) -> bool:
         is_relu = isinstance(node, node_classes("Relu")) and not isinstance(node, node_classes("LeakyRelu"))
@@ -162,6 +168,11 @@ class NetworkGraph:
             return self._users[node] if passes else ()
 
         return any(isinstance(node, _BATCHNORM) for node in _reached([layer.node], follow))
+
+    def reads_activation(self, layer: AffineLayer) -> bool:
+        """Whether a non-linearity lies between ``layer`` and the affine layers above it."""
+        between = _reached([layer.source], lambda node: () if node in self._affine_at else node.inputs)
+        return any(map(self._is_activation, between))
 
     def reads_relu_of_sum(self, layer: AffineLayer) -> bool:
         """Whether ``layer`` reads the ReLU of a residual sum directly, treating BatchNorm as the identity."""
@@ -241,6 +252,13 @@ class NetworkGraph:
         above = [layer for source in node.inputs for layer in self._above(source, lambda _: True)]
         return f"after module {above[-1].name!r}" if above else "at the input"
 
+    def units_at(self, node: Any) -> int:
+        """The dimension of ``node``'s value that numbers the units: the last after a linear layer, and else 1."""
+        shape = node.output_shape
+        above = [one.node for one in self._above(node, lambda other: other.output_shape == shape)]
+        linear = [one for one in above if not isinstance(one, _CONVOLUTION) and one.output_shape == shape]
+        return len(shape) - 1 if linear else 1
+
     def below(self, node: Any) -> Iterable[Any]:
         """``node`` and all nodes that depend on it."""
         return _reached([node], self._users.__getitem__)
@@ -261,6 +279,11 @@ def read_graph(bounded: Any) -> NetworkGraph:
         graph = NetworkGraph(bounded)
         object.__setattr__(bounded, "_fastwarmup_graph", graph)
     return graph
+
+
+def is_used(bounded: Any, parameter: nn.Parameter) -> bool:
+    """Whether the output of ``bounded`` depends on ``parameter``."""
+    return any(node.param is parameter for node in read_graph(bounded).nodes if isinstance(node, _PARAMETER))
 
 
 def affine_weights(bounded: Any) -> list[nn.Parameter]:
@@ -317,12 +340,14 @@ def _code(kind: type) -> tuple[str, ...] | list[Any]:
 class LayerBounds:
     """Bounds on the pre-activations of one ReLU or other activation, ``(batch, *neurons)``.
 
-    ``name`` is the affine layer that feeds it; after a residual sum, the module that holds the sum.
+    ``name`` is the affine layer that feeds it; after a residual sum, the module that holds the sum. A row of its weight
+    makes the values along all dimensions but the batch and ``units``.
     """
 
     name: str
     lower: Tensor
     upper: Tensor
+    units: int = 1
 
 
 def _bounds_at(node: Any, graph: NetworkGraph) -> tuple[Tensor, Tensor]:
@@ -360,7 +385,8 @@ def activation_bounds(bounded: Any) -> list[LayerBounds]:
 def _layer_bounds(bounded: Any, pre_activations: list[tuple[str, Any]], missing: str) -> list[LayerBounds]:
     if not pre_activations:
         raise StructureError(f"the network has no {missing}")
-    return [LayerBounds(name, *_bounds_at(node, read_graph(bounded))) for name, node in pre_activations]
+    network = read_graph(bounded)
+    return [LayerBounds(name, *_bounds_at(node, network), network.units_at(node)) for name, node in pre_activations]
 
 
 def relus_read(bounded: Any) -> list[list[int]]:

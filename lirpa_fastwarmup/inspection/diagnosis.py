@@ -34,6 +34,8 @@ def _not_finite(found: Inspection) -> Iterator[Finding]:
         text = f"bounds of layer {layers[0].name} have half-width {layers[0].half_width}, outside the floating-point "
         text += "range: call ibp_init_ before training, use fewer layers, or reduce eps"
         yield Finding("not finite", _names(layers), text)
+    elif found.output is not None and not math.isfinite(found.output.spread + found.output.gap):
+        yield Finding("not finite", (), "outputs are NaN or infinite: return to an earlier checkpoint")
 
 
 def _constant(found: Inspection) -> Iterator[Finding]:
@@ -124,8 +126,8 @@ def _without_batchnorm(found: Inspection) -> Iterator[Finding]:
 
 
 def _lacks_batchnorm(found: Inspection, layers: Sequence[ReluStatistics]) -> bool:
-    names = _names(layers)
-    return any(layer.name in names and not layer.batchnorm for layer in found.affine)
+    fed = [layer for layer in found.affine if not layer.batchnorm]  # A ReLU of a sum is named after its block.
+    return any(layer.name == name or layer.name.startswith(f"{name}.") for name in _names(layers) for layer in fed)
 
 
 def _and_others(layers: Sequence[ReluStatistics]) -> str:

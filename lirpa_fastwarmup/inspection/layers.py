@@ -114,7 +114,7 @@ def _relu_statistics(bounded: module.BoundedModule, at_input: float) -> tuple[Re
 def _sums(layer: graph.LayerBounds) -> Tensor:
     """Mean half-width, fractions active, inactive and dead, mean |c|, and the sums of ρ and s, in float64."""
     lower, upper = layer.lower, layer.upper
-    highest = upper.amax([0, *range(2, upper.ndim)])
+    highest = upper.amax([place for place in range(upper.ndim) if place != layer.units])
     active, inactive = regularizers.state_moments(lower, upper)
     values = [
         (upper - lower).mean(dtype=torch.float64) / 2,
@@ -135,7 +135,7 @@ def _ratio(above: float, below: float) -> float:
 def _affine_statistics(network: graph.NetworkGraph, layer: graph.AffineLayer) -> AffineStatistics:
     weight = layer.weight.double()
     # ReLU outputs are half as wide as pre-activations, because half of the ReLUs are inactive.
-    passed = 0.5 if network.read_by(layer) else 1.0
+    passed = 0.5 if network.reads_activation(layer) else 1.0
     return AffineStatistics(
         name=layer.name,
         fan_in=layer.fan_in,

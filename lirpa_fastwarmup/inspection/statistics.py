@@ -142,9 +142,10 @@ class Inspection:
 
     @property
     def growth_per_layer(self) -> float:
-        """The geometric mean of the gains, the m-th root of Δ_m/Δ_0; NaN without ReLUs."""
-        last = self.relus[-1].growth if self.relus else math.nan
-        return last ** (1 / len(self.relus)) if last > 0 else math.nan
+        """The geometric mean of the gains, in a chain the m-th root of Δ_m/Δ_0; NaN without ReLUs."""
+        gains = [layer.gain for layer in self.relus]
+        positive = bool(gains) and min(gains) > 0
+        return math.exp(math.fsum(map(math.log, gains)) / len(gains)) if positive else math.nan
 
     @property
     def dead(self) -> float:

@@ -72,23 +72,26 @@ class CompiledSteps:
             return None
         batch = (x, y, *(scalar_like(x, scalar) for scalar in (eps, *scalars)), *starts)
         key = (*key, *self._state_key(batch))
-        if key not in self._steps:
-            try:
-                if self._bounded.over_ranks:
-                    raise NotImplementedError("sums over several processes cannot be recorded")
-                logger.info("compiling the training step %s, for batches of shape %s", key[0], tuple(x.shape))
-                try:
-                    self._steps[key] = _RecordedStep(step, self._bounded, self._input_range, batch, self._backend)
-                finally:
-                    capture.forget_last_pass(self._bounded)  # No other pass follows that would free its tensors.
-            except Exception as error:
-                self._failed = True
-                reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
-                text = f"training steps run eagerly, as this one cannot be compiled: {reason}"
-                warnings.warn(text, CompilationWarning, stacklevel=5)
-                logger.debug("no compiled step", exc_info=True)
-                return None
+        try:
+            if key not in self._steps:  # A loss of the user's own may be unhashable.
+                self._steps[key] = self._record(step, key, batch)
+        except Exception as error:
+            self._failed = True
+            reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+            text = f"training steps run eagerly, as this one cannot be compiled: {reason}"
+            warnings.warn(text, CompilationWarning, stacklevel=5)
+            logger.debug("no compiled step", exc_info=True)
+            return None
         return self._steps[key].run(batch)
+
+    def _record(self, step: Step, key: tuple[Any, ...], batch: Batch) -> "_RecordedStep":
+        if self._bounded.over_ranks:
+            raise NotImplementedError("sums over several processes cannot be recorded")
+        logger.info("compiling the training step %s, for batches of shape %s", key[0], tuple(batch[0].shape))
+        try:
+            return _RecordedStep(step, self._bounded, self._input_range, batch, self._backend)
+        finally:
+            capture.forget_last_pass(self._bounded)  # No other pass follows that would free its tensors.
 
     def _suits(self, x: Tensor, eps: Epsilon) -> bool:
         return (

@@ -5,6 +5,7 @@ loss = L_robust + λ·(1 − ε/ε_max)·(L_tight + L_relu)    (Shi et al., Neur
 Before the ramp, at ε = 0, the clean cross-entropy replaces L_robust.
 """
 
+import copy
 import math
 import warnings
 from collections import OrderedDict
@@ -273,8 +274,8 @@ class ShortWarmup(nn.Module):
             eps = max(largest * fraction, smallest)
         first, last = self.kappa if self.training else (0.0, 0.0)
         clean_weight = 1.0 if phase == START else first + (last - first) * fraction
-        attack = getattr(terms.loss, "attack", None)
-        starts = () if attack is None or phase == START else (attack.starts(x, self.generator),)
+        attack: Any = getattr(terms.loss, "attack", None)
+        starts = (attack.starts(x, self.generator),) if hasattr(attack, "starts") and phase != START else ()
         given = x, y, eps, fraction, clean_weight, *starts
         values = self._recorded(terms, *given) if phase in self.compiled_phases else None
         if values is None:
@@ -392,14 +393,18 @@ class ShortWarmup(nn.Module):
         destination[prefix + _STEP] = torch.tensor(self.steps_done)
         return self.model.state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load a step count and a state dict of the wrapped model; if that fails, the step count stays."""
-        before = self.steps_done
-        try:
-            return super().load_state_dict(state_dict, *args, **kwargs)
-        except Exception:
-            self.steps_done = before
-            raise
+        state = copy.copy(state_dict)  # With the versions of its modules.
+        step = state.pop(_STEP, None)  # type: ignore[attr-defined]
+        if step is None and strict:
+            raise RuntimeError(f"the state has no entry {_STEP!r}, the step count: add it, or pass strict=False")
+        found = self.model.load_state_dict(state, strict, assign)
+        if step is None:
+            found.missing_keys.append(_STEP)
+        else:
+            self.steps_done = int(step)
+        return found
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         self.bounded._apply(fn, recurse)
@@ -414,7 +419,7 @@ def _not_finite(loss: Tensor, step: Tensor, eps: Tensor) -> NonFiniteLossError:
 
 
 def _to_registered_keys(module: ShortWarmup, state_dict: Any, prefix: str, *rest: Any) -> None:
-    """Undo, before loading, what :meth:`ShortWarmup.state_dict` did to the keys."""
+    """Undo, before loading as a part of a module, what :meth:`ShortWarmup.state_dict` did to the keys."""
     if prefix + _STEP in state_dict:
         module.steps_done = int(state_dict.pop(prefix + _STEP))
     else:

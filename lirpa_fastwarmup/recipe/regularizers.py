@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lirpa_fastwarmup.distributed import all_reduce, differentiable_all_reduce
 from lirpa_fastwarmup.engine import graph
-from lirpa_fastwarmup.engine.graph import LayerBounds, affine_weights, relu_bounds
+from lirpa_fastwarmup.engine.graph import LayerBounds, relu_bounds
 from lirpa_fastwarmup.engine.products import require_first_derivative
 
 Regularizer = Callable[[Any], Tensor]
@@ -165,7 +165,8 @@ def volume(bounded: Any) -> Tensor:
 
 def weight_l1(bounded: Any) -> Tensor:
     """The sum of the absolute values of all affine weights (used by Xiao et al., ICLR 2019)."""
-    return torch.stack([weight.abs().sum() for weight in affine_weights(bounded)]).sum()
+    weights = {layer.parameter: layer.matrix for layer in graph.read_graph(bounded).affine}
+    return torch.stack([weight.abs().sum() for weight in weights.values()]).sum()
 
 
 BUILT_IN: dict[str, Regularizer] = {

@@ -65,13 +65,13 @@ def _arrays_of(part: Any) -> dict[str, np.ndarray]:
         inputs, labels = (np.asarray(one) for one in part)
     else:
         pairs = [part[place] for place in range(len(part))]
-        inputs, labels = np.stack([np.asarray(x) for x, _ in pairs]), np.asarray([int(y) for _, y in pairs])
+        inputs, labels = np.stack([np.asarray(x) for x, _ in pairs]), np.asarray([np.asarray(y) for _, y in pairs])
     return {"images" if inputs.dtype == np.uint8 else "inputs": inputs, "labels": labels}
 
 
 def _dataset(name: str, train: Split, test: Split, input_range: boxes.InputRange | None) -> Dataset:
     mean, std = _mean_and_std(train)
-    if first := int(train.labels.min()):
+    if first := min(int(train.labels.min()), int(test.labels.min())):
         raise ValueError(f"the labels of {name} begin at {first}, and classes are numbered from 0: subtract {first}")
     classes = 1 + max(int(train.labels.max()), int(test.labels.max()))
     return Dataset(name, classes, train, test, mean, std, input_range)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +13,11 @@ from torch import Tensor
 
 from lirpa_fastwarmup.boxes import InputRange, inputs_error, inputs_fit
 from lirpa_fastwarmup.experiments.data.download import CorruptFileError
+from lirpa_fastwarmup.storage import add_to_hash
 
 logger = logging.getLogger(__name__)
 
+_HASHED = 100  # Samples.
 _HELD_OUT = 1  # Stream of random numbers, independent of the one that `limited` draws from.
 
 
@@ -52,6 +55,13 @@ class Split:
         """The samples as input of a network, float (samples, …)."""
         return self.as_inputs(self.images)
 
+    @property
+    def digest(self) -> str:
+        """A short hash of the labels and of some samples."""
+        hashed = hashlib.sha256()
+        add_to_hash(hashed, (self.labels, spread(self, _HASHED).images))
+        return hashed.hexdigest()[:12]
+
     def take(self, indices: Tensor) -> Split:
         """The samples at ``indices``, on the CPU or the samples' device, in that order."""
         return Split(self.images[indices], self.labels[indices])
@@ -79,8 +89,12 @@ class Dataset:
         train, test = (f"{tuple(split.images.shape[1:])} ({split.images.dtype})" for split in (self.train, self.test))
         if train != test:
             raise ValueError(f"{self.name} has training samples {train} and test samples {test}: a network accepts one")
-        if self.train.images.dtype == torch.uint8 and self.input_range is None:
-            object.__setattr__(self, "input_range", (0.0, 1.0))
+        if self.train.images.dtype == torch.uint8:
+            low, high = (0.0, 1.0) if self.input_range is None else self.input_range
+            object.__setattr__(self, "input_range", (low, high))
+            if bool((torch.as_tensor(low) < 0).any()) or bool((torch.as_tensor(high) > 1).any()):
+                text = f"pixels of {self.name} reach the network from 0 to 1, bytes over 255, and the input range is "
+                raise ValueError(text + f"from {low} to {high}: give the range, and eps, in these units")
         for title, split in (("training", self.train), ("test", self.test)):
             self._check(title, split)
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import SGD, Adam, Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_multi_avg_fn
 from torch.utils._pytree import tree_map_only
@@ -50,6 +51,10 @@ class Run:
     def device(self) -> torch.device:
         return next(self.objective.parameters()).device
 
+    def micro_batches(self, samples: int) -> int:
+        """In how many parts each process takes a batch of ``samples`` samples of all processes."""
+        return _micro_batches(self.settings, self.objective.model, samples)
+
 
 def build_run(settings: Settings, device: torch.device) -> Run:
     """Build the run that ``settings`` describe, with freshly drawn weights."""
@@ -62,7 +67,6 @@ def build_run(settings: Settings, device: torch.device) -> Run:
     if settings.validation:
         train, held_out = data.held_out(train, settings.validation, seed=settings.seed)
     input_range = tree_map_only(torch.Tensor, lambda end: end.to(device), dataset.input_range)
-    train_batches = _training_batches(settings, data.place(train, device), device)
     architecture = {name: getattr(settings, name) for name in ("model", "width", "hidden", "batchnorm")}
     architecture |= {"in_shape": list(dataset.in_shape), "classes": dataset.classes}
     architecture |= {"mean": dataset.mean, "std": dataset.std}
@@ -71,9 +75,10 @@ def build_run(settings: Settings, device: torch.device) -> Run:
         torch.manual_seed(settings.seed)
         bounded = _bounded(settings, build_network(architecture).to(device), dataset.in_shape)
         initialization.initialize_(bounded, settings.init)
+    train_batches = _training_batches(settings, bounded.wrapped, data.place(train, device), device)
     if settings.sync_batchnorm and world().size > 1:
         bounded.join_ranks()
-    objective = _objective(settings, bounded, input_range, len(train_batches))
+    objective = _objective(settings, bounded, input_range, train_batches)
     objective.compiled_phases = losses.PHASES if settings.compile else settings.compiled_phases
     average = _average(settings, bounded.wrapped)
     return Run(
@@ -93,7 +98,18 @@ def build_run(settings: Settings, device: torch.device) -> Run:
     )
 
 
-def _training_batches(settings: Settings, samples: data.Split, device: torch.device) -> data.Batches:
+def _trains_batchnorm(network: nn.Module) -> bool:
+    return any(isinstance(module, _BatchNorm) for module in network.modules())
+
+
+def _micro_batches(settings: Settings, network: nn.Module, samples: int) -> int:
+    own = samples // world().size
+    return max(1, min(settings.accumulate, own // 2 if _trains_batchnorm(network) else own))  # Which needs two samples.
+
+
+def _training_batches(
+    settings: Settings, network: nn.Module, samples: data.Split, device: torch.device
+) -> data.Batches:
     augment = None
     if settings.flip or settings.crop_padding:
         if samples.images.ndim != 4:
@@ -102,7 +118,7 @@ def _training_batches(settings: Settings, samples: data.Split, device: torch.dev
         generator = torch.Generator().manual_seed(seed_of(settings.seed, _AUGMENTATION))
         augment = data.Augmentation(flip=settings.flip, crop_padding=settings.crop_padding, generator=generator)
     order = torch.Generator().manual_seed(settings.seed)
-    given: dict[str, Any] = {"generator": order, "drop_single": settings.batchnorm, "augment": augment}
+    given: dict[str, Any] = {"generator": order, "drop_single": _trains_batchnorm(network), "augment": augment}
     return data.Batches(samples, settings.batch_size, device=device, shard=(world().rank, world().size), **given)
 
 
@@ -115,27 +131,30 @@ def _bounded(settings: Settings, model: nn.Module, in_shape: tuple[int, ...]) ->
     return BoundedModule(model, example, allow_untested=settings.allow_untested)
 
 
-def _objective(settings: Settings, bounded: BoundedModule, input_range: InputRange | None, batches: int) -> ShortWarmup:
+def _objective(
+    settings: Settings, bounded: BoundedModule, input_range: InputRange | None, batches: data.Batches
+) -> ShortWarmup:
     eps = settings.eps * settings.train_eps_factor
     penalties = {"relu_stability": settings.stability_weight, "weight_l1": settings.l1_weight}
     penalties["volume"] = settings.volume_weight
     return ShortWarmup(
         bounded,
-        SCHEDULES[settings.schedule](eps, settings.ramp_start, settings.ramp_length, batches),
+        SCHEDULES[settings.schedule](eps, settings.ramp_start, settings.ramp_length, len(batches)),
         input_range=input_range,
         loss=_loss(settings),
         **{name: getattr(settings, name) for name in ("kappa", "reg_weight", "tol")},
         regularizers=("tightness", "relu_balance") if settings.regularizers else (),
         penalties={name: weight for name, weight in penalties.items() if weight},
         # The last batch of an epoch runs eagerly: few steps would not repay another compilation.
-        compile_batch_size=micro_batch_size(settings),
+        compile_batch_size=micro_batch_size(settings, bounded.wrapped, batches),
         generator=torch.Generator(next(bounded.wrapped.parameters()).device),
     )
 
 
-def micro_batch_size(settings: Settings) -> int:
+def micro_batch_size(settings: Settings, network: nn.Module, batches: data.Batches) -> int:
     """The size of a process's largest micro-batch."""
-    return math.ceil(settings.batch_size / (world().size * settings.accumulate))
+    largest = batches.samples_in(0)
+    return math.ceil(largest / (world().size * _micro_batches(settings, network, largest)))
 
 
 def _loss(settings: Settings) -> losses.Loss:
@@ -155,7 +174,15 @@ def _average(settings: Settings, model: nn.Module) -> AveragedModel | None:
         return AveragedModel(model, multi_avg_fn=get_swa_multi_avg_fn())
     if settings.average_decay is None:
         return None
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(settings.average_decay), use_buffers=True)
+    decayed = get_ema_multi_avg_fn(settings.average_decay)
+
+    def update(means: Any, values: Any, steps: Any) -> None:
+        if means[0].is_floating_point():  # All are of one type; integers have no mean.
+            decayed(means, values, steps)
+        else:
+            torch._foreach_copy_(means, values)
+
+    return AveragedModel(model, multi_avg_fn=update, use_buffers=True)
 
 
 def _optimizer(settings: Settings, objective: ShortWarmup) -> Optimizer:

@@ -14,7 +14,7 @@ MODEL, HISTORY, SUMMARY, CHECKPOINT = "model.pt", "history.csv", "summary.json",
 CURVES = "curves.png"
 
 _FORMAT = 2
-_ENTRIES = {"settings", "train_samples", "objective", "optimizer", "batches", "average", "position"}
+_ENTRIES = {"settings", "data", "objective", "optimizer", "batches", "average", "position"}
 _MISFITS = (TypeError, ValueError, KeyError, AttributeError)
 
 
@@ -48,7 +48,7 @@ def save(folder: Path, run: build.Run, position: loop.Position, *, fresh: bool) 
     content = {
         "format": _FORMAT,
         "settings": run.settings.as_dict(),
-        "train_samples": len(run.train_batches.split),
+        "data": _data(run),
         "objective": run.objective.state_dict(),
         "optimizer": run.optimizer.state_dict(),
         "batches": run.train_batches.state_dict(),
@@ -61,6 +61,11 @@ def save(folder: Path, run: build.Run, position: loop.Position, *, fresh: bool) 
         write_tensors(folder / CHECKPOINT, content)
         if fresh:
             remove(folder, *CERTIFICATES, MODEL, HISTORY, CURVES)  # Not before there is a checkpoint in its place.
+
+
+def _data(run: build.Run) -> str:
+    samples = run.train_batches.split
+    return f"{len(samples)} training samples (digest {samples.digest}) in {len(run.train_batches)} batches"
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -80,10 +85,10 @@ def read(path: Path) -> dict[str, Any]:
 
 def restore(content: dict[str, Any], run: build.Run, position: loop.Position, path: Path) -> None:
     """Restore a run from the checkpoint in ``path``; raise ValueError if its network or data differ."""
-    before, now = content["train_samples"], len(run.train_batches.split)
+    before, now = content["data"], _data(run)
     if before != now:
-        problem = f"{path} is from a run on {before} training samples, and {run.dataset_name} has {now} now"
-        raise ValueError(f"{problem}: use the same data")
+        problem = f"{path} is from a run on {before}, and {run.dataset_name} has {now} now"
+        raise ValueError(f"{problem}: use the same data, and a number of processes that leaves as many batches")
     network.load_weights(run.objective, content["objective"], path)
     problem = f"{path} does not fit the run that its settings describe"
     with refused(problem, *_MISFITS, RuntimeError, advice=". Retrain"):

@@ -52,7 +52,7 @@ def _phases_that_pay(run: Run) -> tuple[str, ...]:
 
 def _eager_seconds(run: Run, precision: str) -> float:
     objective, settings = run.objective, run.settings
-    size = micro_batch_size(settings)
+    size = micro_batch_size(settings, objective.model, run.train_batches)
     x = run.inspected[torch.arange(size) % len(run.inspected)]
     y = torch.zeros(size, dtype=torch.int64, device=x.device)
     done, objective.steps_done = objective.steps_done, (settings.ramp_start - 1) * len(run.train_batches) + 1

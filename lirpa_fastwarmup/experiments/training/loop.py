@@ -124,10 +124,9 @@ def train_epoch(run: build.Run, position: Position, progress: Progress, stop: in
 
 def _take_step(run: build.Run, position: Position, x: Tensor, y: Tensor) -> StepLoss:
     """Update the weights; the gradients of the micro-batches add up to that of the batch's mean loss."""
-    # BatchNorm needs two samples in each.
-    count = max(1, min(run.settings.accumulate, len(y) // 2 if run.settings.batchnorm else len(y)))
     # Gradients are averaged over the processes, whose parts of the last batch may differ by a sample.
-    samples = run.train_batches.samples_in(position.batches_done) / world().size
+    samples = run.train_batches.samples_in(position.batches_done)
+    count, samples_each = run.micro_batches(samples), samples / world().size
     generator = run.objective.generator
     for number, (micro_x, micro_y) in enumerate(zip(x.tensor_split(count), y.tensor_split(count), strict=True), 1):
         last = number == count
@@ -137,7 +136,7 @@ def _take_step(run: build.Run, position: Position, x: Tensor, y: Tensor) -> Step
         with run.trained.no_sync() if isinstance(run.trained, DistributedDataParallel) and not last else nullcontext():
             with torch.autocast(run.device.type, torch.bfloat16, enabled=run.settings.precision == "bf16"):
                 step: StepLoss = run.trained(micro_x, micro_y)
-            (step.loss * (len(micro_y) / samples)).backward()
+            (step.loss * (len(micro_y) / samples_each)).backward()
         position.means.add(step, len(micro_y))
     if run.settings.grad_clip:
         nn.utils.clip_grad_norm_(run.objective.parameters(), run.settings.grad_clip)
@@ -145,8 +144,10 @@ def _take_step(run: build.Run, position: Position, x: Tensor, y: Tensor) -> Step
     run.optimizer.zero_grad(set_to_none=True)
     run.objective.step()
     if run.average is not None:
-        early = position.epoch < (run.settings.swa_start or 0)
-        if early or run.settings.swa_start is None or run.objective.steps_done % _SWA_INTERVAL == 1:
+        first = run.settings.swa_start or 1
+        early = position.epoch < first
+        steps = run.objective.steps_done - (first - 1) * len(run.train_batches)  # From epoch `first` on.
+        if early or run.settings.swa_start is None or steps % _SWA_INTERVAL == 1:
             run.average.update_parameters(run.objective.model)
         if early:
             run.average.n_averaged.zero_()  # Until then it is a copy.

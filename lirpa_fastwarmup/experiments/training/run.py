@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lirpa_fastwarmup import distributed, storage, version
 from lirpa_fastwarmup.engine.compat import ENGINE_VERSION
+from lirpa_fastwarmup.engine.graph import is_used
 from lirpa_fastwarmup.experiments.training import checkpoint, interrupt, network
 from lirpa_fastwarmup.experiments.training.build import Run, build_run
 from lirpa_fastwarmup.experiments.training.checkpoint import CHECKPOINT, CURVES, HISTORY, MODEL, SUMMARY
@@ -123,7 +124,7 @@ def join_ranks(run: Run) -> None:
     own = {
         "versions": f"{version.__version__}, auto_LiRPA {ENGINE_VERSION}, torch {torch.__version__}",
         "settings": json.dumps({**run.settings.as_dict(), "data_dir": None}),
-        "data": f"{run.dataset_name}, {len(samples)} training samples, labels {int(samples.labels.long().sum())}",
+        "data": f"{run.dataset_name}, {len(samples)} training samples, digest {samples.digest}",
         "network": str({name: tuple(value.shape) for name, value in run.objective.model.state_dict().items()}),
     }
     first, *others = distributed.all_gather(own)
@@ -133,7 +134,9 @@ def join_ranks(run: Run) -> None:
                 problem = f"rank {rank} has other {name} than rank 0 ({value}; rank 0: {first[name]})"
                 advice = "Give all machines the same code and data"
                 raise ValueError(f"the processes do not compute one run: {problem}. {advice}")
-    run.trained = DistributedDataParallel(run.objective, device_ids=None if run.device.type == "cpu" else [run.device])
+    unused = not all(is_used(run.objective.bounded, one) for one in run.objective.parameters() if one.requires_grad)
+    devices = None if run.device.type == "cpu" else [run.device]
+    run.trained = DistributedDataParallel(run.objective, device_ids=devices, find_unused_parameters=unused)
 
 
 def _no_means(run: Run) -> EpochMeans:

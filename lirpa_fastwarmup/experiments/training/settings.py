@@ -188,6 +188,8 @@ class Settings:
             raise ValueError("choosing the best epoch on the test set needs its errors after every epoch")
         if self.average_decay is not None and self.swa_start is not None:
             raise ValueError("average_decay and swa_start are two averages of the weights, of which one can be kept")
+        if self.swa_start is not None and self.swa_start > self.epochs:
+            raise ValueError(f"no weights are averaged: swa_start is {self.swa_start}, of {self.epochs} epochs")
 
     def _check_loss(self) -> None:
         needed, text = NEEDED.get(self.loss, (None, ""))

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.optim.swa_utils import update_bn
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from lirpa_fastwarmup import distributed, storage, version
 from lirpa_fastwarmup.engine.compat import ENGINE_VERSION
+from lirpa_fastwarmup.engine.precision import temporarily
 from lirpa_fastwarmup.experiments import data
 from lirpa_fastwarmup.experiments.training.build import Run
 from lirpa_fastwarmup.experiments.training.checkpoint import MODEL
@@ -59,9 +61,28 @@ def history_row(run: Run, position: Position) -> dict[str, float]:
 
 def _recompute_statistics(run: Run) -> None:
     if run.settings.precise_bn or run.settings.swa_start is not None:  # A mean of weights has no statistics of its own.
-        samples = run.train_batches.split
-        update_bn(data.Batches(samples, _PRECISE_BATCH, drop_single=True, device=run.device), run.evaluated.wrapped)
+        batches = data.Batches(run.train_batches.split, _PRECISE_BATCH, device=run.device)
+        _average_statistics(run.evaluated.wrapped, batches)
     distributed.broadcast_buffers(run.evaluated.wrapped)
+
+
+@torch.no_grad()
+def _average_statistics(network: nn.Module, batches: data.Batches) -> None:
+    """Replace running statistics by means over ``batches``; modules without any, Dropout among them, do not train."""
+    network.train()  # Which may leave BatchNorm alone that the network keeps frozen.
+    norms = [module for module in network.modules() if isinstance(module, _BatchNorm) and module.training]
+    network.eval()
+    seen = 0
+    with temporarily(norms, "momentum", None):
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.training = True
+        for x, _ in batches:
+            seen += len(x)
+            for norm in norms:
+                norm.momentum = len(x) / seen
+            network(x)
+    network.eval()
 
 
 def summarise(run: Run, position: Position, out: Path, started: float) -> dict[str, Any]:
