@@ -151,7 +151,7 @@ def attack(
     check_batch(x, y, logits.shape[1], input_range)
     eps = broadcast_to_batch(eps, x, "eps")
     lower, upper = box_ends(x, eps, input_range)
-    found = Attack(x.clone(), _margins(logits, y), logits.argmax(1) != y)
+    found = Attack(x.clone(), _margins(logits, y), predicted(logits) != y)
     for restart in range(restarts):
         left = (~found.succeeded).nonzero().squeeze(1)
         if len(left) == 0:
@@ -202,7 +202,7 @@ def _descend(
         with torch.enable_grad():
             logits = model(point)
             scores = _margins(logits, y) if until_misclassified else -F.cross_entropy(logits, y, reduction="none")
-        succeeded = logits.detach().argmax(1) != y
+        succeeded = predicted(logits.detach()) != y
         found = found.or_better(Attack(point.detach(), scores.detach(), succeeded), until_misclassified)
         # A network that computes without gradients is attacked at the start alone.
         if step == len(strides) or not scores.requires_grad or (until_misclassified and bool(found.succeeded.all())):
@@ -213,6 +213,11 @@ def _descend(
         if not best and step == len(strides) - 1:
             return Attack(point, found.margins, found.succeeded)
     return found
+
+
+def predicted(logits: Tensor) -> Tensor:
+    """The class of each sample, and −1 where a logit is NaN, which is no class."""
+    return logits.argmax(1).masked_fill(logits.isnan().any(1), -1)
 
 
 def _margins(logits: Tensor, y: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import warnings
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch.nn.utils import prune
 import lirpa_fastwarmup as fw
 from lirpa_fastwarmup.engine.bounds import METHODS, MarginBounds
 from lirpa_fastwarmup.engine.soundness import class_margins
+from lirpa_fastwarmup.verification.certify import Certifier
 from tests.test_soundness import outputs_in_box
 
 
@@ -98,14 +100,19 @@ def clipped_view():
 
 
 def test_a_clip_of_a_view_far_from_zero_is_refused():
-    with pytest.raises(NotImplementedError, match="another function than the model"):
+    with pytest.raises(NotImplementedError, match="hardtanh, which changes in place what cat then reads"):
         fw.BoundedModule(clipped_view(), torch.rand(2, 1))
 
 
 def test_guards_look_at_the_model_and_not_at_the_bounded_network_alone(monkeypatch):
     """The two part only beyond 40, inside the box and at none of the samples; there is no attack."""
     monkeypatch.setattr("lirpa_fastwarmup.engine.module.check_same_function", lambda *_: True)
-    bounded = fw.BoundedModule(clipped_view(), torch.rand(2, 1)).eval()
+    monkeypatch.setattr(Certifier, "_compare", lambda *_: None)
+    model = Written(lambda s, x: s.l(x).clamp(-40, 40) if len(x) == 1 else s.l(x), l=nn.Linear(1, 2)).eval()
+    with torch.no_grad():
+        model.l.weight.copy_(torch.tensor([[10.0], [9.0]]))
+        model.l.bias.copy_(torch.tensor([0.0, 3.0]))
+    bounded = fw.BoundedModule(model, torch.rand(2, 1))
     with pytest.raises(fw.verification.UnsoundBoundError, match="margin below its lower bound"):
         fw.verify(bounded, (torch.tensor([[3.8]]), torch.tensor([0])), 0.5, ["CROWN"], input_range=None, restarts=0)
 
@@ -122,12 +129,55 @@ def test_dropout_that_is_always_on_is_refused():
         fw.BoundedModule(model, torch.rand(2, 4))
 
 
-@pytest.mark.parametrize("factors", [{"alpha": -0.5}, {"beta": -2.0}], ids=str)
-def test_linear_layers_with_negative_factors_are_refused(factors):
+@pytest.mark.parametrize("factors", [{"alpha": -0.5}, {"alpha": 2.0}, {"beta": -2.0}], ids=str)
+def test_linear_layers_with_factors_that_crown_leaves_out_are_refused(factors):
     weight, bias = nn.Parameter(torch.randn(4, 3)), nn.Parameter(torch.randn(3))
     model = Written(lambda s, x: torch.addmm(s.b, x, s.w, **factors), w=weight, b=bias).eval()
-    with pytest.raises(NotImplementedError, match="negate the weights instead"):
+    with pytest.raises(NotImplementedError, match="scale the weights instead"):
         fw.BoundedModule(model, torch.rand(2, 4))
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        Written(lambda s, x: s.o((s.w @ x).relu().flatten(1)), w=nn.Parameter(torch.randn(5, 6)), o=nn.Linear(20, 3)),
+        Written(lambda s, x: s.o(F.leaky_relu(s.l(x), 0.6).flatten(1)), l=nn.Linear(4, 4), o=nn.Linear(24, 3)),
+    ],
+    ids=["constant times activation", "LeakyReLU"],
+)
+def test_what_crown_gets_wrong_has_ibp_bounds_alone(model):
+    bounded, x = fw.BoundedModule(model.eval(), torch.rand(2, 6, 4)), torch.rand(4, 6, 4)
+    lower, upper = bounded.compute_bounds(x=(fw.input_box(x, 0.1),), method="IBP")
+    for _ in range(50):
+        outputs = model((x + 0.1 * (2 * torch.rand_like(x) - 1)).clamp(0, 1))
+        assert bool((outputs >= lower - 1e-5).all() and (outputs <= upper + 1e-5).all())
+    with pytest.raises(NotImplementedError, match=r"has only IBP bounds for (MatMul|LeakyRelu)"):
+        bounded.compute_bounds(x=(fw.input_box(x, 0.1),), method="CROWN")
+
+
+@pytest.mark.parametrize("method", ["CROWN", "alpha-CROWN"])
+@pytest.mark.parametrize("function", [torch.sigmoid, torch.tanh], ids=lambda f: f.__name__)
+def test_lines_of_saturating_functions_hold_far_from_zero(function, method):
+    """0.3 cuts the interval at ±500, and draws the chord of what is left."""
+    ends = torch.tensor([-2000.0, -871.0, -600.0, -510.0, -400.0, -1.0, 0.0, 3.0, 499.0, 501.0, 700.0, 1500.0])
+    low, high = (pair.flatten() for pair in torch.meshgrid(ends, ends, indexing="ij"))
+    low, high = low[low < high], high[low < high]
+    model = Written(
+        lambda s, x: function(x * s.one) + s.slope * x, one=torch.ones(len(low)), slope=torch.zeros(1)
+    ).eval()
+    for slope in (0.0, -1e-3, 1e-3):  # CROWN's slope is added to it, so that lines that cross the function show.
+        model.slope = nn.Parameter(torch.tensor([slope]))
+        x = ((low + high) / 2).unsqueeze(0)
+        bounded = fw.BoundedModule(model, x)
+        box = fw.input_box(x, (high - low) / 2, input_range=None)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # 0.7 calls such bounds too loose.
+            lower, upper = bounded.compute_bounds(x=(box,), method=method)
+        for share in torch.linspace(0, 1, 101):
+            value = model((low + share * (high - low)).unsqueeze(0))
+            slack = 1e-4 * (1 + value.abs())
+            assert bool((value >= lower - slack).all()), (slope, float(share))
+            assert bool((value <= upper + slack).all()), (slope, float(share))
 
 
 def test_products_with_more_than_a_matrix_are_refused():

@@ -399,6 +399,68 @@ def test_constants_that_float32_rounds_are_refused(name):
     assert RigorousMargins(exact_in_both.eval()).statements(box, torch.tensor([1])) == ["float32"]
 
 
+BY_PRECISION = {
+    "a limit": lambda x: x.clamp(min=torch.finfo(x.dtype).eps),
+    "a branch": lambda x: x if x.dtype == torch.float32 else -x,
+}
+
+
+@pytest.mark.parametrize("name", BY_PRECISION)
+def test_networks_that_read_their_precision_are_refused(name):
+    box = [Interval(torch.zeros(1, 1).double(), torch.ones(1, 1).double())]
+    with pytest.raises(UnknownOperatorError, match="something else in float64"):
+        RigorousMargins(Scaled(BY_PRECISION[name]).eval()).statements(box, torch.tensor([1]))
+
+
+ODD = 2**24 + 1  # Which float32 does not hold.
+NOT_HELD = {
+    "clamp": lambda x, _: x.clamp(max=ODD),
+    "hardtanh": lambda x, _: F.hardtanh(x, 0, ODD),
+    "pad": lambda x, _: F.pad(x, (1, 0), value=ODD)[:, :1] + 0 * x,
+    "pad of a parameter": lambda x, w: F.pad(w, (1, 0), value=ODD)[:1, :1] + 0 * x,
+}
+
+
+class Difference(nn.Module):
+    """Class 0 where the function exceeds 2²⁴, by a bias that float32 holds."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function, self.weight, self.last = function, nn.Parameter(torch.ones(1, 1)), nn.Linear(1, 2)
+        with torch.no_grad():
+            self.last.weight.copy_(torch.tensor([[1.0], [0.0]]))
+            self.last.bias.copy_(torch.tensor([-(2.0**24), 0.5]))
+
+    def forward(self, x):
+        return self.last(self.function(x, self.weight))
+
+
+@pytest.mark.parametrize("name", NOT_HELD)
+def test_whole_numbers_that_float32_rounds_are_not_proved_in_it(name):
+    model, x = Difference(NOT_HELD[name]).eval(), torch.full((1, 1), 2.0**25)
+    assert model(x).argmax() == 1
+    assert model.double()(x.double()).argmax() == 0
+    model.float()
+    box = [Interval(x.double(), x.double())]
+    assert RigorousMargins(model).statements(box, torch.tensor([0])) in (["exact"], [None])
+
+
+def test_integers_that_float32_rounds_are_refused():
+    model = Difference(lambda x, _: x + torch.tensor([ODD])).eval()
+    with pytest.raises(UnknownOperatorError, match="may differ in float32"):
+        RigorousMargins(model).statements(
+            [Interval(torch.zeros(1, 1).double(), torch.ones(1, 1).double())], torch.tensor([0])
+        )
+
+
+def test_networks_that_cannot_be_traced_are_refused_by_name():
+    model = Function(lambda x, w: x @ w.data.t())
+    with pytest.raises(UnknownOperatorError, match="cannot be traced to PyTorch's own operators"):
+        RigorousMargins(model).statements(
+            [Interval(torch.zeros(1, 3).double(), torch.ones(1, 3).double())], torch.tensor([0])
+        )
+
+
 def test_a_pruned_network_is_refused_by_name():
     model, x = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 3)), torch.rand(4, 3)
     prune.l1_unstructured(model[0], "weight", 0.5)

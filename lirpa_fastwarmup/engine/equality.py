@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from lirpa_fastwarmup.engine import compat, tracing
+from lirpa_fastwarmup.engine.observation import Recorder
 
 _ROUNDING = 1e-5, 1e-10  # Rounding errors in float32 and float64, relative to the largest output.
 _MARGIN = 100  # Outputs may differ by this multiple of the model's own rounding error.
 # Scales of normal samples; 0 stands for a sample uniform on [0, 1]. Large ones reach kinks far from 0.
 _SCALES = (0.0, 1.0, 10.0, 0.0, 100.0)
-_MORE = 3  # Samples of the second batch beyond the first's: together they cover all scales.
+_MORE = 4  # Samples of the second batch beyond the first's, so that it covers all scales.
 _NOT_COMPUTED = ("__get__", "__set__", "size", "dim", "detach", "clone", "requires_grad_", "_to_copy", "type", "to")
 
 
@@ -40,8 +41,8 @@ def check_same_function(bounded: Any, model: nn.Module, example: Sequence[Tensor
     return True
 
 
-def same_outputs(found: Tensor, model: nn.Module, inputs: Sequence[Tensor]) -> bool:
-    """Whether ``found`` are the outputs of ``model``, up to rounding."""
+def same_outputs(found: Tensor, model: nn.Module, inputs: Sequence[Tensor]) -> Tensor:
+    """Whether ``found`` are the outputs of ``model`` for each sample, up to rounding."""
     return _close(found, _outputs(model, inputs), model, inputs)
 
 
@@ -91,7 +92,7 @@ def _require_independence(model: nn.Module, inputs: list[Tensor], expected: Tens
     for kept in {0, size - 1} if size > 1 else ():
         mixed = [_others_changed(x, kept) for x in inputs]
         found = _outputs(model, mixed)
-        if found.shape != expected.shape or not _close(found[kept : kept + 1], expected[kept : kept + 1], model, mixed):
+        if found.shape != expected.shape or not bool(_close(found, expected, model, mixed)[kept]):
             text = "the output for one sample depends on the other samples of its batch, also in evaluation mode, so a "
             text += "certificate would hold for this batch only. Remove operations that mix a batch (flips, sums, "
             raise NotImplementedError(text + "means and products over the first dimension)")
@@ -112,22 +113,23 @@ def _compare(bounded: Any, model: nn.Module, inputs: list[Tensor], expected: Ten
         text = f"auto_LiRPA {compat.ENGINE_VERSION} fails on a batch of {len(inputs[0])}, which the network itself "
         text += f"supports ({type(error).__name__}: {error}). "
         raise NotImplementedError(text + f"{_first_difference(bounded, model, inputs)}") from error
-    if _close(found, expected, model, inputs):
+    if bool(_close(found, expected, model, inputs).all()):
         return
     apart = f"by up to {(found - expected).abs().max():.2g}" if found.shape == expected.shape else "in shape"
     text = "the bounded network computes another function than the model: on random inputs their outputs differ "
     raise NotImplementedError(text + f"{apart}. {_first_difference(bounded, model, inputs)}")
 
 
-def _close(found: Tensor, expected: Tensor, model: nn.Module, inputs: Sequence[Tensor]) -> bool:
+def _close(found: Tensor, expected: Tensor, model: nn.Module, inputs: Sequence[Tensor]) -> Tensor:
     """Whether outputs agree in shape, and up to rounding, which is relative to each sample's largest output."""
+    if found.shape != expected.shape:
+        return torch.zeros(len(expected), dtype=torch.bool, device=expected.device)
     defined = expected.isfinite()
-    if not torch.equal(defined, found.isfinite()):  # Also if shapes differ.
-        return False
     difference = _largest(found - expected, defined)
-    if bool((difference <= _ROUNDING[expected.dtype == torch.float64] * (1 + _largest(expected, defined))).all()):
-        return True
-    return bool((difference <= _MARGIN * _rounding_error(model, inputs)).all())
+    close = difference <= _ROUNDING[expected.dtype == torch.float64] * (1 + _largest(expected, defined))
+    if not bool(close.all()):
+        close |= difference <= _MARGIN * _rounding_error(model, inputs)
+    return close & (defined == found.isfinite()).reshape(len(found), -1).all(1)
 
 
 def _largest(values: Tensor, where: Tensor) -> Tensor:
@@ -136,7 +138,7 @@ def _largest(values: Tensor, where: Tensor) -> Tensor:
 
 
 def _rounding_error(model: nn.Module, inputs: Sequence[Tensor]) -> Tensor:
-    """The largest difference of the outputs from double precision; 0 if the network does not run in it."""
+    """The difference of each sample's outputs from double precision; 0 if the network does not run in it."""
     outputs = model(*(x.clone() for x in inputs))
     if outputs.dtype == torch.float64:
         return torch.zeros(())
@@ -144,7 +146,7 @@ def _rounding_error(model: nn.Module, inputs: Sequence[Tensor]) -> Tensor:
         exact = tracing.copy_of(model).double()(*(x.double() if x.is_floating_point() else x.clone() for x in inputs))
     except (RuntimeError, TypeError, NotImplementedError):
         return torch.zeros(())
-    return _largest(exact - outputs, outputs.isfinite() & exact.isfinite()).amax()
+    return _largest(exact - outputs, outputs.isfinite() & exact.isfinite())
 
 
 def _first_difference(bounded: Any, model: nn.Module, inputs: Sequence[Tensor]) -> str:
@@ -160,7 +162,7 @@ def _first_difference(bounded: Any, model: nn.Module, inputs: Sequence[Tensor]) 
         if not any(value.numel() == result.numel() and close(value, result.flatten().to(value)) for value in values):
             missing.append(f"{name} in module {recorder.running[-1] if recorder.running else repr('')}")
 
-    recorder = tracing.Recorder(look)
+    recorder = Recorder(look)
     recorder.run(model, inputs)
     first = f"They first differ at {missing[0]}: write it" if missing else "Write the network"
     return f"{first} with other operators"

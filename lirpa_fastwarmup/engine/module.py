@@ -20,6 +20,7 @@ from lirpa_fastwarmup.engine.graph import read_graph
 from lirpa_fastwarmup.engine.inputs import Layout, Unpacked
 from lirpa_fastwarmup.engine.margins import is_recorded, margin_interval
 from lirpa_fastwarmup.engine.nodes import CUSTOM_OPERATORS, adopt
+from lirpa_fastwarmup.engine.observation import untraceable
 from lirpa_fastwarmup.engine.operators import review
 from lirpa_fastwarmup.engine.precision import default_dtype, exact_arithmetic, temporarily
 
@@ -44,7 +45,7 @@ def _require_plain(model: nn.Module) -> None:
 
 def _check_structure(model: nn.Module, example: tuple[Tensor, ...]) -> dict[str, Tensor]:
     """Warn of what a trace cannot follow; return the buffers that it holds as constants."""
-    observed, reasons = tracing.untraceable(model, example)
+    observed, reasons = untraceable(model, example)
     if not isinstance(observed.output, Tensor):
         text = f"the network returns a {type(observed.output).__name__}, but bounds need one tensor: wrap it in a "
         raise TypeError(text + "module that returns the logits alone")

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lirpa_fastwarmup.engine.batchnorm import ViewedBatchNorm, adopt_batchnorm
-from lirpa_fastwarmup.engine.compat import engine, node_classes
+from lirpa_fastwarmup.engine.compat import ENGINE_VERSION, engine, node_classes
 
 _engine: Any = engine.bound_general
 
@@ -341,6 +341,17 @@ class ElementwiseIntervals(_engine.Bound):
         return functools.reduce(torch.minimum, values), functools.reduce(torch.maximum, values)
 
 
+class _Saturating:
+    """Mixin for 0.3's sigmoid and tanh, whose lines are those of the interval cut at ±500, and are wrong beyond."""
+
+    def bound_relax(self: Any, x: Any) -> None:
+        super().bound_relax(x)  # type: ignore[misc]
+        far = torch.maximum(-x.lower, x.upper) > self.x_limit
+        for slope, intercept, end in (("lw", "lb", x.lower), ("uw", "ub", x.upper)):
+            setattr(self, slope, getattr(self, slope).masked_fill(far, 0))
+            setattr(self, intercept, torch.where(far, self.forward(end), getattr(self, intercept)))
+
+
 def _quotient(numerator: Tensor, denominator: Tensor) -> Tensor:
     """The quotient clamped to [0, 1], and 0 if the denominator is not positive; its gradient is finite everywhere."""
     positive = denominator > 0
@@ -466,7 +477,12 @@ ADJOINT: dict[Any, Any] = {
     cls: type(f"Adjoint{cls.__name__}", (AdjointBounds, cls), {})
     for cls in node_classes("ReduceMean", "ReduceSum", "Split", "Gather")
 }
-_REPLACEMENTS: dict[Any, Any] = {_engine.BoundParams: SharedParameter, _engine.BoundConcat: LinfConcat, **ADJOINT}
+SATURATING: dict[Any, Any] = {
+    cls: type(f"Saturating{cls.__name__}", (_Saturating, cls), {})
+    for cls in (node_classes("Sigmoid", "Tanh") if ENGINE_VERSION.startswith("0.3") else ())
+}
+_REPLACEMENTS: dict[Any, Any] = {_engine.BoundParams: SharedParameter, _engine.BoundConcat: LinfConcat}
+_REPLACEMENTS |= ADJOINT | SATURATING
 if "C" not in inspect.signature(_engine.BoundMatMul.interval_propagate).parameters:
     _REPLACEMENTS[_engine.BoundMatMul] = MarginMatMul
 

@@ -22,7 +22,8 @@ class Operator:
     """The tested bounds of an operator."""
 
     classes: tuple[Any, ...]  # Its node classes, the engine's or ours, without subclasses.
-    crown: bool = True  # Whether it supports CROWN, and not only IBP.
+    # Whether it supports CROWN, and not only IBP, given which inputs depend on the network's.
+    crown: Callable[[Any, list[bool]], bool] = lambda node, depends: True
     patches: bool = False  # Whether CROWN's coefficients may be patches when they reach it.
     # Says what a node has that is not supported and what to write instead, given which inputs depend on the network's.
     objection: Callable[[Any, list[bool]], str | None] = lambda node, depends: None
@@ -39,9 +40,18 @@ def _one_activation(_: Any, depends: list[bool]) -> str | None:
 
 def _linear(node: Any, depends: list[bool]) -> str | None:
     factors = node.attr.get("alpha", 1.0), node.attr.get("beta", 1.0)
-    if min(factors) < 0:
-        return f"it multiplies weight and bias by {factors[0]:g} and {factors[1]:g}: negate the weights instead"
+    if factors[0] != 1 or factors[1] < 0:  # CROWN leaves out the first.
+        return f"it multiplies weight and bias by {factors[0]:g} and {factors[1]:g}: scale the weights instead"
     return _one_activation(node, depends)
+
+
+def _leaky_by_crown(node: Any, _: list[bool]) -> bool:
+    # Of larger slopes, 0.3's lines are loose also where a neuron is stable, and checks at radius 0 need equality.
+    return bool(node.attr.get("alpha", 0.01) <= 0.5 or node.attr["alpha"] == 1)
+
+
+def _matmul_by_crown(_: Any, depends: list[bool]) -> bool:
+    return depends[0]  # 0.7 orders the coefficients of a constant times an activation wrongly.
 
 
 def _matmul(node: Any, depends: list[bool]) -> str | None:
@@ -65,15 +75,20 @@ def _replaced(**classes: Any) -> dict[str, Operator]:
 
 
 OPERATORS: dict[str, Operator] = {
-    **_tested("Conv", "Relu", "Sigmoid", "Tanh", "Flatten", "Identity", "Dropout", patches=True),
+    **_tested("Conv", "Relu", "Flatten", "Identity", "Dropout", patches=True),
     **_tested("ConvTranspose", "Neg", "Transpose", "Squeeze", "Unsqueeze"),
     **_tested("Linear", patches=True, objection=_linear),
-    **_tested("MatMul", ours=(nodes.MarginMatMul,), patches=True, objection=_matmul),
+    **{
+        name: Operator((*{cls, nodes.SATURATING.get(cls, cls)},), patches=True)
+        for name in ("Sigmoid", "Tanh")
+        for cls in node_classes(name)
+    },
+    **_tested("MatMul", ours=(nodes.MarginMatMul,), patches=True, objection=_matmul, crown=_matmul_by_crown),
     **_tested("BatchNormalization", ours=(SharedBatchNorm, ViewedBatchNorm), patches=True),
-    **_tested("LeakyRelu", patches=True, objection=_leaky),
-    **_tested("Softplus", crown=False),
+    **_tested("LeakyRelu", patches=True, objection=_leaky, crown=_leaky_by_crown),
+    **_tested("Softplus", crown=lambda node, depends: False),
     **_tested("Abs"),
-    **{name: Operator((cls,), crown=False) for name, cls in nodes.ELEMENTWISE.items()},
+    **{name: Operator((cls,), crown=lambda node, depends: False) for name, cls in nodes.ELEMENTWISE.items()},
     **(_tested("Sqr") if node_classes("Sqr") else {}),  # x·x, which 0.3 bounds as a product.
     **_tested("Add", "Sub", patches=True, objection=_two_operands),
     **_tested("Mul", objection=_two_operands),
@@ -112,8 +127,9 @@ def review(bounded: Any, model: nn.Module) -> Acceptance:
     for node in graph.nodes:
         if id(node) not in values or nodes.is_input(node):
             continue
-        objection = _objection(node, [id(source) in values for source in node.inputs], batch)
-        if objection is not None or not OPERATORS[operator_of(node)].crown:
+        depends = [id(source) in values for source in node.inputs]
+        objection = _objection(node, depends, batch)
+        if objection is not None or not OPERATORS[operator_of(node)].crown(node, depends):
             flagged.append((node, objection))
     places, advice = Places(model, bounded.example) if flagged else None, dict[str, None]()
     without_test, without_crown = list[tuple[str, str]](), list[tuple[str, str]]()

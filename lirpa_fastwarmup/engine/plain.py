@@ -89,6 +89,6 @@ def _require_same(bounded: Any, view: BoundedModule, model: nn.Module) -> None:
     finally:
         bounded.train(training)
     model.eval()
-    if not same_outputs(found, model, view.example):
+    if not bool(same_outputs(found, model, view.example).all()):
         text = "this auto_LiRPA BoundedModule computes another function than the network that it was built from: the "
         raise ValueError(text + f"network was changed since, or the engine converts it wrongly. {_BUILD}")

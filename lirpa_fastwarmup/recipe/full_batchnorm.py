@@ -14,7 +14,8 @@ from torch.utils._pytree import tree_leaves
 from lirpa_fastwarmup.engine.compat import engine
 from lirpa_fastwarmup.engine.graph import AffineLayer, StructureError, read_graph
 from lirpa_fastwarmup.engine.module import BoundedModule
-from lirpa_fastwarmup.engine.tracing import Recorder, copy_of, unchanged, untraceable
+from lirpa_fastwarmup.engine.observation import Recorder, untraceable
+from lirpa_fastwarmup.engine.tracing import copy_of, unchanged
 
 logger = logging.getLogger(__name__)
 

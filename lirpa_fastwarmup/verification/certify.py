@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lirpa_fastwarmup.attacks import attack
+from lirpa_fastwarmup.attacks import attack, predicted
 from lirpa_fastwarmup.boxes import Epsilon, InputRange, box_ends, converted, is_per_sample, radii_of
 from lirpa_fastwarmup.engine import soundness
 from lirpa_fastwarmup.engine.bounds import METHODS, MarginBounds, input_box, proved
+from lirpa_fastwarmup.engine.equality import same_outputs
 from lirpa_fastwarmup.engine.module import BoundedModule
 from lirpa_fastwarmup.engine.precision import exact_arithmetic
 from lirpa_fastwarmup.engine.soundness import Finding
@@ -99,8 +100,8 @@ class _Batch:
             self.points = torch.min(torch.max(points.to(self.x.dtype), lower), upper)
             logits.append(network.model(self.points))
         self.attained = [soundness.attained_margins(one, y) for one in logits]
-        self.predictions = logits[0].argmax(1)
-        self.falsified = torch.stack([one.argmax(1) != y for one in logits]).any(0)
+        self.predictions = predicted(logits[0])
+        self.falsified = torch.stack([predicted(one) != y for one in logits]).any(0)
         self.method = torch.full_like(y, -1)  # The place in NAMES of the cheapest proof; −1 without one.
         self.outcomes: dict[int, str] = {}  # Of complete verification, by the samples' places.
         self.margin = self.x.new_full(y.shape, torch.nan)  # The largest lower bound on the smallest margin.
@@ -193,7 +194,7 @@ class Certifier:
         started = time.perf_counter()
         model, samples = self._bounds[0].model, torch.arange(len(y), device=y.device)
         points = attack_samples(model, x, y, eps, samples, self.plan, self._micro_batches[ATTACK])
-        hits = int((model(points).argmax(1) != y).sum())
+        hits = int((predicted(model(points)) != y).sum())
         stages[ATTACK] = Stage(len(y), hits, time.perf_counter() - started)
         return points
 
@@ -202,6 +203,8 @@ class Certifier:
             # The cheapest method also bounds falsified samples: if it proves one, its bounds are unsound.
             every = place == 0 and method != COMPLETE
             left = (((batch.method < 0) & ~batch.falsified) | every).nonzero().squeeze(1)
+            if every and self._checks:
+                self._compare(batch, method)
             if len(left) and method == COMPLETE:
                 self._decide(batch, left)
             elif len(left):
@@ -209,6 +212,19 @@ class Certifier:
         for index in ((batch.method >= 0) & batch.falsified).nonzero().flatten().tolist():
             method = NAMES[int(batch.method[index])]
             batch.contradict(index, f"is proved by {method} and yet misclassified at a point of its box")
+
+    def _compare(self, batch: _Batch, method: str) -> None:
+        """Contradict where the bounded network has other outputs than the network at a known point of a box."""
+        network, every = batch.network, torch.arange(len(batch.y), device=batch.y.device)
+        corners = soundness.corners_of(batch.x, batch.radii(every), self.plan.input_range)
+
+        def same(some: Tensor, points: Tensor) -> Tensor:
+            return same_outputs(network.bounded(method)(points[some]), network.model, [points[some]])
+
+        for points in (batch.x, *corners, *([] if batch.points is None else [batch.points])):
+            agree = self._micro_batches[method].each(partial(same, points=points), every, method)
+            for index in (~agree).nonzero().flatten().tolist():
+                batch.contradict(index, "has other outputs than the bounded network at a point of its box")
 
     def _decide(self, batch: _Batch, samples: Tensor) -> None:
         assert self._complete is not None
@@ -307,7 +323,7 @@ def beyond_intervals(bounded: BoundedModule, x: Tensor, eps: Epsilon, input_rang
         ends = zip(*map(bounded.layout.unpack, soundness.corners_of(x, eps, input_range)), strict=True)
         boxes = [(low, high) if low.is_floating_point() else low for low, high in ends]
         reference = interval_bounds(bounded.wrapped, *boxes)
-    except (NotImplementedError, RuntimeError, ValueError, TypeError, ArithmeticError) as error:
+    except Exception as error:  # Its trace fails in many ways.
         logger.info("IBP is not compared with interval arithmetic on this network: %s", error)
         return []
     found = bounded.compute_bounds(x=(input_box(x, eps, input_range),), method="IBP")

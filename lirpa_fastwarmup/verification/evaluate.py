@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lirpa_fastwarmup.attacks import predicted
 from lirpa_fastwarmup.boxes import check_positive, converted
 from lirpa_fastwarmup.engine.bounds import MarginBounds, class_count, input_box, proved
 from lirpa_fastwarmup.engine.graph import fingerprint
@@ -279,7 +280,7 @@ class _Search:
         x = converted(x, torch.float32, 10 * self._tolerance)
         methods = self._plan.methods
         with exact_arithmetic(x.device):
-            predictions = self._network.model(x).argmax(1)
+            predictions = predicted(self._network.model(x))
             correct = (predictions == y).nonzero().squeeze(1)
             radius = torch.zeros(len(y), device=x.device)
             method = torch.full_like(y, -1)
@@ -334,5 +335,5 @@ class _Search:
         if len(certified) and self._plan.restarts:
             model, plan = self._network.model, self._plan
             points = attack_samples(model, x, y, eps, certified, plan, self._micro_batches[ATTACK])
-            falsified[certified] = model(points).argmax(1) != y[certified]
+            falsified[certified] = predicted(model(points)) != y[certified]
         return falsified

@@ -86,11 +86,14 @@ def trace(model: nn.Module, examples: list[Tensor]) -> torch.fx.GraphModule:
     def forward(*inputs: Tensor) -> Tensor:
         output = model(*(x.clone() for x in inputs))  # The model may change an input in place.
         if not isinstance(output, Tensor):
-            raise TypeError(f"the network returns an object of type {type(output).__name__}; return one tensor")
+            raise RuntimeError(f"it returns an object of type {type(output).__name__}; return one tensor")
         return output
 
-    # torch.func.functionalize, which is public, does not remove the in-place copies of circular padding.
-    graph = make_fx(dispatch_functionalize(forward))(*examples)
+    try:  # torch.func.functionalize, which is public, does not remove the in-place copies of circular padding.
+        graph = make_fx(dispatch_functionalize(forward))(*examples)
+    except (RuntimeError, TypeError) as error:  # The network ran before.
+        reason = str(error).strip().splitlines()[0]
+        raise UnknownOperatorError(f"the network cannot be traced to PyTorch's own operators: {reason}") from error
     graph.graph.eliminate_dead_code()  # An operator whose result is unused needs no rule.
     return graph
 

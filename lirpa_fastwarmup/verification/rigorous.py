@@ -51,6 +51,12 @@ def _gamma(count: int, unit: float) -> float:
     return _SLACK * count * unit / (1 - count * unit)
 
 
+def _holds_in_float32(values: Sequence[Any]) -> bool:
+    """Whether float32 holds every Python number among ``values``."""
+    numbers = [value for value in values if isinstance(value, float | int)]
+    return all(float(torch.tensor(float(value), dtype=torch.float32)) == value for value in numbers)
+
+
 def _outward(found: Interval) -> Interval:
     """``found``, its ends, each after one rounding to nearest, moved by more than that rounding."""
     infinity = torch.tensor(torch.inf, dtype=torch.float64)
@@ -124,9 +130,8 @@ class _Arithmetic:
 
     def clipped(self, function: Any, args: Any, kwargs: Any) -> Any:
         """Operators that choose between their argument and constants, which float32 may round."""
-        constants = [value for value in (*args, *kwargs.values()) if isinstance(value, float)]
         found = increasing(function, args, kwargs)
-        if all(float(torch.tensor(value, dtype=torch.float32)) == value for value in constants):
+        if _holds_in_float32((*args, *kwargs.values())):
             return found
         return self.widened(found, self.errors(1) * _sizes(found) + self.tiny)
 
@@ -250,16 +255,21 @@ class _Rigorous(intervals.Propagation):
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         return self._in_float32(super().get_attr(target, args, kwargs), "a constant")
 
+    def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
+        value = super().placeholder(target, args, kwargs)
+        return value if isinstance(value, Interval) else self._in_float32(value, "an input")
+
     def _in_float32(self, value: Any, what: str, is_known: bool = True) -> Any:
-        is_float = self.is_float32 and isinstance(value, Tensor) and value.is_floating_point()
-        if is_float and not (is_known and torch.equal(value.float().to(value.dtype), value)):
-            text = f"no interval rule covers {what} that may differ in float32: make it a buffer or a Python number"
-            raise intervals.UnknownOperatorError(text)
+        checked = self.is_float32 and isinstance(value, Tensor) and (is_known or value.is_floating_point())
+        if checked and not (is_known and torch.equal(value.float().to(value.dtype), value)):
+            text = f"no interval rule covers {what} that may differ in float32: "
+            raise intervals.UnknownOperatorError(text + "make it a float32 buffer or a Python number")
         return value
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         name = str(target).split(".")[1] if isinstance(target, torch._ops.OpOverload) else ""
-        if target is not operator.getitem and name not in MOVING and not intervals_in((args, kwargs)):
+        moves = name in MOVING and _holds_in_float32((*args, *kwargs.values()))
+        if target is not operator.getitem and not moves and not intervals_in((args, kwargs)):
             floating = [isinstance(value, Tensor) and value.is_floating_point() for value in args]
             ends = zip(args, floating, strict=True)
             args = tuple(Interval(one.double(), one.double()) if is_number else one for one, is_number in ends)
@@ -301,11 +311,22 @@ class RigorousMargins:
         key = tuple(value.shape for value in examples), before_last
         if key not in self._graphs:
             self._graphs[key] = intervals.trace(self._model, examples)
+            self._require_same_in_float32(self._graphs[key], examples)
             if before_last:
                 _end_before_last_layer(self._graphs[key])
         network = _Rigorous(self._graphs[key], self._model, self._arithmetics[arithmetic].rules())
         network.is_float32 = self.is_float32
         return network.run(*inputs)
+
+    def _require_same_in_float32(self, graph: torch.fx.GraphModule, examples: Sequence[Tensor]) -> None:
+        """Refuse a network that reads its precision: it was traced in float64."""
+        if not self.is_float32:
+            return
+        given = [value.float() if value.is_floating_point() else value for value in examples]
+        single = intervals.trace(copy_of(self._model).float(), given)
+        if str(single.graph).replace("float32", "float64") != str(graph.graph):
+            text = "the network computes something else in float64 than in float32: remove what depends on a dtype"
+            raise intervals.UnknownOperatorError(text)
 
     def proved(self, inputs: Sequence[Interval | Tensor], y: Tensor, arithmetic: str) -> Tensor:
         """Whether class y is that of every point of each box, (batch,)."""
