@@ -11,7 +11,7 @@ import pytest
 
 import lirpa_fastwarmup as fw
 from lirpa_fastwarmup import cli
-from lirpa_fastwarmup.cli.options import number
+from lirpa_fastwarmup.cli.options import number, settings_and_origins
 from lirpa_fastwarmup.engine.compat import ACTIVE_PATCHES, ENGINE_VERSION
 from lirpa_fastwarmup.experiments import data
 from lirpa_fastwarmup.experiments.presets import PRESETS
@@ -278,3 +278,30 @@ def test_the_current_folder_replaces_no_module_of_others(tmp_path):
     found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert found.returncode == 1
     assert "the module 'mine' of the network" in found.stderr
+
+
+class BegunError(Exception):
+    pass
+
+
+def begun(*_, **__):
+    raise BegunError
+
+
+def test_a_restarted_command_never_resumes_the_run_that_it_is_to_replace(tmp_path, monkeypatch):
+    (tmp_path / "checkpoint.pt").write_text("")
+    (tmp_path / "summary.json").write_text("{}")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    monkeypatch.setattr("lirpa_fastwarmup.experiments.training.train", begun)
+    with pytest.raises(BegunError):
+        cli.main(["train", "mnist5k", *TINY, "--out", str(tmp_path), "--overwrite"])
+
+
+def test_a_run_with_a_published_schedule_is_resumed_by_its_own_command(tmp_path, monkeypatch):
+    arguments = ["train", "cifar10", "--eps", "8/255", "--method", "mtl-ibp", "--schedule", "ctbench"]
+    settings, _ = settings_and_origins(cli._parser(arguments).parse_args(arguments))
+    assert settings.schedule != "ctbench"
+    monkeypatch.setattr("lirpa_fastwarmup.experiments.training.settings_of_run", lambda _: settings)
+    monkeypatch.setattr("lirpa_fastwarmup.experiments.training.resume", begun)
+    with pytest.raises(BegunError):
+        cli.main([*arguments, "--resume", "--out", str(tmp_path)])

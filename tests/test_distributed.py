@@ -401,3 +401,28 @@ def test_mistakes_end_all_processes_with_their_reason(options, message, tmp_path
     assert message in done.stderr
     assert "rank 0" in done.stderr
     assert time.monotonic() - begun < 120  # Nothing waits for those that have ended.
+
+
+UNEVEN = """
+from torch import nn
+
+class Net(nn.Sequential):
+    def __init__(self, num_classes=10):
+        super().__init__(nn.Conv2d(1, 2, 5, 4), nn.BatchNorm2d(2), nn.ReLU(), nn.Flatten(), nn.Linear(72, num_classes))
+        self.unused = nn.Linear(3, 3)
+
+    def forward(self, x):
+        for part in list(self)[:5]:
+            x = part(x)
+        return x
+"""
+
+
+def test_uneven_parts_and_unused_parameters_are_trained_by_two_processes(tmp_path):
+    """The last batch of 7 leaves 4 and 3 samples, of which BatchNorm takes two micro-batches and one."""
+    (tmp_path / "net.py").write_text(UNEVEN)
+    options = [*SMALL, "--data-limit", "47", "--batch-size", "40", "--accumulate", "2", "--sync-batchnorm"]
+    network = ["--model", f"{tmp_path / 'net.py'}:Net", "--no-bn"]
+    done = torchrun("train", "mnist5k", "--out", tmp_path / "run", *options, *network, "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    assert len(read_history(tmp_path / "run" / "history.csv")) == 3

@@ -85,10 +85,8 @@ def test_the_formats_of_files_stay(finished):
         *("model", "in_shape", "classes", "width", "hidden", "batchnorm", "mean", "std")
     }
     saved = torch.load(out / "checkpoint.pt", weights_only=True)
-    assert saved["format"] == 2
-    assert saved.keys() == {
-        *("format", "settings", "train_samples", "objective", "optimizer", "batches", "average", "position")
-    }
+    assert saved["format"] == 3
+    assert saved.keys() == {*("format", "settings", "data", "objective", "optimizer", "batches", "average", "position")}
     assert saved["position"].keys() == {
         *("means", "epoch", "batches_done", "eps", "seconds", "history", "epoch_seconds", "best", "elapsed")
     }

@@ -13,7 +13,7 @@ from lirpa_fastwarmup.verification.folder import WRITTEN as CERTIFICATES
 MODEL, HISTORY, SUMMARY, CHECKPOINT = "model.pt", "history.csv", "summary.json", "checkpoint.pt"
 CURVES = "curves.png"
 
-_FORMAT = 2
+_FORMAT = 3
 _ENTRIES = {"settings", "data", "objective", "optimizer", "batches", "average", "position"}
 _MISFITS = (TypeError, ValueError, KeyError, AttributeError)
 
