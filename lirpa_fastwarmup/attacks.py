@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lirpa_fastwarmup.boxes import Epsilon, InputRange, box_ends, broadcast_to_batch, check_batch, check_eps
+from lirpa_fastwarmup.boxes import Epsilon, InputRange, box_ends, check_batch, check_eps
 
 
 @dataclass(frozen=True)
@@ -67,13 +67,11 @@ class PGD:
     return_best: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("steps", "restarts"):
-            count = getattr(self, name)
+        for name, count in (("steps", self.steps), ("restarts", self.restarts)):
             if not isinstance(count, int):
                 raise TypeError(f"{name} must be an integer, found {count!r}")
             if count < 1:
-                text = f"an attack needs at least one of {name}, found {count}: train with losses.IBP without"
-                raise ValueError(text)
+                raise ValueError(f"an attack needs at least one of {name}, found {count}: without, use losses.IBP")
         if not (0 < self.step_size < math.inf):
             raise ValueError(f"step_size, a fraction of the box's half-width, must be above 0, found {self.step_size}")
         if not 1 <= self.scale < math.inf:
@@ -149,7 +147,6 @@ def attack(
     with torch.no_grad():
         logits = model(x)
     check_batch(x, y, logits.shape[1], input_range)
-    eps = broadcast_to_batch(eps, x, "eps")
     lower, upper = box_ends(x, eps, input_range)
     found = Attack(x.clone(), _margins(logits, y), predicted(logits) != y)
     for restart in range(restarts):
@@ -193,8 +190,7 @@ def _descend(
 ) -> Attack:
     """The point with the highest cross-entropy, visited on the ascent from ``point`` along ``strides``.
 
-    ``until_misclassified``: instead the first misclassified point, or else the one with the lowest margin. Without
-    ``best``: the last one.
+    ``until_misclassified``: instead the first misclassified point, or the lowest margin's. Without ``best``: the last.
     """
     found = Attack(point.clone(), torch.full_like(point.flatten(1)[:, 0], torch.inf), torch.zeros_like(y).bool())
     for step in range(len(strides) + 1):

@@ -26,8 +26,7 @@ def check_eps(eps: Epsilon, input_range: InputRange | None = None) -> None:
     """Check that ``eps`` is a valid radius, no wider than ``input_range`` (``None`` allows any width).
 
     Raises TypeError if ``eps`` is neither a number nor a tensor of numbers, or as :func:`check_pair`, and ValueError if
-    ``eps`` is negative, infinite, NaN, empty or wider than the range, or if a lower end of the range exceeds the upper
-    end, or is NaN.
+    ``eps`` is negative, infinite, NaN, empty or wider than the range, or a lower end exceeds the upper end, or is NaN.
     """
     found = f"a tensor of {eps.dtype}" if isinstance(eps, Tensor) else type(eps).__name__
     if found in ("bool", "a tensor of torch.bool") or not isinstance(eps, numbers.Real | Tensor):
@@ -110,10 +109,8 @@ def labels_fit(y: Tensor, classes: int) -> Tensor:
 
 def labels_error(y: Tensor, classes: int) -> ValueError:
     """The error to raise if :func:`labels_fit` is false."""
-    return ValueError(
-        f"labels must be between 0 and {classes - 1}, for a network of {classes} outputs; found {int(y.min())} to "
-        f"{int(y.max())}"
-    )
+    found = f"{int(y.min())} to {int(y.max())}"
+    return ValueError(f"labels must be between 0 and {classes - 1}, for a network of {classes} outputs; found {found}")
 
 
 def inputs_fit(x: Tensor, input_range: InputRange | None) -> Tensor:
@@ -130,18 +127,13 @@ def inputs_error(x: Tensor, input_range: InputRange | None) -> ValueError:
     if input_range is None:
         return ValueError(f"inputs must be finite; {found}")
     ends = (end if isinstance(end, float | int) or end.numel() < 9 else f"{end.min():g} or more" for end in input_range)
-    return ValueError(
-        f"inputs must lie in input_range ({', '.join(map(str, ends))}), to which the box is clipped; {found}. Keep the "
-        "data in its own units and make normalisation the network's first layer (lirpa_fastwarmup.models.Normalize), "
-        "pass the data's range as input_range, or None for data without one"
-    )
+    text = f"inputs must lie in input_range ({', '.join(map(str, ends))}), to which the box is clipped; {found}. Keep "
+    text += "data in its own units, normalise in the network's first layer (lirpa_fastwarmup.models.Normalize), and "
+    return ValueError(text + "pass the data's range as input_range, or None for data without one")
 
 
 def check_batch(x: Tensor, y: Tensor, classes: int, input_range: InputRange | None) -> None:
-    """Like :func:`check_shapes`; also raises ValueError if a label is not a class or an input is out of range.
-
-    This synchronises with the device.
-    """
+    """Like :func:`check_shapes`, and ValueError if a label or input is out of range; synchronises with the device."""
     check_shapes(x, y)
     if not bool(labels_fit(y, classes)):
         raise labels_error(y, classes)
@@ -154,11 +146,10 @@ def check_input_shapes(inputs: Sequence[Tensor], example: Sequence[Tensor]) -> N
     kinds = {type(one).__name__ for one in inputs if not isinstance(one, Tensor)}
     if kinds:
         raise TypeError(f"inputs must be tensors, found {', '.join(kinds)}: for arrays, pass torch.from_numpy(x)")
-    expected, found = ([tuple(one.shape[1:]) for one in tensors] for tensors in (example, inputs))
+    expected, found = (", ".join(str(tuple(one.shape[1:])) for one in tensors) for tensors in (example, inputs))
     if found != expected:
-        text = f"the network was wrapped for inputs of shape {', '.join(map(str, expected))}, batch aside; found "
-        text += f"{', '.join(map(str, found))}. Pass the inputs alone, "
-        raise ValueError(text + "batch first, or wrap the network for these shapes")
+        text = f"the network was wrapped for inputs of shape {expected}, batch aside; found {found}. Pass the inputs "
+        raise ValueError(text + "alone, batch first, or wrap the network for these shapes")
 
 
 def check_shapes(x: Tensor, y: Tensor) -> None:

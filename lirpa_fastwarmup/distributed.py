@@ -73,9 +73,8 @@ def process_group(device: torch.device) -> Iterator[World]:
         # gloo raises plain RuntimeErrors whose message begins with a place in its sources.
         if not (isinstance(error, dist.DistError) or "/gloo/" in str(error)):
             raise
-        problem = f"rank {os.environ.get('RANK')} lost the connection to the others, or waited longer than {_TIMEOUT}"
-        hint = f"another process ended; look for its error ({str(error).splitlines()[0]})"
-        raise ConnectionError(f"{problem}: {hint}") from error
+        text = f"rank {os.environ.get('RANK')} lost the connection to the others, or waited longer than {_TIMEOUT}: "
+        raise ConnectionError(f"{text}another one ended; see its error ({str(error).splitlines()[0]})") from error
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

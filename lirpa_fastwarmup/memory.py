@@ -68,9 +68,8 @@ class MicroBatches:
 
     def _shrink(self, tried: int, what: str, error: Exception) -> None:
         if tried == 1:
-            text = f"{what} needs more memory than there is, for a single sample: leave the method out, or use a "
-            text += "machine with more memory or a smaller "
-            raise OutOfMemoryError(text + f"network ({str(error).splitlines()[0]})") from error
+            text = f"{what} needs more memory than there is, for a single sample ({str(error).splitlines()[0]}): leave "
+            raise OutOfMemoryError(text + "it out, or use a machine with more memory or a smaller network") from error
         self.size = (tried + 1) // 2
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()

@@ -208,8 +208,7 @@ def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
         with suppress(OSError):  # Windows lets nobody else read a locked file.
             holder = path.read_text() or holder
         if not wait:
-            text = f"{folder} is being written to by {holder}: wait until it ends, or name another folder"
-            raise FolderInUseError(text) from None
+            raise FolderInUseError(f"{folder} is being written to by {holder}: wait, or name another folder") from None
         logger.warning("waiting for %s, which is writing to %s", holder, folder)
         lock.acquire()
     except (OSError, NotImplementedError) as error:

@@ -50,7 +50,7 @@ def test_limit_is_a_seeded_choice():
 def test_bad_tensors_and_sizes():
     with pytest.raises(ValueError, match="expected uint8 images"):
         data.Split(torch.rand(2, 1, 4, 4, dtype=torch.float64), torch.arange(2))
-    with pytest.raises(ValueError, match="one for each of 3 samples"):
+    with pytest.raises(ValueError, match="expected 3 int64 labels"):
         data.Split(torch.zeros(3, 1, 4, 4, dtype=torch.uint8), torch.arange(2))
     with pytest.raises(ValueError, match="in batches of 0 leave no batch"):
         data.Batches(split(3), 0)

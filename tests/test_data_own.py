@@ -294,7 +294,10 @@ def test_changed_data_is_refused_on_resuming(folder):
     [
         (["--dataset", "mine.csv"], "the preset custom has no radius, because it depends on your data: give --eps"),
         (["--eps", "1"], "the preset custom has no data of its own: name yours with --dataset"),
-        (["--dataset", "mine.csv", "--eps", "1", "--model", "cnn7"], r"cnn7 needs images .*--model file\.py:factory"),
+        (
+            ["--dataset", "mine.csv", "--eps", "1", "--model", "cnn7"],
+            r"cnn7, .* need images .*--model file\.py:factory",
+        ),
         (["--dataset", "mine.csv", "--eps", "1", "--flip"], r"\(4,\) are no images, which --flip and --crop-padding"),
         (["--dataset", "mine.csv", "--eps", "1", "--input-range", "1", "0"], "the lowest and the highest valid input"),
         (["--dataset", "mine.csv", "--eps", "30", "--input-range", "-9", "9"], "only 18 wide"),

@@ -335,9 +335,9 @@ def test_known_networks_draw_what_their_function_draws(name):
         ("factories:", ImportError, "has no ''"),
         ("factories:instance", TypeError, "is of type Sequential, and every run needs a fresh network"),
         ("factories:number", TypeError, "is of type int, and every run needs a fresh network: name a function"),
-        ("factories:needy", TypeError, "missing a required argument: 'layers'.*parameters in_shape, classes.*width"),
-        ("factories:positional", TypeError, "argument: 'classes'.*Give any other parameter a default"),
-        ("factories:text", TypeError, "returned an object of type str, .* return an nn.Module"),
+        ("factories:needy", TypeError, "missing a required argument: 'layers'.*give all but in_shape, classes.*width"),
+        ("factories:positional", TypeError, "argument: 'classes'.*give all but in_shape, .* a default"),
+        ("factories:text", TypeError, "returned an object of type str, not an nn.Module"),
         ("factories:pair", ValueError, r"network's output is of type tuple.*'factories:pair'.*\(batch, 3\)"),
     ],
 )

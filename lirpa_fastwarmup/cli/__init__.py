@@ -28,8 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
     rank = os.environ.get("RANK")
-    # Of several processes, rank 0 prints what all of them would.
-    level = logging.WARNING if rank in (None, "0") else logging.ERROR
+    level = logging.WARNING if rank in (None, "0") else logging.ERROR  # Rank 0 prints what all ranks would.
     logging.basicConfig(format="%(levelname)s: %(message)s", level=level, stream=sys.stderr)
     if level == logging.WARNING:
         compiling = "lirpa_fastwarmup.recipe.compiled", "lirpa_fastwarmup.experiments.training.choices"

@@ -9,11 +9,8 @@ from lirpa_fastwarmup.cli.options import number
 from lirpa_fastwarmup.cli.subject import add_arguments, check_named, subject_of
 from lirpa_fastwarmup.verification import export
 
-_FOLDER = "export"
-
 
 def _indices(text: str) -> range:
-    """An index, or a range such as 0-99."""
     first, dash, last = text.partition("-")
     try:
         return range(int(first), int(last if dash else first) + 1)
@@ -29,7 +26,7 @@ def add_to(command: argparse.ArgumentParser) -> None:
     what.add_argument("--eps", type=number, help="radius in units of the inputs; by default the run's")
     what.add_argument("--samples", type=_indices, nargs="+", metavar="I", default=[range(10)], help="0 5 10-19 …")
     what.add_argument("--timeout", type=int, default=120, help="seconds for each property (default: 120)")
-    what.add_argument("--out", type=Path, metavar="DIR", help=f"folder for the files, by default RUN_DIR/{_FOLDER}")
+    what.add_argument("--out", type=Path, metavar="DIR", help="folder for the files, by default RUN_DIR/export")
 
 
 def _export(options: argparse.Namespace) -> int:
@@ -45,7 +42,7 @@ def _export(options: argparse.Namespace) -> int:
             raise ValueError(f"there is no sample {shown}: {dataset.name} has {count} test samples, from index 0")
     indices = list(dict.fromkeys(index for given in options.samples for index in given))
     chosen = dataset.test.take(torch.tensor(indices))
-    out = options.out or options.run / _FOLDER
+    out = options.out or options.run / "export"
     given = {"indices": indices, "input_range": dataset.input_range, "timeout": options.timeout}
     note = export(subject.network, chosen.inputs, chosen.labels, eps, out, **given)
     print(f"{len(indices)} properties at eps {eps} written to {out}")

@@ -21,8 +21,7 @@ def add_to(command: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
     command.description = "Inspect a trained network, or the one that `train PRESET` with the same options starts from."
     command.set_defaults(command=_inspect)
-    text = f"folder of a run, or one of: {', '.join(DESCRIPTIONS)}"
-    command.add_argument("what", metavar="RUN_DIR|PRESET", help=text)
+    command.add_argument("what", metavar="RUN_DIR|PRESET", help=f"a run's folder, or one of: {', '.join(DESCRIPTIONS)}")
     command.add_argument("--samples", type=int, metavar="N", help=f"evenly spaced test samples (default: {_SAMPLES})")
     mode = command.add_mutually_exclusive_group()
     text = "BatchNorm uses the statistics of the batch, as in a training step (default for a PRESET)"

@@ -94,7 +94,6 @@ def add_settings(command: argparse.ArgumentParser) -> None:
 
 
 def _default(name: str) -> str:
-    """The default of a setting, for its help text, if it is the same in all presets."""
     value, *others = {getattr(one, name) for one in presets.PRESETS.values()}
     if others:
         return " (default: the preset's)"
@@ -103,18 +102,17 @@ def _default(name: str) -> str:
 
 
 def _reader(kind: Any, metavar: str | None) -> dict[str, Any]:
-    """How argparse reads a value of a field's type."""
     if NoneType in get_args(kind):
         (kind,) = (one for one in get_args(kind) if one is not NoneType)
     if kind is bool:
         return {"action": argparse.BooleanOptionalAction}
     if get_origin(kind) is Literal:
         return {"choices": get_args(kind)}
+    count: Any = None
     if get_origin(kind) is tuple:
         kind, *more = get_args(kind)
-        count: Any = "*" if more == [...] else 1 + len(more)
-        return {"type": number if kind is float else kind, "nargs": count, "metavar": metavar}
-    return {"type": number if kind is float else kind, "metavar": metavar}
+        count = "*" if more == [...] else 1 + len(more)
+    return {"type": number if kind is float else kind, "nargs": count, "metavar": metavar}
 
 
 def settings_and_origins(options: argparse.Namespace) -> tuple[Settings, dict[str, str]]:
@@ -145,9 +143,8 @@ def settings_and_origins(options: argparse.Namespace) -> tuple[Settings, dict[st
 
 def table(settings: Settings, origins: dict[str, str]) -> str:
     """The settings in lines, with what is known of where their values come from."""
-    values = settings.as_dict()
-    names, texts = max(map(len, values)), {name: str(value) for name, value in values.items()}
-    width = max(len(text) for text in texts.values())
+    texts = {name: str(value) for name, value in settings.as_dict().items()}
+    names, width = max(map(len, texts)), max(map(len, texts.values()))
     lines = (f"{name:<{names}}  {text:<{width}}  {origins.get(name, '')}" for name, text in texts.items())
     return "\n".join(line.rstrip() for line in lines)
 

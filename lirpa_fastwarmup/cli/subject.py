@@ -70,8 +70,6 @@ def subject_of(options: argparse.Namespace) -> Subject:
 def subject_of_run(folder: Path, options: argparse.Namespace) -> Subject:
     """As :func:`subject_of`, for a run; dataset, its place ``data_dir`` and ``input_range`` replace the run's."""
     path, input_range, trust = folder / MODEL, _input_range(options), options.trust
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder} holds no trained network ({MODEL}): name a run that finished an epoch")
     content = read_model(path)
     network, settings = load_model(path, trust=trust, content=content), content["settings"]
     if options.dataset is not None:
@@ -116,8 +114,7 @@ def _input_range(options: argparse.Namespace) -> tuple[float, float] | None:
 
 def _state_dict(path: Path) -> dict[str, Any]:
     content = storage.read_tensors(path, f"cannot be read as weights: {_SAVE}")
-    # Checkpoints often hold the state dict next to the optimiser's.
-    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):  # As in many checkpoints.
         content = content["state_dict"]
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise ValueError(f"{path} holds no state dict: {_SAVE}")

@@ -97,9 +97,8 @@ def _run(options: argparse.Namespace, subject: Subject, radii: Sequence[float], 
     started, contradictions = time.perf_counter(), list[str]()
 
     def computed(title: str, compute: Callable[..., _R], text: Callable[[_R], str]) -> _R:
-        count = -(-len(chosen) // ranks.size)
-        shown = None if ranks.is_rank_zero else True
-        with tqdm(total=count, desc=title, unit="sample", leave=False, disable=shown) as bar:
+        count, hidden = -(-len(chosen) // ranks.size), None if ranks.is_rank_zero else True
+        with tqdm(total=count, desc=title, unit="sample", leave=False, disable=hidden) as bar:
             try:
                 found = compute(**given, over_ranks=True, progress=lambda done: bar.update(len(done)))
             except UnsoundBoundError as error:  # Raised at the end, when all radii are done and written.

@@ -15,7 +15,6 @@ from lirpa_fastwarmup.engine.compat import engine, node_classes
 from lirpa_fastwarmup.engine.nodes import BoundConvNd, MarginMatMul
 from lirpa_fastwarmup.engine.products import LINEAR, convolution, interval_of_product
 
-_engine: Any = engine.bound_general
 _CONVOLUTION: Any = (BoundConvNd, *node_classes("Conv"))
 _LINEAR: Any = (*node_classes("Linear", "MatMul"), MarginMatMul)
 
@@ -33,7 +32,7 @@ def affine_interval(
     if not _is_affine(layer) or (is_norm and len(layer.output_name) > 1):
         return None
     source = layer.inputs[0]
-    rectified = type(source) is _engine.BoundRelu and len(source.output_name) == 1 and source not in first
+    rectified = type(source) is engine.bound_general.BoundRelu and len(source.output_name) == 1 and source not in first
     box, weight, *rest = [interval_of(one) for one in (source.inputs[0] if rectified else source, *layer.inputs[1:])]
     if torch.is_autocast_enabled(box[0].device.type):
         return None

@@ -97,8 +97,8 @@ class SharedBatchNorm(BoundBatchNormalization):
     statistics = "batch"
     # In a tuple, so that the module is not registered as a child of the node.
     owner: tuple["_BatchNorm | _FunctionalNorm"]
-    updates_running_stats: bool  # Whether a pass in training mode moves the running statistics.
-    over_ranks: bool  # Whether batch statistics are computed over the batches of all processes.
+    updates_running_stats = True  # Whether a pass in training mode moves the running statistics.
+    over_ranks = False  # Whether batch statistics are computed over the batches of all processes.
     current_mean: Tensor
     current_var: Tensor
 
@@ -176,16 +176,9 @@ def adopt_batchnorm(bounded: Any, model: nn.Module, kind: type[SharedBatchNorm])
             node.owner = (owner[0] if is_module else _FunctionalNorm(owner[0], node.eps, node.momentum),)
             node.__class__ = kind
             node.eps = node.owner[0].eps
-            node.updates_running_stats, node.over_ranks = True, False
             for source in node.inputs[1:3]:
                 if type(source) is _engine.BoundConstant:
                     source.__class__ = ConstantParameter
-
-
-def batchnorm_over_ranks(bounded: Any) -> None:
-    """In training mode, compute BatchNorm's statistics over the batches of all processes."""
-    for node in _nodes_of(bounded):
-        node.over_ranks = True
 
 
 def follow_modules(bounded: Any, training: bool) -> None:

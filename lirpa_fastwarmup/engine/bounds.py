@@ -35,8 +35,8 @@ def input_box(x: Inputs, eps: Any, input_range: Any = (0.0, 1.0)) -> Any:
         x: clean inputs ``(batch, *input)``, within ``input_range``; or a tuple of the inputs of a network.
         eps: radius in units of the input: a number, one per channel, a tensor of the input's shape, or one value per
             sample, shape (batch, 1, …). For several inputs also a tuple, one for each; 0 for an unperturbed input.
-        input_range: lowest and highest valid input, numbers or tensors; ``None`` for unclipped data. As ``eps``, also
-            a tuple.
+        input_range: lowest and highest valid input, numbers or tensors; ``None`` for unclipped data; for several
+            inputs also a tuple.
 
     Returns:
         The box; for several inputs a tuple of boxes, with integer inputs as they are.
@@ -275,9 +275,8 @@ def fused_crown_loss(bounded: Any, lower: Tensor, upper: Tensor, labels: Tensor,
     """Loss fusion: CROWN's upper bound on the cross-entropy over the box of the last IBP pass, shape (batch,).
 
     The cross-entropy is log Σ_j exp(t_j) with t_j = z_j − z_y. Over the IBP bounds l_j ≤ t_j ≤ u_j, ``lower`` and
-    ``upper`` (batch, classes − 1), the convex exp lies below its chord, exp(t) ≤ exp(u_j) + k_j (t − u_j). The sum of
-    the chords is one linear function of the logits, so one backward pass bounds it for any number of classes (Xu et
-    al., NeurIPS 2020, section 3.3).
+    ``upper`` (batch, classes − 1), the convex exp lies below its chord, exp(t) ≤ exp(u_j) + k_j (t − u_j). The chords'
+    sum is linear in the logits: one backward pass bounds it for all classes (Xu et al., NeurIPS 2020, section 3.3).
     """
     # This shift keeps exp finite. It cancels in the result, so it carries no gradient.
     shift = upper.detach().amax(1, keepdim=True).clamp(min=0)

@@ -81,8 +81,7 @@ def _import_engine() -> Any:
                 "lirpa_fastwarmup needs the auto_LiRPA engine, and none is installed. Install one of:\n"
                 "    pip install --no-deps auto_LiRPA==0.3\n"
                 "    pip install --no-deps git+https://github.com/Verified-Intelligence/auto_LiRPA.git\n"
-                "(--no-deps, because the engine's metadata asks for torch < 2.9, and in 0.3 for torch < 1.13; see "
-                "docs/engines.md)."
+                "(--no-deps, because its metadata asks for torch < 2.9, and in 0.3 for < 1.13; see docs/engines.md)."
             ) from error
 
 

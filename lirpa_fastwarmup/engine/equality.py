@@ -3,7 +3,6 @@
 The engine converts a network through ONNX, which drops some attributes, and its operator classes have gaps.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -93,9 +92,8 @@ def _require_independence(model: nn.Module, inputs: list[Tensor], expected: Tens
         mixed = [_others_changed(x, kept) for x in inputs]
         found = _outputs(model, mixed)
         if found.shape != expected.shape or not bool(_close(found, expected, model, mixed)[kept]):
-            text = "the output for one sample depends on the other samples of its batch, also in evaluation mode, so a "
-            text += "certificate would hold for this batch only. Remove operations that mix a batch (flips, sums, "
-            raise NotImplementedError(text + "means and products over the first dimension)")
+            text = "even in evaluation, the output for one sample depends on the other samples of its batch, as would "
+            raise NotImplementedError(text + "its certificate: remove flips, sums and means over the first dimension")
 
 
 def _others_changed(x: Tensor, kept: int) -> Tensor:
@@ -110,9 +108,8 @@ def _compare(bounded: Any, model: nn.Module, inputs: list[Tensor], expected: Ten
     try:
         found = bounded.forward(*inputs)
     except Exception as error:
-        text = f"auto_LiRPA {compat.ENGINE_VERSION} fails on a batch of {len(inputs[0])}, which the network itself "
-        text += f"supports ({type(error).__name__}: {error}). "
-        raise NotImplementedError(text + f"{_first_difference(bounded, model, inputs)}") from error
+        text = f"auto_LiRPA {compat.ENGINE_VERSION} fails on a batch of {len(inputs[0])}, unlike the network itself "
+        raise NotImplementedError(f"{text}({error!r}). {_first_difference(bounded, model, inputs)}") from error
     if bool(_close(found, expected, model, inputs).all()):
         return
     apart = f"by up to {(found - expected).abs().max():.2g}" if found.shape == expected.shape else "in shape"
@@ -158,8 +155,8 @@ def _first_difference(bounded: Any, model: nn.Module, inputs: Sequence[Tensor]) 
     def look(name: str, args: Any, kwargs: Any, result: Any) -> None:
         if missing or name in _NOT_COMPUTED or not (isinstance(result, Tensor) and result.is_floating_point()):
             return
-        close = functools.partial(torch.allclose, rtol=1e-4, atol=1e-5, equal_nan=True)
-        if not any(value.numel() == result.numel() and close(value, result.flatten().to(value)) for value in values):
+        candidates = [value for value in values if value.numel() == result.numel()]
+        if not any(torch.allclose(value, result.flatten().to(value), 1e-4, 1e-5, True) for value in candidates):
             missing.append(f"{name} in module {recorder.running[-1] if recorder.running else repr('')}")
 
     recorder = Recorder(look)

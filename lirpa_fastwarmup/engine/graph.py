@@ -1,7 +1,6 @@
 """A BoundedModule read as a network: its affine layers, activations, sums and outputs, and the bounds at its layers.
 
-Nodes are found by type and by their position in the graph; their names differ between releases of the engine, and even
-between two conversions.
+Nodes are found by type and position: their names differ between releases of the engine, and even between conversions.
 """
 
 import hashlib
@@ -61,18 +60,12 @@ class AffineLayer:
 
     @property
     def weight(self) -> nn.Parameter:
-        """The parameter that holds the weight."""
         return self._weight.param
 
     @property
     def matrix(self) -> Tensor:
         """The weight itself, differentiable, also where a parametrisation computes it."""
         return evaluate(self._factor)
-
-    @property
-    def spatial_rank(self) -> int:
-        """The number of spatial dimensions of its output ``(batch, channels, *space)``."""
-        return len(self.node.output_shape) - 2
 
 
 class NetworkGraph:
@@ -83,8 +76,7 @@ class NetworkGraph:
         affine: the affine layers, in order of execution.
         relus: name and node of each ReLU, in order of execution. A ReLU is named after the affine layer that feeds it,
             and after a residual sum by the module that holds the sum.
-        activations: name and pre-activation, a node, of each elementwise non-linearity, ReLUs among them, named and
-            ordered in the same way.
+        activations: likewise, name and pre-activation, a node, of each elementwise non-linearity, ReLUs among them.
         first_sources: the nodes that the first affine layers read: the inputs, after any normalisation.
     """
 
@@ -105,7 +97,7 @@ class NetworkGraph:
         self.relus = list(zip(self._names_at([relu.inputs[0] for relu in relus]), relus, strict=True))
         read = self._pre_activations()
         self.activations = list(zip(self._names_at(read), read, strict=True))
-        self.first_sources = list(dict.fromkeys(layer.source for layer in self.affine if not self.read_by(layer)))
+        self.first_sources = list(dict.fromkeys(layer.source for layer in self.affine if not self._above(layer.source)))
 
     def _affine_layer(self, node: Any) -> AffineLayer | None:
         sources = [source for source in node.inputs[:2] if source in self._data]
@@ -135,18 +127,14 @@ class NetworkGraph:
             return sum(data) == 1
         return isinstance(node, _LINEAR)
 
-    def _above(self, node: Any, crosses: Callable[[Any], bool]) -> list[AffineLayer]:
-        """The nearest affine layers at or above ``node``, through nodes that ``crosses`` accepts."""
+    def _above(self, node: Any, crosses: Callable[[Any], bool] = lambda _: True) -> list[AffineLayer]:
+        """The nearest affine layers at or above ``node``, through nodes that ``crosses`` accepts, by default all."""
 
         def climb(current: Any) -> Iterable[Any]:
             return current.inputs if current not in self._affine_at and crosses(current) else ()
 
         found = _reached([node], climb)
         return [layer for layer in self.affine if layer.node in found]
-
-    def read_by(self, layer: AffineLayer) -> list[AffineLayer]:
-        """The affine layers whose outputs ``layer`` reads, through any other operators."""
-        return self._above(layer.source, lambda _: True)
 
     def classification_layers(self) -> list[AffineLayer]:
         """The affine layers whose output reaches the network's output without a non-linearity."""
@@ -224,7 +212,7 @@ class NetworkGraph:
         layers, holders = [], []
         modules = {} if self._model is None else dict(self._model.named_modules())
         for read in pre_activations:
-            above = self._above(read, self._passes_linearly) or self._above(read, lambda _: True)
+            above = self._above(read, self._passes_linearly) or self._above(read)
             layers.append(above[-1].name if above else "input")
             residual = self._sum_before(read)
             holders.append("" if residual is None else self._holder_of(residual, modules))
@@ -249,7 +237,7 @@ class NetworkGraph:
         """The place of ``node`` for messages, relative to the nearest affine module above it."""
         if node in self._affine_at:
             return f"in module {self._affine_at[node].name!r}"
-        above = [layer for source in node.inputs for layer in self._above(source, lambda _: True)]
+        above = [layer for source in node.inputs for layer in self._above(source)]
         return f"after module {above[-1].name!r}" if above else "at the input"
 
     def units_at(self, node: Any) -> int:
@@ -374,10 +362,7 @@ def relu_bounds(bounded: Any) -> list[LayerBounds]:
 
 
 def activation_bounds(bounded: Any) -> list[LayerBounds]:
-    """The pre-activation bounds of every elementwise non-linearity from the last bound pass, in order of execution.
-
-    For ReLU networks those of :func:`relu_bounds`, with its errors.
-    """
+    """The pre-activation bounds of every elementwise non-linearity, ReLUs included; else as :func:`relu_bounds`."""
     missing = "activation, and the regularisers are defined on pre-activations: omit them (regularizers=())"
     return _layer_bounds(bounded, read_graph(bounded).activations, missing)
 

@@ -44,7 +44,6 @@ class Layout:
 
     @property
     def packed_shape(self) -> torch.Size:
-        """The shape of one packed sample."""
         return self.shapes[0] if self.is_single else torch.Size([sum(self._sizes)])
 
     def pack(self, inputs: Inputs) -> Tensor:

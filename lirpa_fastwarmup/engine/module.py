@@ -33,14 +33,11 @@ def _like(model: nn.Module) -> Tensor:
 
 def _require_plain(model: nn.Module) -> None:
     if isinstance(model, engine.BoundedModule):
-        text = "expected a plain nn.Module, found a BoundedModule. Wrap the network itself. For a plain engine module, "
-        text += "lirpa_fastwarmup.share_batchnorm_state(bounded, "
-        raise TypeError(text + "model) joins BatchNorm's statistics with the model's")
-    perturbed = [name for name, value in model.named_parameters() if isinstance(value, engine.BoundedParameter)]
-    if perturbed:
-        raise NotImplementedError(
-            f"perturbed weights ({', '.join(perturbed)}): bounds over them have not been tested. Use nn.Parameters"
-        )
+        text = "expected a plain nn.Module, found a BoundedModule: wrap the network itself, or join the statistics of "
+        raise TypeError(text + "a plain engine module by lirpa_fastwarmup.share_batchnorm_state(bounded, model)")
+    if perturbed := [name for name, value in model.named_parameters() if isinstance(value, engine.BoundedParameter)]:
+        text = f"perturbed weights ({', '.join(perturbed)}): bounds over them have not been tested. Use nn.Parameters"
+        raise NotImplementedError(text)
 
 
 def _check_structure(model: nn.Module, example: tuple[Tensor, ...]) -> dict[str, Tensor]:
@@ -50,8 +47,8 @@ def _check_structure(model: nn.Module, example: tuple[Tensor, ...]) -> dict[str,
         text = f"the network returns a {type(observed.output).__name__}, but bounds need one tensor: wrap it in a "
         raise TypeError(text + "module that returns the logits alone")
     if reasons:
-        text = f"the network's path is not fixed: {'; '.join(reasons)}. Bounds hold for the path that the example "
-        text += "takes in evaluation mode, and are wrong on any other. Use tensor operations (torch.where) instead"
+        text = f"the network's path is not fixed: {'; '.join(reasons)}. Bounds hold on the example's path in "
+        text += "evaluation mode, and are wrong on any other. Use tensor operations (torch.where) instead"
         warnings.warn(text, tracing.TracedPathWarning, stacklevel=3)
     return observed.constants
 
@@ -60,7 +57,8 @@ class BoundedModule(engine.BoundedModule):
     """``auto_LiRPA.BoundedModule``, with one state for the wrapped model and its bounded view.
 
     Building it leaves the model unchanged. ``state_dict``, ``parameters`` and ``training`` are the wrapped model's own;
-    moving one to a device or dtype moves both. Modules that are added to the model or replaced later have no effect.
+    moving one to a device or dtype moves both. Modules that are added to the model or replaced later have no effect,
+    nor do new values of attributes that are neither parameters nor buffers.
 
     In training mode, forward passes update BatchNorm's running statistics, as in any nn.Module; :meth:`compute_bounds`
     uses the statistics of its own clean batch without updating them. Dropout is off in both, in either mode: bounds for
@@ -131,11 +129,9 @@ class BoundedModule(engine.BoundedModule):
             if self._reviewed.needs_matrices and self.conv_mode == "patches":
                 self._build_engine(model, global_input, device, conv_mode="matrix")
         if self.untested and not allow_untested:
-            raise NotImplementedError(
-                f"the bounds of auto_LiRPA {ENGINE_VERSION} have not been tested for {'; '.join(self.untested)}."
-                f"{self._reviewed.advice} Write the network with tested operators (docs/operators.md), or pass "
-                "allow_untested=True: certificates then report the untested bounds"
-            )
+            text = f"the bounds of auto_LiRPA {ENGINE_VERSION} have not been tested for {'; '.join(self.untested)}."
+            text += f"{self._reviewed.advice} Write the network with tested operators (docs/operators.md), or pass "
+            raise NotImplementedError(text + "allow_untested=True: certificates then report the untested bounds")
         object.__setattr__(self, "wrapped", model)
         self._links = batchnorm.state_links(self, model)
         self._built = True
@@ -204,7 +200,8 @@ class BoundedModule(engine.BoundedModule):
         BatchNorm (as nn.SyncBatchNorm) and the paper's regularisers, which are not linear in the batch, then use the
         statistics of all of them. Every process must make every pass, and compute every regulariser.
         """
-        batchnorm.batchnorm_over_ranks(self)
+        for node in self._modules.values():  # Of which only those of BatchNorm read it.
+            node.over_ranks = True
         self.over_ranks = True
         return self
 
@@ -311,8 +308,7 @@ class BoundedModule(engine.BoundedModule):
         method = kwargs.get("method", args[2] if len(args) > 2 else None) or "backward"
         if self._reviewed.interval_only and method.lower() not in ("ibp", "interval"):
             text = f"auto_LiRPA {ENGINE_VERSION} has only IBP bounds for {'; '.join(self._reviewed.interval_only)}: "
-            text += "use method='IBP', or write the network "
-            raise NotImplementedError(text + f"with other operators.{self._reviewed.advice}")
+            raise NotImplementedError(f"{text}use method='IBP', or other operators.{self._reviewed.advice}")
         self._follow_wrapped()
         like = _like(self.wrapped)
         # Both releases create some tensors without a dtype.

@@ -136,11 +136,10 @@ def _convolution(transposed: bool, attr: Any, *arguments: Any) -> Any:
 
 
 class MonotoneIntervals:
-    """Mixin: IBP of a function that is monotone in its first input; the others (axes, a slice's ends) are constants."""
+    """Mixin: IBP of a function that is monotone in every input that is no constant (axes, a slice's ends)."""
 
     def interval_propagate(self: Any, *v: Any) -> tuple[Tensor, Tensor]:
-        constants = [interval[0] for interval in v[1:]]
-        return self.forward(v[0][0], *constants), self.forward(v[0][1], *constants)
+        return self.forward(*(interval[0] for interval in v)), self.forward(*(interval[1] for interval in v))
 
 
 class AdjointBounds(MonotoneIntervals):
@@ -217,11 +216,8 @@ class MarginMatMul(_engine.BoundMatMul):
         return _engine.BoundLinear.interval_propagate(self, *v, C=C)
 
 
-class LinfConcat(_engine.BoundConcat):
+class LinfConcat(MonotoneIntervals, _engine.BoundConcat):
     """Concatenation of intervals, the input box included, on which 0.7's fails."""
-
-    def interval_propagate(self, *v: Any) -> Any:
-        return self.forward(*(interval[0] for interval in v)), self.forward(*(interval[1] for interval in v))
 
 
 class BatchReshape(_engine.BoundReshape):
@@ -240,8 +236,7 @@ class BatchReshape(_engine.BoundReshape):
 class BoundMaximumPool(MonotoneIntervals, _Windowed):
     """Max pooling. CROWN bounds the maximum of a window from below by the element with the largest lower bound.
 
-    The same element bounds it from above if no other can exceed it, and otherwise the largest upper bound does (as in
-    DeepPoly, Singh et al. 2019).
+    It bounds it from above too if no other can exceed it, and else the largest upper bound does (Singh et al., 2019).
     """
 
     def __init__(self, attr: Any, inputs: Any, output_index: int, options: Any) -> None:
@@ -385,11 +380,6 @@ class ComputedConstant:
             super().__delattr__(name)
 
 
-@functools.cache
-def _computed(engine_class: Any) -> Any:
-    return type(f"Computed{engine_class.__name__}", (ComputedConstant, engine_class), {})
-
-
 class BoundConstantArithmetic(_engine.Bound):
     """x + c, x − c, c − x, x·c or x/c, where c does not depend on the network's inputs: the affine map s·x + t."""
 
@@ -426,7 +416,7 @@ class BoundConstantArithmetic(_engine.Bound):
 
         def one_side(last_A: Any, _: bool) -> tuple[Any, Any]:
             if isinstance(last_A, _engine.Patches):
-                return _through_patches(last_A, scale, shift, output, source)
+                return _through_patches(self, last_A, scale, shift, source)
             bias = (last_A * shift).flatten(2).sum(2) if isinstance(shift, Tensor) else 0
             given, added = last_A.shape[:2], [1] * (len(output) - len(source))  # Dimensions that broadcasting added.
             return (last_A * scale).sum_to_size(*given, *added, *source).reshape(*given, *source), bias
@@ -434,14 +424,11 @@ class BoundConstantArithmetic(_engine.Bound):
         return _both_sides(one_side, last_lA, last_uA)
 
 
-def _through_patches(
-    last_A: Any, scale: Tensor | float, shift: Tensor | float, output: tuple[int, ...], source: tuple[int, ...]
-) -> tuple[Any, Any]:
+def _through_patches(node: Any, last_A: Any, scale: Any, shift: Any, source: tuple[int, ...]) -> tuple[Any, Any]:
     """Coefficients stored as patches, which is exact if the scale is one number per channel."""
-    per_channel = torch.as_tensor(scale)
+    per_channel, output = torch.as_tensor(scale), tuple(node.output_shape[1:])
     if last_A.identity or output != source or math.prod(per_channel.shape[-2:]) > 1:
-        text = "CROWN through this arithmetic with coefficients stored as patches: build the BoundedModule with "
-        raise NotImplementedError(text + "bound_opts={'conv_mode': 'matrix'}")
+        require_matrix(last_A, node)
     if per_channel.ndim > 3:
         per_channel = per_channel[0]
     bias: Any = 0
@@ -508,7 +495,7 @@ def _adopt_constants(nodes: list[Any]) -> None:
     of_values = reached_from_inputs(nodes, through_shapes=False)
     for node in nodes:
         if node.inputs and id(node) not in of_data:
-            node.__class__ = _computed(node.__class__)
+            node.__class__ = type(f"Computed{type(node).__name__}", (ComputedConstant, type(node)), {})
         operation = _ARITHMETIC.get(type(node))
         values = [id(source) in of_values for source in node.inputs]
         if operation is None or len(values) != 2 or sum(values) != 1 or (operation == "Div" and not values[0]):

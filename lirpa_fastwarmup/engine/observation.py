@@ -60,9 +60,8 @@ class Observation(Recorder):
     """What one run of a network does, in its current mode, without gradients unless ``grad``.
 
     ``value_reads`` holds ``file:line`` of each call in user code that reads a tensor's value, ``constants`` the buffers
-    that are read, by name, ``norm_modes`` whether each functional batch_norm uses the statistics of the batch (of
-    modules only where that is not their mode), ``altered`` calls that the exporter turns into another function, and
-    what to write instead.
+    that are read, by name, ``norm_modes`` whether each functional batch_norm uses the batch's statistics (of modules
+    only where that is not their mode), ``altered`` calls that the exporter alters, and what to write instead.
     """
 
     def __init__(self, model: nn.Module, inputs: Sequence[Tensor], *, grad: bool = False) -> None:
@@ -158,20 +157,17 @@ def untraceable(model: nn.Module, inputs: Sequence[Tensor]) -> tuple[Observation
     """
     for name, module in model.named_modules():
         if hasattr(module, "_orig_mod"):
-            text = f"{name or 'the network'} is wrapped by torch.compile, through which the engine does not see: pass "
-            text += "the module that you compiled (compiled._orig_mod). "
-            raise NotImplementedError(text + "ShortWarmup(compile=True) compiles the training step")
+            text = f"{name or 'the network'} is wrapped by torch.compile, which hides it from the engine: pass its "
+            raise NotImplementedError(text + "compiled._orig_mod. ShortWarmup(compile=True) compiles training steps")
         if isinstance(module, _BatchNorm) and module.running_mean is None:
-            text = f"{name!r} normalises every batch by itself, also in evaluation (track_running_stats=False): the "
-            text += "output for one input then depends on the others, "
-            raise NotImplementedError(text + "and has no bound of its own. Use running statistics")
+            text = f"{name!r} normalises every batch by itself, also in evaluation (track_running_stats=False), so "
+            raise NotImplementedError(text + "one input alone has no output to bound: use running statistics")
     first = Observation(model.eval(), inputs)  # It may build state.
     observed = Observation(model, inputs)
     for name, value in first.constants.items():
-        again = observed.constants.pop(name, None)
-        if again is not None and torch.allclose(value, again, 0, 0, equal_nan=True):
-            observed.constants[name] = again
-        else:
+        again = observed.constants.get(name)
+        if again is None or not torch.allclose(value, again, 0, 0, equal_nan=True):
+            observed.constants.pop(name, None)
             observed.value_reads[f"every call, of the buffer {name!r}"] = None
     if observed.altered:
         raise NotImplementedError(f"the network calls {observed.altered[0]}")
@@ -182,17 +178,12 @@ def untraceable(model: nn.Module, inputs: Sequence[Tensor]) -> tuple[Observation
     return observed, reasons
 
 
-class _Observed(nn.Module):
+class _Observed(nn.Sequential):
     """A model to be traced, and what it does then."""
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-        self.found: list[Observation] = []
-
     def forward(self, *inputs: Tensor) -> Any:
-        self.found.append(Observation(self.model, inputs, grad=True))
-        return self.found[-1].output
+        self.found = Observation(self[0], inputs, grad=True)
+        return self.found.output
 
 
 def _require_same_when_traced(model: nn.Module, inputs: Sequence[Tensor], evaluated: Observation) -> None:
@@ -206,10 +197,9 @@ def _require_same_when_traced(model: nn.Module, inputs: Sequence[Tensor], evalua
     if named := [one.pyname() for one in functions if hasattr(getattr(one.pyobj(), "__self__", None), "symbolic")]:
         text = f"the network calls {named[0]}, an autograd.Function whose symbolic() may be another function than its "
         raise NotImplementedError(text + "forward(): write it with PyTorch's operators alone")
-    if observed.found[0].computations != evaluated.computations:
-        text = "the network computes something else while it is traced, with gradients (torch.jit.is_tracing, "
-        text += "torch.is_grad_enabled), than in evaluation without them. "
-        raise NotImplementedError(text + "Bounds would hold for another network than the one in use: remove the branch")
+    if observed.found.computations != evaluated.computations:
+        text = "the network computes something else while it is traced with gradients, as for its bounds, than in use: "
+        raise NotImplementedError(text + "remove the branch (on torch.jit.is_tracing or torch.is_grad_enabled)")
 
 
 def _differs_in_training(model: nn.Module, inputs: Sequence[Tensor]) -> bool:

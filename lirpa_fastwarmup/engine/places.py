@@ -41,8 +41,7 @@ class Layer:
 class Places:
     """The layers of ``model`` that operators belong to.
 
-    It is traced again, with every module's index as the scope of its operators: in the trace that the engine bounds,
-    scopes would change the names of nodes.
+    A trace of its own has every module's index as the scope of its operators: scopes would change the engine's names.
     """
 
     def __init__(self, model: nn.Module, inputs: Sequence[Tensor]) -> None:

@@ -68,9 +68,8 @@ def _choose_statistics(bounded: Any, record: Record) -> None:
     moved = [name for name, value in copies.items() if not _equal(value, record.copies.get(name))]
     own_moved = [name for name, value in own.items() if not _equal(value, record.after.get(name))]
     if moved and any(name in copies for name in own_moved):
-        text = f"the BoundedModule and the network that it was built from both changed {moved[0]!r} since, each its "
-        text += "own copy, so it is unknown which one to certify: call "
-        raise ValueError(text + "lirpa_fastwarmup.share_batchnorm_state(bounded, model) right after building it")
+        text = f"the BoundedModule and its network both changed {moved[0]!r}, each its own copy, so that the one to "
+        raise ValueError(text + "certify is unknown: call share_batchnorm_state(bounded, model) after building it")
     if copies and not own_moved:  # Otherwise the network goes its own way, also through shared buffers.
         with torch.no_grad():
             for name, value in {**record.before, **copies}.items():

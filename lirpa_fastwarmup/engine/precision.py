@@ -78,10 +78,8 @@ def exact_arithmetic(device: torch.device) -> Iterator[None]:
     """Run eagerly, without autocast, TF32 or bfloat16 products, and restore the process's settings on exit."""
     on_cpu, on_device = torch.autocast("cpu", enabled=False), torch.autocast(device.type, enabled=False)
     with _float32_products(_COARSE, tf32=False):  # It holds a lock, and a stance changes when it is made.
-        stance = (
-            torch.compiler.set_stance("force_eager") if hasattr(torch.compiler, "set_stance") else _without_dynamo()
-        )
-        with stance, on_cpu, on_device:
+        set_stance = getattr(torch.compiler, "set_stance", None)
+        with set_stance("force_eager") if set_stance else _without_dynamo(), on_cpu, on_device:
             yield
 
 

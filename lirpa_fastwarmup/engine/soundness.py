@@ -32,10 +32,9 @@ class UnsoundBoundError(Exception):
 
     def __init__(self, contradictions: Sequence[str], result: object = None) -> None:
         more = f" (and {len(contradictions) - 1} more)" if len(contradictions) > 1 else ""
-        super().__init__(
-            f"the bounds are not sound, and no certificate of this verification can be trusted: {contradictions[0]}"
-            f"{more}. Compare with the other release of auto_LiRPA; lirpa-fastwarmup info prints the one in use"
-        )
+        text = f"the bounds are not sound, and no certificate of this verification can be trusted: {contradictions[0]}"
+        text += f"{more}. Compare with the other release of auto_LiRPA; lirpa-fastwarmup info prints the one in use"
+        super().__init__(text)
         self.contradictions = list(contradictions)
         self.result = result
 
@@ -147,8 +146,7 @@ def escapes(
         below = contradicted(margins, attained).nonzero().flatten().tolist()
         found += [(sample, "has a margin below its lower bound at a point of its box") for sample in below]
         for node in nodes:
-            for sample in node.escaped():
-                found.append((sample, f"has a value outside its bounds {graph.place_of(node.node)}"))
+            found += [(one, f"has a value outside its bounds {graph.place_of(node.node)}") for one in node.escaped()]
     return found
 
 

@@ -75,10 +75,8 @@ def _conversion_error(error: Exception, model: nn.Module, inputs: Sequence[Tenso
     # Assertions and lookup errors of the engine explain nothing; the traceback shows them.
     reason = f" ({error})" if isinstance(error, NotImplementedError) else ""
     text = f"has no bounds for the operator(s) {named}" if are_unknown else f"cannot convert {named}{reason}"
-    return NotImplementedError(
-        f"auto_LiRPA {ENGINE_VERSION} {text}.{advice} Write the network with tested operators (docs/operators.md)"
-        f"{', or pass custom_ops and allow_untested=True' if are_unknown else ''}"
-    )
+    text = f"auto_LiRPA {ENGINE_VERSION} {text}.{advice} Write the network with tested operators (docs/operators.md)"
+    return NotImplementedError(text + (", or pass custom_ops and allow_untested=True" if are_unknown else ""))
 
 
 def _failed_operators(error: BaseException) -> tuple[list[tuple[str, str]], bool]:

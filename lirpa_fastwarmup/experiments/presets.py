@@ -18,11 +18,9 @@ def preset(name: str, **given: Any) -> Settings:
         if given.get("dataset") is None:
             raise ValueError("the preset custom has no data of its own: name yours with --dataset, such as FILE.csv")
         if given.get("eps") is None:
-            raise ValueError(
-                "the preset custom has no radius, because it depends on your data: give --eps, the largest change of "
-                "an input that must not change the class, such as the error of a sensor, in units of the inputs. Start "
-                "at a hundredth of a typical standard deviation, and raise it while the verified error is acceptable"
-            )
+            text = "the preset custom has no radius, because it depends on your data: give --eps, the largest change "
+            text += "of inputs, in their units, that must not change the class (a sensor error). Start at a hundredth "
+            raise ValueError(text + "of a typical standard deviation; raise it while the verified error is acceptable")
         return Settings(**_CUSTOM, dataset=given["dataset"], eps=given["eps"])
     if name not in PRESETS:
         raise ValueError(f"unknown preset {name!r}; known are {', '.join(DESCRIPTIONS)}")

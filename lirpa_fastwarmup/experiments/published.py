@@ -64,8 +64,7 @@ def ctbench_schedule(method: str, dataset: str, eps: float) -> Published:
     found = _published("schedules", eps, dataset=dataset)
     if found is None:
         problem = f"CTBench has no schedule for {dataset} at ε = {eps:g}, only for {known_problems('schedules')}"
-        options = "--epochs, --ramp-length and --lr-milestones where the preset's do not suit you"
-        raise ValueError(f"{problem}: leave --schedule ctbench out, and set {options}")
+        raise ValueError(f"{problem}: set --epochs, --ramp-length and --lr-milestones instead of --schedule ctbench")
     settings = found.settings | {"precise_bn": True, "schedule": "smoothed"}
     if method not in ("mtl-ibp", "cc-ibp", "exp-ibp"):
         settings["swa_start"] = None

@@ -25,9 +25,7 @@ def inspect(bounded: Any, x: Tensor | tuple[Tensor, ...], eps: Any, *, input_ran
     Args:
         bounded: the network, a BoundedModule of this package or the engine's own.
         x: inputs ``(batch, *input)``, a tuple of them for several inputs, or BoundedTensors with boxes of their own.
-        eps: radius of the box, in units of the input.
-        input_range: lowest and highest valid input, to which the box is clipped; ``None`` for unclipped data. For
-            several inputs, ``eps`` and ``input_range`` may be tuples of these.
+        eps, input_range: radius of the box, and its range, as for :func:`lirpa_fastwarmup.input_box`.
 
     Raises:
         TypeError: ``bounded`` is not a BoundedModule.
@@ -53,8 +51,7 @@ def inspect(bounded: Any, x: Tensor | tuple[Tensor, ...], eps: Any, *, input_ran
     if samples == 0:
         raise ValueError("the batch is empty: pass a batch of real inputs")
     if samples == 1 and any(isinstance(m, _BatchNorm) and m.training for m in bounded.wrapped.modules()):
-        text = "one sample has no statistics for BatchNorm in training mode: pass more, or call bounded.eval()"
-        raise ValueError(text)
+        raise ValueError("one sample has no statistics for BatchNorm in training: pass more, or call bounded.eval()")
     boxes = tuple(map(_box, tensors, layout.radii(eps), layout.ranges(input_range)))
     with precision.exact_arithmetic(boxes[0].device):
         with batchnorm.frozen_running_stats(bounded):
@@ -134,8 +131,7 @@ def _ratio(above: float, below: float) -> float:
 
 def _affine_statistics(network: graph.NetworkGraph, layer: graph.AffineLayer) -> AffineStatistics:
     weight = layer.weight.double()
-    # ReLU outputs are half as wide as pre-activations, because half of the ReLUs are inactive.
-    passed = 0.5 if network.reads_activation(layer) else 1.0
+    passed = 0.5 if network.reads_activation(layer) else 1.0  # About half of the ReLUs are inactive.
     return AffineStatistics(
         name=layer.name,
         fan_in=layer.fan_in,

@@ -18,21 +18,17 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's palette.
-_BLUE, _ORANGE, _GREEN, _PURPLE, _BLACK = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000"
+_BLUE, _ORANGE, _GREEN, _PURPLE, _BLACK = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000"  # Okabe and Ito's.
 _COLORS = (_BLUE, _ORANGE, _GREEN, _PURPLE, _BLACK, "#E69F00", "#56B4E9")
 _LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (6, 2)))
-_SERIES: list[dict[str, Any]] = [
-    {"color": color, "linestyle": line, "marker": marker}
-    for color, line, marker in zip(_COLORS, _LINES, "os^DvPX", strict=True)
-]
+_STYLES = tuple(zip(_COLORS, _LINES, "os^DvPX", strict=True))
+_SERIES: list[dict[str, Any]] = [{"color": one, "linestyle": line, "marker": mark} for one, line, mark in _STYLES]
 _STATES: tuple[tuple[str, str, dict[str, Any], str], ...] = (
     ("always_active", "always active", _SERIES[0], ""),
     ("unstable", "unstable", _SERIES[2], "...."),
     ("always_inactive", "always inactive", _SERIES[1], "////"),
 )
-# Columns of a history: name, label, colour, line style and marker.
-_LOSSES = (
+_LOSSES = (  # Columns of a history: name, label, colour, line style and marker.
     ("loss", "objective", _BLACK, "-"),
     ("robust_loss", "robust cross-entropy", _ORANGE, "--"),
     ("clean_loss", "clean cross-entropy", _BLUE, ":"),
@@ -64,13 +60,12 @@ def draw_bound_growth(axes: Axes, networks: Mapping[str, Inspection], *, formula
     if not deepest:
         raise ValueError("the networks have no ReLU layers to draw")
     for (name, found), series in zip(networks.items(), itertools.cycle(_SERIES), strict=False):
-        growth = [1.0, *(layer.growth for layer in found.relus)]
-        axes.plot(growth, **series, markersize=5, label=name)
+        axes.plot([1.0, *(layer.growth for layer in found.relus)], **series, markersize=5, label=name)
         if formula:
             gains = {layer.name: layer.expected_gain or math.nan for layer in found.affine}
             factors = (gains.get(layer.name, math.nan) for layer in found.relus)
-            style = {"color": series["color"], "linewidth": 0.9, "marker": "x", "markersize": 9}
             expected = list(itertools.accumulate(factors, operator.mul, initial=1.0))
+            style = {"color": series["color"], "linewidth": 0.9, "marker": "x", "markersize": 9}
             axes.plot(expected, **style, label=f"{name}, formula")
     labels: dict[str, Any] = {"xlabel": "ReLU layer (0: input)", "ylabel": "mean half-width of bounds, Δᵢ/Δ₀"}
     _finish(axes, yscale="log", xticks=range(deepest + 1), **labels)
@@ -121,9 +116,8 @@ def draw_relu_states(axes: Axes, history: History, layer: str | None = None) -> 
 
 def draw_growth_over_training(axes: Axes, history: History) -> None:
     """Draw Δ_i/Δ_0 of every ReLU layer over the epochs; raises ValueError if there is none."""
-    names = _relu_layers(history)
     epochs = _column(history, "epoch")
-    for name, series in zip(names, itertools.cycle(_SERIES), strict=False):
+    for name, series in zip(_relu_layers(history), itertools.cycle(_SERIES), strict=False):
         axes.plot(epochs, _column(history, f"growth/{name}"), **series, markersize=3, label=name or "(the network)")
     legend = {"ncols": 2, "title": "ReLU layer", "title_fontsize": "small"}
     _finish(axes, legend, yscale="log", xlabel="epoch", ylabel="Δᵢ/Δ₀ at the target ε")
@@ -182,10 +176,7 @@ def count_epochs(axes: Axes) -> None:
 
 
 def draw_margins(axes: Axes, margins: Sequence[float], *, bins: int = 40) -> None:
-    """Draw a histogram of verified margins, the lower bounds on min_j z_y − z_j over the box; NaN is left out.
-
-    Raises ValueError if no margin is known.
-    """
+    """Draw a histogram of the known (not NaN) verified margins, bounds on min_j z_y − z_j; ValueError without any."""
     known = sorted(margin for margin in margins if math.isfinite(margin))
     if not known:
         raise ValueError("no verified margin is known: run verify with a bounding method")
@@ -206,10 +197,7 @@ def draw_margins(axes: Axes, margins: Sequence[float], *, bins: int = 40) -> Non
 
 
 def draw_errors_over_eps(axes: Axes, results: Sequence[Mapping[str, Any]]) -> None:
-    """Draw errors over ε with 95 % intervals, from the ``results`` of a ``verification.json``.
-
-    Raises ValueError if no result has a radius that is one number.
-    """
+    """Draw errors over ε with 95 % intervals, from ``results`` of verification.json; ValueError if no ε is a number."""
     chosen = sorted((one for one in results if isinstance(one["eps"], int | float)), key=lambda one: float(one["eps"]))
     if not chosen:
         raise ValueError("no result has a radius that is one number")
@@ -218,8 +206,7 @@ def draw_errors_over_eps(axes: Axes, results: Sequence[Mapping[str, Any]]) -> No
         if known:
             radii, values, low, high = zip(*known, strict=True)
             below, above = ([100 * abs(a - b) for a, b in zip(values, ends, strict=True)] for ends in (low, high))
-            label = name.replace("_", " ").replace("pgd", "PGD")
-            style = {**series, "markersize": 4, "capsize": 3, "label": label}
+            style = {**series, "markersize": 4, "capsize": 3, "label": name.replace("_", " ").replace("pgd", "PGD")}
             axes.errorbar(radii, [100 * value for value in values], yerr=(below, above), **style)
     _finish(axes, xlabel="ε (input units)", ylabel="error (%)", ylim=(0, None))
 

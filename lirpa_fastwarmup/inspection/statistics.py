@@ -49,8 +49,7 @@ class ReluStatistics:
         """The smallest of ρ, 1/ρ, s and 1/s: 1 is balanced; NaN if no neuron is always inactive."""
         if self.always_inactive == 0:
             return math.nan
-        ratios = (self.mean_ratio, self.variance_ratio)
-        return min(min(ratio, 1 / ratio) if ratio > 0 else 0.0 for ratio in ratios)
+        return min(min(one, 1 / one) if one > 0 else 0.0 for one in (self.mean_ratio, self.variance_ratio))
 
 
 @dataclass(frozen=True)

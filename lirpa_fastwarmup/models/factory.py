@@ -39,10 +39,6 @@ def build(
     given |= {"mean": mean, "std": std} | ({} if width is None else {"width": width})
     factory = find_factory(name)
     if name in MODELS:
-        if len(in_shape) != 3:
-            needed = f"images (channels, height, width), and the dataset's inputs have shape {tuple(in_shape)}"
-            advice = "--model file.py:factory, where factory(in_shape, classes) returns an nn.Module"
-            raise ValueError(f"the network {name} needs {needed}: name a network for them, {advice}")
         return factory(**given)
     model = _made(factory, name, {**given, "num_classes": classes})
     check_output(model, name, torch.zeros(2, *in_shape), classes)
@@ -98,12 +94,10 @@ def _made(factory: Callable[..., Any], name: str, given: dict[str, Any]) -> nn.M
         signature.bind(**arguments)
     except TypeError as error:
         known = "in_shape, classes or num_classes, width (only if set), hidden, batchnorm, mean and std"
-        advice = f"it may have the parameters {known}. Give any other parameter a default"
-        raise TypeError(f"the factory {name!r} cannot be called ({error}): {advice}") from error
+        raise TypeError(f"the factory {name!r} cannot be called ({error}): give all but {known} a default") from error
     model = factory(**arguments)
     if not isinstance(model, nn.Module):
-        found = type(model).__name__
-        raise TypeError(f"the factory {name!r} returned an object of type {found}, no network: return an nn.Module")
+        raise TypeError(f"the factory {name!r} returned an object of type {type(model).__name__}, not an nn.Module")
     return model
 
 
@@ -116,14 +110,12 @@ def check_output(model: nn.Module, name: str, x: Tensor, classes: int) -> None:
             output = model.eval()(x)
     except Exception as error:
         shape = f"{tuple(x.shape[1:])}, the dataset's ({type(error).__name__}: {error})"
-        batch = f"a batch of {len(x)} input(s) of shape {shape}"
-        advice = "fit it to these inputs, or let a factory take in_shape"
-        raise ValueError(f"the network {name!r} cannot be run on {batch}: {advice}") from error
+        problem = f"the network {name!r} cannot be run on a batch of {len(x)} input(s) of shape {shape}"
+        raise ValueError(f"{problem}: fit it to these inputs, or let a factory take in_shape") from error
     finally:
         for module, training in modes:
             module.training = training
     if not isinstance(output, Tensor) or output.shape != (len(x), classes):
         found = tuple(output.shape) if isinstance(output, Tensor) else f"of type {type(output).__name__}"
-        problem = f"the dataset has {classes} classes, the network's output is {found}"
-        advice = f"make {name!r} return a tensor of shape (batch, {classes}), let it take classes, or name other data"
-        raise ValueError(f"{problem}, and training and certificates need a score per class: {advice}")
+        advice = f"make {name!r} return a score per class, (batch, {classes}), let it take classes, or name other data"
+        raise ValueError(f"the dataset has {classes} classes, the network's output is {found}: {advice}")

@@ -44,7 +44,6 @@ def cnn7(
 
     Args:
         in_shape: (channels, height, width) of the input.
-        classes: number of outputs.
         width: channels of the first convolution; 64 in the paper.
         hidden: features of the hidden linear layer; 512 in the paper.
         batchnorm: whether layers are followed by BatchNorm.
@@ -53,7 +52,7 @@ def cnn7(
     layers = _normalisation(in_shape, (classes, width, hidden), mean, std)
     channels, last = in_shape[0], 2 if in_shape[1] >= 64 else 1
     for out, stride in ((width, 1), (width, 1), (2 * width, 2), (2 * width, 1), (2 * width, last)):
-        layers += [*_convolution(channels, out, 3, stride, batchnorm=batchnorm), nn.ReLU()]
+        layers += [*_conv(channels, out, 3, stride, batchnorm=batchnorm), nn.ReLU()]
         channels = out
     return nn.Sequential(*layers, *_head(in_shape, channels, 2 * last, hidden, classes, batchnorm))
 
@@ -75,10 +74,10 @@ def wide_resnet8(
     """
     layers = _normalisation(in_shape, (classes, width, hidden), mean, std)
     width, channels = width or (160 if in_shape[1] >= 64 else 128), 16
-    layers += [_convolution(in_shape[0], channels, 3, batchnorm=batchnorm), nn.ReLU()]
+    layers += [_conv(in_shape[0], channels, 3, batchnorm=batchnorm), nn.ReLU()]
     for out, stride in ((width, 1), (2 * width, 2), (4 * width, 2)):
-        first = _convolution(channels, out, 3, stride, batchnorm=batchnorm)
-        branch = nn.Sequential(first, nn.ReLU(), _convolution(out, out, 3, batchnorm=batchnorm))
+        first = _conv(channels, out, 3, stride, batchnorm=batchnorm)
+        branch = nn.Sequential(first, nn.ReLU(), _conv(out, out, 3, batchnorm=batchnorm))
         layers.append(_Residual(branch, channels, out, stride, batchnorm=batchnorm))
         channels = out
     return nn.Sequential(*layers, *_head(in_shape, channels, 4, hidden, classes, batchnorm))
@@ -104,12 +103,12 @@ def resnext(
     large = in_shape[1] >= 64
     width = width or (8 if large else 32)
     channels = 2 * width
-    layers += [_convolution(in_shape[0], channels, 3, batchnorm=batchnorm), nn.ReLU()]
+    layers += [_conv(in_shape[0], channels, 3, batchnorm=batchnorm), nn.ReLU()]
     for inner, first_stride in ((2 * width, 1), (4 * width, 2), (8 * width, 2)):
         for stride in (first_stride, 1) if large else (first_stride,):
-            first = _convolution(channels, inner, 1, batchnorm=batchnorm)
-            middle = _convolution(inner, inner, 3, stride, batchnorm=batchnorm, groups=2)
-            last = _convolution(inner, 2 * inner, 1, batchnorm=batchnorm)
+            first = _conv(channels, inner, 1, batchnorm=batchnorm)
+            middle = _conv(inner, inner, 3, stride, batchnorm=batchnorm, groups=2)
+            last = _conv(inner, 2 * inner, 1, batchnorm=batchnorm)
             branch = nn.Sequential(first, nn.ReLU(), middle, nn.ReLU(), last)
             layers.append(_Residual(branch, channels, 2 * inner, stride, batchnorm=batchnorm))
             channels = 2 * inner
@@ -123,7 +122,7 @@ class _Residual(nn.Module):
         super().__init__()
         self.branch = branch
         same = channels == out and stride == 1
-        self.shortcut = nn.Identity() if same else _convolution(channels, out, 1, stride, batchnorm=batchnorm)
+        self.shortcut = nn.Identity() if same else _conv(channels, out, 1, stride, batchnorm=batchnorm)
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.relu(self.branch(x) + self.shortcut(x))
@@ -134,7 +133,8 @@ def _normalisation(
 ) -> list[nn.Module]:
     """A leading :class:`Normalize` if there are ``mean`` and ``std``; ``sizes`` are classes, width and hidden."""
     if len(in_shape) != 3:
-        raise ValueError(f"convolutions need images (channels, height, width), without the batch; found {in_shape=}")
+        problem = f"cnn7, wide-resnet8 and resnext need images (channels, height, width), no batches; found {in_shape=}"
+        raise ValueError(f"{problem}: name --model file.py:factory, with factory(in_shape, classes) -> nn.Module")
     if min(*in_shape, *(size for size in sizes if size is not None)) < 1:
         found = "in_shape={}, classes={}, width={}, hidden={}".format(tuple(in_shape), *sizes)
         raise ValueError(f"sizes must be positive; found {found}")
@@ -147,10 +147,7 @@ def _normalisation(
     return [Normalize(mean, std)]
 
 
-def _convolution(
-    channels: int, out: int, kernel: int, stride: int = 1, *, batchnorm: bool, groups: int = 1
-) -> nn.Sequential:
-    """A convolution that keeps the size except for its stride, and BatchNorm if wanted."""
+def _conv(channels: int, out: int, kernel: int, stride: int = 1, *, batchnorm: bool, groups: int = 1) -> nn.Sequential:
     convolution = nn.Conv2d(channels, out, kernel, stride, padding=kernel // 2, groups=groups)
     return nn.Sequential(convolution, nn.BatchNorm2d(out)) if batchnorm else nn.Sequential(convolution)
 

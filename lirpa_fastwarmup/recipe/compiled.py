@@ -68,7 +68,8 @@ class CompiledSteps:
         ``key`` holds the step's name for the log, then everything else that ``step`` depends on besides the network. If
         the step cannot be compiled, a CompilationWarning says why, and every later step runs eagerly.
         """
-        if self._failed or not self._suits(x, eps):
+        suits = self._bounded.training and torch.is_grad_enabled() and self._batch_size in (None, len(x))
+        if self._failed or not suits or x.requires_grad or (isinstance(eps, Tensor) and eps.requires_grad):
             return None
         batch = (x, y, *(scalar_like(x, scalar) for scalar in (eps, *scalars)), *starts)
         key = (*key, *self._state_key(batch))
@@ -92,15 +93,6 @@ class CompiledSteps:
             return _RecordedStep(step, self._bounded, self._input_range, batch, self._backend)
         finally:
             capture.forget_last_pass(self._bounded)  # No other pass follows that would free its tensors.
-
-    def _suits(self, x: Tensor, eps: Epsilon) -> bool:
-        return (
-            self._bounded.training
-            and torch.is_grad_enabled()
-            and (self._batch_size is None or len(x) == self._batch_size)
-            and not x.requires_grad
-            and not (isinstance(eps, Tensor) and eps.requires_grad)
-        )
 
     def _state_key(self, batch: Batch) -> tuple[Any, ...]:
         """Everything that any recording depends on besides the values of tensors."""
@@ -203,7 +195,6 @@ class CudaGraph:
         self._result: Any = None
 
     def __call__(self, *tensors: Tensor) -> Any:
-        """The result for ``(*state, *inputs)``."""
         state, inputs = tensors[: -len(self._inputs)], tensors[-len(self._inputs) :]
         for place, value in zip(self._inputs, inputs, strict=True):
             place.copy_(value, non_blocking=True)

@@ -59,9 +59,8 @@ def insert_batchnorm(model: nn.Module, *example_inputs: Tensor) -> list[str]:
     with unchanged(model):
         observed, reasons = untraceable(model, example_inputs)
     if reasons:
-        text = f"the network's path is not fixed: {'; '.join(reasons)}. Layers off the path of the example would be "
-        text += "left without BatchNorm: use tensor operations "
-        raise StructureError(text + "(torch.where) instead, or add BatchNorm yourself")
+        text = f"the network's path is not fixed: {'; '.join(reasons)}. Layers off the example's path would get no "
+        raise StructureError(text + "BatchNorm: use tensor operations (torch.where) instead, or add it yourself")
     graph = read_graph(BoundedModule(model, tuple(example_inputs), allow_untested=True))
     final = graph.classification_layers()
     layers = [layer for layer in graph.affine if layer not in final and not graph.has_batchnorm(layer)]
@@ -118,17 +117,14 @@ def _reads_of_parameters(model: nn.Module, example_inputs: tuple[Tensor, ...]) -
 def _batchnorm_for(model: nn.Module, layer: AffineLayer) -> nn.Module:
     module = model.get_submodule(layer.name)
     if not isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
-        text = f"the weight {layer.parameter!r} is used by the code of {type(module).__name__}, not by an nn.Linear or "
-        text += "convolution module whose output could be normalised: "
-        raise StructureError(text + "use a module for it, or add BatchNorm yourself")
+        text = f"{type(module).__name__} uses the weight {layer.parameter!r} itself, not a linear layer or convolution "
+        raise StructureError(text + "whose output could be normalised: use a module for it, or add BatchNorm yourself")
     if hasattr(module, _CHILD):
-        text = f"{layer.name!r} already has an attribute {_CHILD!r}, which insert_batchnorm would replace"
-        raise StructureError(text)
-    rank = layer.spatial_rank
+        raise StructureError(f"{layer.name!r} already has an attribute {_CHILD!r}, which this would replace")
+    rank = len(layer.node.output_shape) - 2  # Spatial dimensions.
     if isinstance(module, nn.Linear) and rank > 0:
-        text = f"the linear layer {layer.name!r} works on an output of {rank + 2} dimensions, whose features are not "
-        text += "the channel dimension that BatchNorm normalises: "
-        raise StructureError(text + "flatten first, or add BatchNorm yourself")
+        text = f"the linear layer {layer.name!r} works on an output of {rank + 2} dimensions, with features in the "
+        raise StructureError(text + "last, and BatchNorm normalises the second: flatten first, or add it yourself")
     channels = module.out_features if isinstance(module, nn.Linear) else module.out_channels
     return _BY_RANK[rank](channels, device=module.weight.device, dtype=module.weight.dtype).train(module.training)
 
@@ -178,9 +174,8 @@ def _obstacle_to_folding(layer: nn.Module, model: nn.Module) -> str:
         text = f"{kind.__name__} has a forward of its own, which may not be affine in weight and bias: call an "
         return text + "nn.Linear or convolution module in it instead"
     if not layer._parameters.keys() >= _OWN:
-        text = "its weight or bias is computed from other parameters (parametrised, weight_norm, spectral_norm, "
-        text += "pruned): first make it permanent, with torch.nn.utils.parametrize.remove_parametrizations, "
-        return text + "remove_weight_norm, remove_spectral_norm or prune.remove"
+        text = "its weight or bias is computed from other parameters: first make it permanent, by torch.nn.utils, with "
+        return text + "parametrize.remove_parametrizations, remove_weight_norm, remove_spectral_norm or prune.remove"
     own = {id(parameter) for parameter in layer.parameters(recurse=False)}
     holders = [(name, part) for name, part in model.named_modules() if own & {*map(id, part._parameters.values())}]
     if sharing := [repr(name) for name, part in holders if part is not layer]:

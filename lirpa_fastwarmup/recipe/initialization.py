@@ -45,9 +45,8 @@ def ibp_init_(bounded: Any, *, generator: torch.Generator | None = None) -> list
     """Initialise all affine weights but the classification layers' in place; return the layers in order of execution.
 
     Weights are drawn from N(0, σ²) with σ = √(2π)/n for fan-in n, or half of that for a layer that reads the ReLU of a
-    residual sum directly, where intervals are twice as wide. Biases and BatchNorm stay. Classification layers are
-    those whose output reaches the network's output without a non-linearity. Raises StructureError, and changes nothing,
-    if a parametrisation computes a weight.
+    residual sum directly, where intervals are twice as wide. Biases and BatchNorm stay. Classification layers reach the
+    network's output without a non-linearity. Raises StructureError, and changes nothing, for parametrised weights.
 
     Args:
         bounded: a BoundedModule of either engine.

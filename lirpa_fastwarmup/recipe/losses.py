@@ -128,12 +128,11 @@ class CrownIBP:
     def __call__(self, step: LossStep) -> LossValue:
         if step.phase == FULL:
             return IBP()(step)
+        lower, upper = bounds.ibp_margin_bounds(step.bounded, step.box, step.y, step.classes, reuse_statistics=True)
         if self.fused:
-            lower, upper = bounds.ibp_margin_bounds(step.bounded, step.box, step.y, step.classes, reuse_statistics=True)
             losses = bounds.fused_crown_loss(step.bounded, -upper, -lower, step.y, step.classes)
             loss = bounds.mixed_log(losses, bounds.log_sum_exp(-lower), 1 - step.fraction).mean()
             return LossValue(loss, loss, bounds.proved(lower))
-        lower = step.ibp_margins()
         crown = bounds.crown_lower(step.bounded, bounds.margin_matrix(step.y, step.classes, lower.dtype))
         mixed = (1 - step.fraction) * crown + step.fraction * lower
         loss = bounds.log_sum_exp(-mixed).mean()
@@ -163,9 +162,8 @@ class SABR:
 
     def __post_init__(self) -> None:
         if not 0 < self.ratio <= 1:
-            text = f"ratio is the small box's size relative to the box, above 0 and at most 1; found {self.ratio}. A "
-            text += "ratio of 1 is the IBP loss; for a point "
-            raise ValueError(text + "instead of a box, use losses.MTLIBP(alpha=0)")
+            text = f"ratio is the small box's size over the box's, above 0 and at most 1; found {self.ratio}: "
+            raise ValueError(text + "1 is the IBP loss; for a point instead of a box, use losses.MTLIBP(alpha=0)")
         if not 0 < self.relu_shrinkage <= 1:
             raise ValueError(f"relu_shrinkage must be above 0 and at most 1; found {self.relu_shrinkage}")
         _check_policy(self.batchnorm)
@@ -203,8 +201,7 @@ class MTLIBP:
 
     def __post_init__(self) -> None:
         if not 0 <= self.alpha <= 1:
-            text = f"alpha must be from 0 (the adversarial loss alone) to 1 (the IBP loss alone); found {self.alpha}"
-            raise ValueError(text)
+            raise ValueError(f"alpha must be from 0 (adversarial loss alone) to 1 (IBP loss alone); found {self.alpha}")
         _check_policy(self.batchnorm)
 
     def __call__(self, step: LossStep) -> LossValue:
@@ -232,10 +229,7 @@ class EXPIBP(MTLIBP):
 
 @dataclass(frozen=True)
 class CCIBP(MTLIBP):
-    """The cross-entropy of α·l + (1 − α)·m, with m the margins of the adversarial point; attributes as MTLIBP.
-
-    De Palma et al., ICLR 2024.
-    """
+    """Cross-entropy of α·l + (1 − α)·m, m the attacked margins (De Palma et al., ICLR 2024); attributes as MTLIBP."""
 
     def _combined(self, step: LossStep, logits: Tensor, lower: Tensor, adversarial: Tensor, robust: Tensor) -> Tensor:
         margins = logits.gather(1, step.y.unsqueeze(1)) - logits

@@ -70,8 +70,7 @@ class StepLoss:
 class Terms(NamedTuple):
     """The terms of the loss in one phase of training, throughout which every step does the same computation.
 
-    ``fading`` regularisers have the weight λ·(1 − ε/ε_max), ``constant`` penalties their own; ``mixed`` is true if
-    the clean loss may have a non-zero weight.
+    ``fading`` regularisers have the weight λ·(1 − ε/ε_max), ``constant`` penalties their own, ``mixed`` a clean loss.
     """
 
     phase: str
@@ -147,8 +146,8 @@ class ShortWarmup(nn.Module):
         compile: compile the training step, which takes about a minute for each batch shape. With this package's own
             losses and regularisers, the phases (before, in and after the ramp) share recordings; assign some of them to
             ``compiled_phases`` to compile these only. Only the loss has a gradient then, and your own functions must
-            consist of tensor operations that do not depend on values. If it fails, steps run eagerly, after one
-            :class:`CompilationWarning`.
+            be tensor operations that depend neither on values nor on attributes that change. If it fails, steps run
+            eagerly, after one :class:`CompilationWarning`.
         compile_batch_size: compile for batches of this many samples only, and run others eagerly.
         generator: source of the attack's random starts, on the inputs' device; by default that device's own.
 
@@ -194,8 +193,7 @@ class ShortWarmup(nn.Module):
         if isinstance(loss, type) or not callable(loss):
             raise TypeError(f"expected a loss such as losses.IBP(), or a function of a LossStep; found {loss!r}")
         if not callable(getattr(schedule, "fraction", None)):
-            text = "expected a schedule such as SmoothedEpsilon(max_eps, start, length, steps_per_epoch), or "
-            raise TypeError(text + f"ConstantEpsilon(eps) for a constant radius; found {schedule!r}")
+            raise TypeError(f"expected a schedule such as SmoothedEpsilon or ConstantEpsilon(eps); found {schedule!r}")
         bounded.layout.pack_eps(schedule.max_eps, input_range)  # Checks it.
         self.classes = bounds.class_count(bounded)
         # Not a registered module: it is a view of `model`, which is registered.
@@ -297,30 +295,26 @@ class ShortWarmup(nn.Module):
             phases = PHASES if self.regularizers and type(self.loss) is IBP else (RAMP, FULL)
         return phases if phase in phases else (phase,)
 
-    def _recorded(
-        self, terms: Terms, x: Tensor, y: Tensor, eps: Epsilon, fraction: float, clean_weight: float, *starts: Tensor
-    ) -> dict[str, Tensor] | None:
+    def _recorded(self, terms: Terms, x: Tensor, y: Tensor, eps: Epsilon, *rest: Any) -> dict[str, Tensor] | None:
         """What :meth:`_compute` returns, compiled; ``None`` where it must run eagerly."""
-        given_terms, fading, phases = terms, terms.fading, self.phases_recorded_with(terms.phase)
+        recorded, phases = terms, self.phases_recorded_with(terms.phase)
         if len(phases) > 1:
-            terms = terms._replace(phase=RAMP, fading=self.regularizers, mixed=terms.mixed or START in phases)
-        step, key = partial(self._compute, terms), (" and ".join(phases), *terms.key)
-        values = self._compiled.run(step, key, x, y, eps, fraction, clean_weight, starts=starts)
-        # Where a term that the phase lacks is infinite, its weight of 0 makes the loss NaN.
-        if values is not None and x.device.type == "cpu" and len(phases) > 1 and not values["loss"].isfinite():
-            with batchnorm.frozen_running_stats(self.bounded):  # The compiled step has moved them.
-                box = bounds.input_box(x, eps, self._range)
-                return self._compute(given_terms, box, x, y, eps, fraction, clean_weight, *starts)
+            recorded = terms._replace(phase=RAMP, fading=self.regularizers, mixed=terms.mixed or START in phases)
+        step, key = partial(self._compute, recorded), (" and ".join(phases), *recorded.key)
+        values = self._compiled.run(step, key, x, y, eps, *rest[:2], starts=rest[2:])
         if values is None:
             return None
-        absent = {f"terms.{name}" for name in terms.fading.keys() - fading.keys()}
+        # Where a term that the phase lacks is infinite, its weight of 0 makes the loss NaN.
+        if x.device.type == "cpu" and len(phases) > 1 and not values["loss"].isfinite():
+            with batchnorm.frozen_running_stats(self.bounded):  # The compiled step has moved them.
+                return self._compute(terms, bounds.input_box(x, eps, self._range), x, y, eps, *rest)
+        absent = {f"terms.{name}" for name in recorded.fading.keys() - terms.fading.keys()}
         return {name: value for name, value in values.items() if name not in absent}
 
     def _compute(self, terms: Terms, box: Any, x: Tensor, y: Tensor, eps: Epsilon, *rest: Any) -> dict[str, Tensor]:
         """The loss of one step and its components, 0-dim; regularisers and penalties as "terms.name".
 
-        ``eps`` is the radius of ``box`` before it is clipped; ``rest`` are ε/ε_max, the weight of the clean loss, and
-        the starts of the loss's attack, if it has one.
+        ``eps`` is the radius of the unclipped box; ``rest`` are ε/ε_max, the clean loss's weight, attack starts.
         """
         fraction, clean_weight, *starts = rest
         logits = self.bounded(x)
@@ -372,8 +366,7 @@ class ShortWarmup(nn.Module):
     def _check_batch(self, x: Tensor, y: Tensor) -> None:
         boxes.check_shapes(x, y)
         if len(x) == 1 and any(isinstance(m, _BatchNorm) and m.training for m in self.model.modules()):
-            text = "a batch of one sample cannot train BatchNorm, because it has no statistics: drop it, or use larger "
-            raise ValueError(text + "batches")
+            raise ValueError("one sample cannot train BatchNorm (it has no variance): drop it, or use larger batches")
         labels_error = partial(boxes.labels_error, classes=self.classes)
         self._checks.require("labels", boxes.labels_fit(y, self.classes), [y], labels_error)
         inputs_error = partial(boxes.inputs_error, input_range=self._range)
@@ -412,10 +405,8 @@ class ShortWarmup(nn.Module):
 
 
 def _not_finite(loss: Tensor, step: Tensor, eps: Tensor) -> NonFiniteLossError:
-    return NonFiniteLossError(
-        f"the loss is {float(loss.amax())} at step {int(step.amax())}, eps {float(eps.amax()):.6g}. Lower the learning "
-        "rate or clip gradients; if it happens at the first step, the bounds explode: initialise with ibp_init_"
-    )
+    text = f"the loss is {float(loss.amax())} at step {int(step.amax())}, eps {float(eps.amax()):.6g}: lower the "
+    return NonFiniteLossError(text + "learning rate or clip gradients; at the first step, initialise with ibp_init_")
 
 
 def _to_registered_keys(module: ShortWarmup, state_dict: Any, prefix: str, *rest: Any) -> None:
@@ -432,8 +423,7 @@ def _check_weights(reg_weight: float, tol: float, min_eps: float, kappa: Any, pe
     if not (reg_weight >= 0 and tol > 0 and min_eps >= 0):
         raise ValueError(f"expected reg_weight ≥ 0, tol > 0 and min_eps ≥ 0; found {reg_weight}, {tol} and {min_eps}")
     if not (isinstance(kappa, tuple | list) and len(kappa) == 2 and all(0 <= one <= 1 for one in kappa)):
-        text = "kappa must be a pair, the clean loss's weights at the start and at the end of the ramp, each from 0 to "
-        raise ValueError(text + f"1; found {kappa!r}")
+        raise ValueError(f"kappa must be a pair, two weights of the clean loss, each from 0 to 1; found {kappa!r}")
     if not all(math.isfinite(weight) and weight >= 0 for weight in penalties):
         raise ValueError(f"weights of penalties must be finite and at least 0; found {list(penalties)}")
 

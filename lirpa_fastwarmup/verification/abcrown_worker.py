@@ -16,19 +16,6 @@ from typing import Any
 _MOST_POINTS = 100
 
 
-def _import_sources(sources: dict[str, str]) -> None:
-    """Load the modules of the network's classes that cannot be imported by name from their files."""
-    for name, file in sources.items():
-        try:
-            importlib.import_module(name)
-        except ImportError:
-            spec = importlib.util.spec_from_file_location(name, file)
-            if spec is None or spec.loader is None:
-                raise
-            sys.modules[name] = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(sys.modules[name])
-
-
 def _points(torch: Any, stats: dict[str, Any], shape: list[int]) -> list[Any]:
     found = [value for value in stats.values() if isinstance(value, torch.Tensor) and value.shape[-len(shape) :]]
     size = torch.Size(shape).numel()
@@ -40,10 +27,17 @@ def main() -> None:
     """Answer tasks until the other end is closed."""
     pipe: Connection[Any, Any] = Connection(int(sys.argv[1]))
     start = pipe.recv()
-    # In place of this file's own folder, whose modules have names that others look for.
-    sys.path[0] = str(Path(start["checkout"], "complete_verifier"))
+    sys.path[0] = str(Path(start["checkout"], "complete_verifier"))  # Not this folder, whose names hide others.
     sys.path += start["paths"]
-    _import_sources(start["sources"])
+    for name, file in start["sources"].items():  # Of the network's classes.
+        try:
+            importlib.import_module(name)
+        except ImportError:
+            spec = importlib.util.spec_from_file_location(name, file)
+            if spec is None or spec.loader is None:
+                raise
+            sys.modules[name] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(sys.modules[name])
     import arguments  # type: ignore[import-not-found]
     import torch
     from api import ABCrownSolver, ConfigBuilder, VerificationSpec  # type: ignore[import-not-found]

@@ -4,7 +4,7 @@ import logging
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -41,7 +41,6 @@ class Plan:
     input_range: InputRange | None
     batch_size: int
     seed: int
-    _: KW_ONLY
     float64: bool = False
     rigorous: bool = False
     complete: str = ""  # The settings of the method "abcrown".
@@ -136,10 +135,7 @@ class Certifier:
 
     @torch.no_grad()
     def screen(self, x: Tensor, y: Tensor, eps: Epsilon) -> BatchResult[Certificate]:
-        """Certificates of the samples that the first method proves or that are misclassified, attacking none.
-
-        A seeded subset of the proved ones is left out, so that :meth:`certify` attacks them too, as a check.
-        """
+        """Certificates of misclassified samples, and of proved ones but a seeded few, for :meth:`certify` to attack."""
         result = self._certified(x, y, eps, self.plan.methods[:1], restarts=0)
         proved = [one for one in result.certificates if one.verified]
         count = max(_FEWEST, math.ceil(_CHECKED * len(proved))) if self.plan.restarts else 0
@@ -187,21 +183,19 @@ class Certifier:
         statements = self._rigorous.statements(inputs, y) if proved else []
         for place, statement in zip(proved, statements, strict=True):
             result.certificates[place] = replace(result.certificates[place], rigorous=statement)
-        hits = sum(statement is not None for statement in statements)
+        hits = len(proved) - statements.count(None)
         result.stages[RIGOROUS] = Stage(len(proved), hits, time.perf_counter() - started)
 
     def _attack(self, x: Tensor, y: Tensor, eps: Epsilon, stages: dict[str, Stage]) -> Tensor:
         started = time.perf_counter()
         model, samples = self._bounds[0].model, torch.arange(len(y), device=y.device)
         points = attack_samples(model, x, y, eps, samples, self.plan, self._micro_batches[ATTACK])
-        hits = int((predicted(model(points)) != y).sum())
-        stages[ATTACK] = Stage(len(y), hits, time.perf_counter() - started)
+        stages[ATTACK] = Stage(len(y), int((predicted(model(points)) != y).sum()), time.perf_counter() - started)
         return points
 
     def _bound_all(self, batch: _Batch, methods: Sequence[str]) -> None:
         for place, method in enumerate(methods):
-            # The cheapest method also bounds falsified samples: if it proves one, its bounds are unsound.
-            every = place == 0 and method != COMPLETE
+            every = place == 0 and method != COMPLETE  # Falsified samples too: a proof of one shows unsound bounds.
             left = (((batch.method < 0) & ~batch.falsified) | every).nonzero().squeeze(1)
             if every and self._checks:
                 self._compare(batch, method)
@@ -272,16 +266,14 @@ class Certifier:
         return found
 
     def _certificates(self, batches: Sequence[_Batch], eps: Epsilon) -> list[Certificate]:
-        first, second = batches[0], batches[-1] if len(batches) > 1 else None
-        # A proof needs both precisions.
+        first, second = batches[0], batches[-1] if len(batches) > 1 else None  # A proof needs both precisions.
         places = first.method if second is None else torch.where(second.method >= 0, first.method, second.method)
         labels, predictions, found = first.y.tolist(), first.predictions.tolist(), first.falsified.tolist()
         radii = eps.flatten(1).amax(1).expand(len(labels)).tolist() if is_per_sample(eps, first.x) else None
-        searches = self.plan.restarts > 0 or self._complete is not None
 
         def falsified(index: int) -> bool | None:
-            if not searches or found[index]:
-                return True if searches else None
+            if found[index] and (self.plan.restarts > 0 or self._complete is not None):
+                return True
             # IBP alone decided the sample, or α,β-CROWN failed on it.
             unsearched = first.points is None and first.outcomes.get(index, "error").startswith("error")
             return None if unsearched else False

@@ -27,9 +27,8 @@ from lirpa_fastwarmup.verification.handover import robustness_property, without_
 
 _START = 300.0  # Seconds within which the process must be ready.
 _GRACE = 60.0  # Seconds beyond twice the time limit, which α,β-CROWN reads between its stages: then it hangs.
-# By the first word of α,β-CROWN's status, such as safe-incomplete.
 _OUTCOMES = {"safe": "certified", "verified": "certified", "unsafe": "falsified"}
-_OUTCOMES |= dict.fromkeys(("unknown", "timeout"), "timeout")
+_OUTCOMES |= dict.fromkeys(("unknown", "timeout"), "timeout")  # By the first word of a status, as in safe-incomplete.
 
 
 @dataclass(frozen=True)
@@ -56,10 +55,8 @@ class ABCrown:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        script = Path(self.checkout, "complete_verifier", "api.py")
-        if not script.is_file():
-            text = f"{self.checkout} is no checkout of alpha-beta-CROWN: it has no "
-            text += f"{script.relative_to(self.checkout)}. Clone its "
+        if not Path(self.checkout, "complete_verifier", "api.py").is_file():
+            text = f"{self.checkout} is no checkout of alpha-beta-CROWN: it has no complete_verifier/api.py. Clone its "
             raise FileNotFoundError(text + "repository with --recursive (docs/verification.md)")
         if not self.time_limit > 0:
             raise ValueError(f"time_limit, seconds for each sample, must be above 0; found {self.time_limit}")
@@ -68,8 +65,7 @@ class ABCrown:
         """Its settings: those of ``settings``, the time limit, the device, and its command line's kind of search."""
         sections = {name: dict(value) for name, value in self.settings.items()}
         # Its API chooses mixed-integer programs, which need a licence, for networks without convolutions.
-        general = {"device": self.device, "complete_verifier": "bab"}
-        sections["general"] = general | sections.get("general", {})
+        sections["general"] = {"device": self.device, "complete_verifier": "bab", **sections.get("general", {})}
         sections["bab"] = {**sections.get("bab", {}), "timeout": self.time_limit}
         return sections
 
@@ -103,7 +99,6 @@ class _Process:
         raise WorkerError(reason)
 
     def close(self) -> None:
-        """End the process, whatever it does."""
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)  # With the processes that it began.
         self._process.wait()
@@ -113,11 +108,8 @@ class _Process:
 class CompleteVerifier:
     """α,β-CROWN on a plain network, for any number of batches; close it in the end.
 
-    ``journal`` keeps its verdicts, errors excepted, under keys with the digest ``network``.
-
-    Raises:
-        ValueError: another process could not import the classes of ``model``.
-        WorkerError: α,β-CROWN does not start.
+    ``journal`` keeps its verdicts, errors excepted, under keys with the digest ``network``. Raises WorkerError if
+    α,β-CROWN does not start, and ValueError if another process could not import the classes of ``model``.
     """
 
     def __init__(self, abcrown: ABCrown, model: nn.Module, journal: Journal | None = None, network: str = "") -> None:
@@ -140,16 +132,14 @@ class CompleteVerifier:
             try:
                 self._process: _Process | None = self._started()
             except (WorkerError, OSError) as error:
-                text = f"α,β-CROWN does not start with {abcrown.python}: {error}{self._last_words()}. See that this "
-                text += "interpreter has what complete_verifier/requirements.txt "
-                raise WorkerError(text + "lists (docs/verification.md)") from error
+                text = f"α,β-CROWN does not start with {abcrown.python}: {error}{self._last_words()}. Install what its "
+                raise WorkerError(text + "complete_verifier/requirements.txt lists (docs/verification.md)") from error
             self._stack = stack.pop_all()
 
     def _started(self) -> _Process:
         return _Process([str(self._abcrown.python), abcrown_worker.__file__], self._start, self._log)
 
     def close(self) -> None:
-        """End the process."""
         if self._process is not None:
             self._process.close()
         self._stack.close()
@@ -158,8 +148,7 @@ class CompleteVerifier:
         """The outcome for a box of float32 ends: certified, falsified, timeout, or error with its reason."""
         about = {"network": self._digest, "lower": lower, "upper": upper, "label": label}
         key = PART + digest({**about, "settings": str(self._start["settings"])})
-        stored = self._journal.get(key) if self._journal else None
-        if stored is not None:
+        if stored := self._journal.get(key) if self._journal else None:
             return str(stored)
         path = self._folder / "property.vnnlib"
         write_atomically(path, robustness_property(lower, upper, label, classes).encode())
@@ -195,12 +184,9 @@ class CompleteVerifier:
 
 
 def _sources(model: nn.Module) -> dict[str, str]:
-    found = {}
-    for name in sorted({type(module).__module__ for module in model.modules()}):
-        file = getattr(sys.modules[name], "__file__", None)
-        if name == "__main__":
-            text = "α,β-CROWN runs in another process, which cannot import classes of a script or a notebook: define "
-            raise ValueError(text + "the network in a module of its own, and import it")
-        if file is not None and not name.startswith("torch."):
-            found[name] = str(Path(file).resolve())
-    return found
+    names = sorted({type(module).__module__ for module in model.modules()})
+    if "__main__" in names:
+        text = "α,β-CROWN runs in another process, which cannot import classes of a script or a notebook: define "
+        raise ValueError(text + "the network in a module of its own, and import it")
+    files = {name: getattr(sys.modules[name], "__file__", None) for name in names if not name.startswith("torch.")}
+    return {name: str(Path(file).resolve()) for name, file in files.items() if file is not None}

@@ -51,8 +51,7 @@ def verify(
     The cheapest method bounds all samples. PGD attacks those that IBP leaves open, and some of those that it proves, as
     a check (a seeded 5 %, at least 10 in a batch); without IBP, all samples. Each further method bounds the samples
     that are neither proved nor falsified, in batches of ``batch_size`` gathered from all of them. Everything runs in
-    float32, eager, without autocast and TF32, on a copy of the network, in micro-batches where a batch does not fit
-    into memory.
+    float32, eager, without autocast and TF32, on a copy of the network, in micro-batches where memory is short.
 
     Args:
         bounded: the network, in evaluation mode: a BoundedModule of this package, or the engine's own.
@@ -105,14 +104,12 @@ def verify(
     if pgd_steps < 0 or restarts < 0 or batch_size < 1:
         text = "pgd_steps and restarts must be at least 0 and batch_size at least 1"
         raise ValueError(f"{text}; found {pgd_steps}, {restarts} and {batch_size}")
-    packed_range = bounded.layout.pack_range(input_range)
+    attack_and_data = pgd_steps, restarts, bounded.layout.pack_range(input_range), batch_size, seed
     _check_complete(bounded, abcrown, ordered(methods), float64=float64)
     settings = "" if abcrown is None else str(abcrown.configuration())
-    attack_and_data = pgd_steps, restarts, packed_range, batch_size, seed
     plan = Plan(ordered(methods), *attack_and_data, float64=float64, rigorous=rigorous, complete=settings)
-    dtypes = (torch.float32, torch.float64) if float64 else (torch.float32,)
     options = {"indices": indices, "journal": journal, "progress": progress, "over_ranks": over_ranks}
-    bounds = [MarginBounds(bounded, dtype) for dtype in dtypes]
+    bounds = [MarginBounds(bounded, kind) for kind in ([torch.float32, torch.float64] if float64 else [torch.float32])]
     with ExitStack() as stack:
         complete = None
         if abcrown is not None:
@@ -124,8 +121,7 @@ def verify(
 
 def _check_complete(bounded: BoundedModule, abcrown: ABCrown | None, methods: Sequence[str], *, float64: bool) -> None:
     if (COMPLETE in methods) != (abcrown is not None):
-        text = f"the method {COMPLETE!r} and the argument abcrown need each other: pass methods=(..., {COMPLETE!r}) "
-        text += "and abcrown=verification.ABCrown(checkout); "
+        text = f"the method {COMPLETE!r} and the argument abcrown=verification.ABCrown(checkout) need each other; "
         raise ValueError(text + f"found methods={methods} and abcrown={abcrown}")
     if abcrown is not None and (float64 or not bounded.layout.is_single):
         what = "in one precision" if float64 else "on networks of one input"
@@ -169,8 +165,7 @@ def evaluate(
 def _verification(
     bounded: BoundedModule, samples: Samples, eps: Any, packed: Any, certifier: Certifier, warn: bool, **options: Any
 ) -> Verification:
-    screen = certifier.screen if certifier.plan.screens else None
-    options |= {"screen": screen, "eps": packed}
+    options |= {"screen": certifier.screen if certifier.plan.screens else None, "eps": packed}
     total = over_batches(bounded, samples, certifier.certify, Certificate, certifier.plan, {}, **options)
     unseen = sorted(set(range(class_count(bounded))) - {sample.label for sample in total.certificates})
     if unseen and warn:
@@ -206,8 +201,7 @@ def check_network(bounded: Any) -> BoundedModule:
     training = [name or "the network itself" for name, module in bounded.wrapped.named_modules() if module.training]
     if training:
         text = f"the network is in training mode ({', '.join(training[:3])}{', …' if len(training) > 3 else ''}), "
-        text += "where the output for one sample depends on the "
-        raise ValueError(text + "other samples of its batch: call bounded.eval()")
+        raise ValueError(text + "where a sample's output depends on the rest of its batch: call bounded.eval()")
     class_count(bounded)
     if not bounded.any_batch and len(bounded.example[0]) > 1:  # Batches of one sample suffice.
         text = f"the network accepts only batches of {len(bounded.example[0])}, but methods run on smaller batches: "
@@ -236,12 +230,11 @@ def certified_radii(
 
     Each method starts from the radius that a cheaper one proved, increases it in doubling steps, and then bisects. The
     returned radius was itself certified, and so are all smaller ones, whose boxes lie within. PGD then attacks each
-    certified box, as a check. Arguments and errors are as for :func:`lirpa_fastwarmup.verify`, and:
+    box, as a check. Arguments and errors are as for :func:`lirpa_fastwarmup.verify` (``progress`` gets radii), and:
 
     Args:
         largest: upper end of the search, in units of the input.
         tolerance: of the search, in units of the input; float32 limits it further.
-        progress: called with the radii of each finished batch.
 
     Raises:
         ValueError: ``tolerance`` is not above 0 or not below ``largest``.
@@ -251,8 +244,7 @@ def certified_radii(
     if not all(x.is_floating_point() for x in bounded.example):
         raise ValueError("radii are searched for floating-point inputs only: use verify, with radius 0 for integers")
     if not 0 < tolerance < largest < float("inf"):
-        text = "the search runs from 0 to largest, to within tolerance, and needs 0 < tolerance < largest; found "
-        raise ValueError(text + f"tolerance {tolerance} and largest {largest}")
+        raise ValueError(f"the search needs 0 < tolerance < largest; found tolerance {tolerance}, largest {largest}")
     if COMPLETE in ordered(methods):
         raise ValueError(f"radii are searched by bounds alone, not by {COMPLETE}: verify the radii of interest with it")
     plan = Plan(ordered(methods), pgd_steps, restarts, bounded.layout.pack_range(input_range), batch_size, seed)
@@ -276,7 +268,6 @@ class _Search:
 
     @torch.no_grad()
     def radii(self, x: Tensor, y: Tensor, _: Any) -> BatchResult[Radius]:
-        """The radii of a batch, and contradictions."""
         x = converted(x, torch.float32, 10 * self._tolerance)
         methods = self._plan.methods
         with exact_arithmetic(x.device):
@@ -312,12 +303,10 @@ class _Search:
             where, eps = samples[some], radius[some].view(-1, *[1] * (x.ndim - 1))
             return self._network.lower(input_box(x[where], eps, self._plan.input_range), y[where], method)
 
-        # Doubling steps come first: bounds at radii far too large are the most expensive.
-        step = torch.clamp(low / 8, min=16 * self._tolerance)
+        step = torch.clamp(low / 8, min=16 * self._tolerance)  # It doubles, as bounds at far too large radii cost most.
         failed = torch.full_like(low, torch.inf)
         while True:
-            further = torch.clamp(low + step, max=self._largest)
-            trial = torch.where(failed.isfinite(), (low + failed) / 2, further)
+            trial = torch.where(failed.isfinite(), (low + failed) / 2, (low + step).clamp(max=self._largest))
             between = (trial > low) & (trial < failed)  # False where float32 has no radius in between.
             open_ = (low < self._largest) & (failed - low > self._tolerance) & (between | ~failed.isfinite())
             left = open_.nonzero().squeeze(1)

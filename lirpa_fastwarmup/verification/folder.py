@@ -92,7 +92,6 @@ class Journal:
         return self._known.get(key)
 
     def put(self, key: str, value: Any) -> None:
-        """Store a result."""
         self._known[key] = value
         with self.path.open("a") as file:
             file.write(_line(key, value))

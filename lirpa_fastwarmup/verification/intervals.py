@@ -61,8 +61,7 @@ def interval_bounds(model: nn.Module, *boxes: tuple[Tensor, Tensor] | Tensor) ->
     examples = [value.lower if isinstance(value, Interval) else value for value in inputs]
     with torch.autocast(device.type, enabled=False), torch.random.fork_rng([device] if device.type == "cuda" else []):
         model = copy.deepcopy(model).eval().to(device, torch.float64)
-        graph = trace(model, examples)
-        output = Propagation(graph, model).run(*inputs)
+        output = Propagation(trace(model, examples), model).run(*inputs)
     lower, upper = (output.lower, output.upper) if isinstance(output, Interval) else (output, output)
     if not bool((lower <= upper).all()):
         raise ArithmeticError("a bound is NaN, or a lower bound exceeds the upper bound")
@@ -125,8 +124,7 @@ class Propagation(torch.fx.Interpreter):
         else:
             result = super().call_function(target, args, kwargs)
         if result is NotImplemented:
-            text = f"no interval rule covers the operator {target} with its arguments (last parameter read before it: "
-            raise UnknownOperatorError(text + f"{self._last})")
+            raise UnknownOperatorError(f"no interval rule covers {target} here (last parameter read: {self._last})")
         return result
 
 
@@ -266,8 +264,7 @@ def _batch_norm(function: Any, args: Any, kwargs: Any) -> Any:
 
 
 def view(function: Any, args: Any, kwargs: Any) -> Any:
-    """Another shape, but no other dtype."""
-    # The ends may be laid out in memory differently from the traced tensor.
+    """Another shape, but no other dtype; the ends may be laid out in memory differently from the traced tensor."""
     return NotImplemented if isinstance(args[1], torch.dtype) else increasing(torch.reshape, args, kwargs)
 
 
@@ -278,8 +275,7 @@ def _only_shape(function: Any, args: Any, kwargs: Any) -> Any:
 
 with (Path(__file__).parent / "aten.csv").open(newline="", encoding="utf-8") as _file:
     _OPERATORS = {row["kind"]: row["operators"].split() for row in csv.DictReader(_file)}
-# Those that move elements compute nothing.
-MOVING, BATCH_NORM = frozenset(_OPERATORS["moving"]), frozenset(_OPERATORS["batch norm"])
+MOVING, BATCH_NORM = frozenset(_OPERATORS["moving"]), frozenset(_OPERATORS["batch norm"])  # MOVING ones only copy.
 _RULES: dict[str, Rule] = {
     **dict.fromkeys([*MOVING, *_OPERATORS["not decreasing"]], increasing),
     **dict.fromkeys(["view", "_unsafe_view"], view),

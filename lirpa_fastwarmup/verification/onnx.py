@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 
 _OPSET = 18
-# onnx2pytorch imports these for operators on images, which no engine bounds.
-_OF_TORCHVISION = {
+_OF_TORCHVISION = {  # onnx2pytorch imports these for operators on images, which no engine bounds.
     "torchvision": (),
     "torchvision.ops": ("box_convert", "deform_conv2d", "nms", "roi_align", "roi_pool"),
     "torchvision.io": ("ImageReadMode", "decode_image"),
@@ -28,9 +27,8 @@ _OF_TORCHVISION = {
 def write_onnx(model: nn.Module, in_shape: Sequence[int], path: Path, *, original: nn.Module | None = None) -> None:
     """Write ``model``, in evaluation mode and float32, with inputs ``(batch, *in_shape)`` and outputs ``logits``.
 
-    Raises:
-        ImportError: a package of the extra ``onnx`` is missing.
-        ValueError: onnxruntime's outputs for the file differ from the outputs of ``original`` (by default, ``model``).
+    Raises ImportError if a package of the extra ``onnx`` is missing, and ValueError if onnxruntime's outputs for the
+    file differ from the outputs of ``original`` (by default, ``model``).
     """
     _require("onnx", "onnxscript", "onnxruntime")
     example = _example(in_shape)
@@ -74,9 +72,8 @@ def _converted(content: Any, path: Path) -> nn.Module:
             model: nn.Module = converter.ConvertModel(content, experimental=True).eval()
     except Exception as error:  # The converter raises many kinds of errors.
         operators = ", ".join(sorted({node.op_type for node in content.graph.node}))
-        text = f"{path} cannot be converted to a PyTorch module: {error}. Its operators are {operators}; replace the "
-        text += "one in this message, or name the "
-        raise NotImplementedError(text + "network as package.module:factory") from error
+        text = f"{path} cannot be converted to a PyTorch module: {error}. Its operators are {operators}: replace the "
+        raise NotImplementedError(text + "one named, or pass the network as package.module:factory") from error
     return model
 
 
@@ -86,9 +83,8 @@ def _outputs(model: nn.Module, batches: Sequence[Tensor], path: Path) -> Tensor:
         return torch.cat([model(x) for x in batches])
     except Exception as error:  # Of any kind, after a conversion.
         count, *shape = batches[0].shape
-        text = f"the network in {path} cannot be run on a batch of {count} input(s) of shape {tuple(shape)}, the "
-        text += f"dataset's ({type(error).__name__}: {error}): "
-        raise ValueError(text + "name the dataset that it was trained on") from error
+        text = f"the network in {path} cannot be run on a batch of {count} input(s) of shape {tuple(shape)}: name the "
+        raise ValueError(f"{text}dataset that it was trained on ({type(error).__name__}: {error})") from error
 
 
 class _Reshaped(nn.Module):
@@ -116,8 +112,7 @@ def _fixed_shape(content: Any, in_shape: Sequence[int], path: Path) -> tuple[int
     is_flat = min(len(found), len(expected)) <= 1
     if found != expected and not (is_flat and math.prod(shape) == math.prod(in_shape)):
         text = f"the input of {path} has the shape {shape}, and a sample of the dataset {tuple(in_shape)}: name the "
-        text += "dataset that it was trained on, with its dimensions "
-        raise ValueError(text + "in this order; a fixed batch must be of one sample")
+        raise ValueError(text + "dataset that it was trained on, in this order; a fixed batch must be of one sample")
     return shape
 
 
@@ -136,10 +131,7 @@ def _of_one_sample(content: Any, path: Path, shape: tuple[int, ...], x: Tensor) 
 
 
 def _with_sizes(content: Any, *, batch: bool) -> Any:
-    """A copy of a graph for one sample, with constant sizes of reshapes.
-
-    With ``batch``, their first dimension is open: the outputs may differ, and must be compared.
-    """
+    """A copy of a graph for one sample, with constant sizes of reshapes; ``batch`` opens their first dimension."""
     import onnx
 
     inferred = onnx.shape_inference.infer_shapes(content, data_prop=True)
@@ -148,8 +140,7 @@ def _with_sizes(content: Any, *, batch: bool) -> Any:
         sizes = [size.dim_value for size in shapes.get(node.output[0], ())]
         if node.op_type == "Reshape" and sizes and all(sizes):
             rest = sizes[1:] if sizes[0] == 1 and len(sizes) > 1 else sizes
-            del node.input[1:], node.attribute[:]
-            # As before opset 5.
+            del node.input[1:], node.attribute[:]  # The attribute is that of before opset 5.
             node.attribute.append(onnx.helper.make_attribute("shape", [-1, *rest] if batch else sizes))
     return inferred
 
@@ -187,11 +178,7 @@ def _loaded(path: Path) -> Any:
 
 
 def _copy_shared_constants(graph: Any) -> None:
-    """Give every name of a constant its own copy of the value.
-
-    The TorchScript exporter writes equal weights, such as those of two new BatchNorms, once, and an Identity for each
-    other name, which the converter takes for a layer.
-    """
+    """Replace the Identity by which the TorchScript exporter names equal weights, and which would become a layer."""
     constants = {constant.name: constant for constant in graph.initializer}
     for node in list(graph.node):
         if node.op_type == "Identity" and node.input[0] in constants:
@@ -228,8 +215,7 @@ def _require_equal(found: Tensor, expected: Tensor, path: Path) -> None:
     if not bool((difference <= 1e-4 * (1 + expected.abs().amax(1))).all()):
         size = float(difference.nan_to_num(math.inf).max())
         text = f"from {path} onnxruntime computes other logits than PyTorch, by up to {size:g}: the conversion is "
-        text += "wrong, and certificates would be of another "
-        raise ValueError(text + "network. Name the network as package.module:factory")
+        raise ValueError(text + "wrong, so certificates would be of another network. Name it as package.module:factory")
 
 
 def _require(*packages: str) -> None:

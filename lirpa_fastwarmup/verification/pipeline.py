@@ -81,9 +81,8 @@ def over_batches(
         own.add(result)
         if progress and result.certificates:
             progress(result.numbered(number).certificates)
-    by_rank = all_gather(own, group) if ranks.size > 1 else [own]
     total: BatchResult[Result] = BatchResult()
-    for one in by_rank:
+    for one in all_gather(own, group) if ranks.size > 1 else [own]:
         total.add(one)
     total.certificates.sort(key=attrgetter("index"))
     total.contradictions = list(dict.fromkeys(total.contradictions))  # Screened samples may be bounded again.
@@ -187,9 +186,8 @@ def _batch(batch: Any, layout: Layout) -> Batch:
     inputs = parts[0] if parts and isinstance(parts[0], tuple | list) else parts[:1]
     if not (len(parts) in (2, 3) and all(isinstance(one, Tensor) for one in (*inputs, parts[1])) and len(inputs)):
         found = [type(part).__name__ for part in parts] if parts else type(batch).__name__
-        text = f"expected inputs and labels, tensors (x, y), found {found}: labels are needed, because a certificate "
-        text += "states that a sample's own class wins everywhere "
-        raise TypeError(text + "in its box; for arrays, pass torch.from_numpy(x)")
+        text = f"expected inputs and labels, tensors (x, y), found {found}: labels are needed, as certificates are "
+        raise TypeError(text + "about a sample's own class; for arrays, pass torch.from_numpy(x)")
     for x, example in zip(inputs, layout.example, strict=False):
         if example.is_floating_point() and not x.is_floating_point():
             raise TypeError(f"inputs must be floating-point numbers, found {x.dtype}: for bytes, pass x.float() / 255")

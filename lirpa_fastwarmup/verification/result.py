@@ -128,7 +128,6 @@ class Stage:
 
     @property
     def per_sample(self) -> float:
-        """Seconds per sample, 0 if there was none."""
         return self.seconds / max(1, self.samples)
 
 
@@ -149,7 +148,6 @@ class BatchResult(Generic[Result]):
         return BatchResult(certificates, self.stages, [(numbers[index], text) for index, text in self.contradictions])
 
     def add(self, other: BatchResult[Result]) -> None:
-        """Append another batch."""
         self.certificates += other.certificates
         self.contradictions += other.contradictions
         for name, stage in other.stages.items():
@@ -246,15 +244,12 @@ class Verification:
             "proved_and_attacked": self.checked,
             "contradictions": self.contradictions,
         }
-        if self.untested:
-            entry["untested"] = list(self.untested)
-        if COMPLETE in self.stages:
-            entry["outcomes"] = self.outcomes()
-        if RIGOROUS in self.stages:
-            entry["rigorous"] = {name: self.rigorous(name) for name in ("exact", "float32")}
-        if self._has_float64():
-            entry["changed_in_float64"] = {str(sample.index): sample.float64 for sample in self.changed_in_float64}
-        return entry
+        entry |= {"untested": list(self.untested)} if self.untested else {}
+        entry |= {"outcomes": self.outcomes()} if COMPLETE in self.stages else {}
+        stated = {name: self.rigorous(name) for name in ("exact", "float32")}
+        entry |= {"rigorous": stated} if RIGOROUS in self.stages else {}
+        changed = {str(sample.index): sample.float64 for sample in self.changed_in_float64}
+        return entry | ({"changed_in_float64": changed} if self._has_float64() else {})
 
     def rigorous(self, *statements: str) -> int:
         """The number of samples of which one of ``statements``, "exact" and "float32", was proved."""

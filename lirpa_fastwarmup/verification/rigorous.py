@@ -141,8 +141,7 @@ class _Arithmetic:
             return NotImplemented
         centre = (x.lower + x.upper) / 2
         radius = torch.maximum(x.upper - centre, centre - x.lower) * _SLACK
-        # No partial sum is larger.
-        self.require_finite(terms * _sizes(x).amax() * weight.abs().amax())
+        self.require_finite(terms * _sizes(x).amax() * weight.abs().amax())  # No partial sum is larger.
         own, theirs = _gamma(terms + 2, _U64), self.errors(terms + 1)
         value = product(centre, weight)
         spread = product(radius + (own + theirs) * (centre.abs() + radius), weight.abs())
@@ -241,8 +240,7 @@ def _adaptively_pooled(x: Tensor, args: Any, result: Tensor) -> int:
 
 
 def _quotient(function: Any, args: Any, kwargs: Any) -> Any:
-    divisor = args[1]
-    if isinstance(divisor, Interval) or kwargs or not bool((torch.as_tensor(divisor) != 0).all()):
+    if isinstance(args[1], Interval) or kwargs or not bool((torch.as_tensor(args[1]) != 0).all()):
         return NotImplemented
     return monotone(function, args, kwargs)
 
@@ -256,8 +254,7 @@ class _Rigorous(intervals.Propagation):
         return self._in_float32(super().get_attr(target, args, kwargs), "a constant")
 
     def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
-        value = super().placeholder(target, args, kwargs)
-        return value if isinstance(value, Interval) else self._in_float32(value, "an input")
+        return self._in_float32(super().placeholder(target, args, kwargs), "an input")
 
     def _in_float32(self, value: Any, what: str, is_known: bool = True) -> Any:
         checked = self.is_float32 and isinstance(value, Tensor) and (is_known or value.is_floating_point())
@@ -288,11 +285,7 @@ def _end_before_last_layer(graph: torch.fx.GraphModule) -> None:
 
 
 class RigorousMargins:
-    """Proves statements about the classes of a network; see the module.
-
-    Raises:
-        ArithmeticError: this process flushes subnormal numbers to zero.
-    """
+    """Proves the module's statements about a network; raises ArithmeticError if subnormal numbers are flushed."""
 
     def __init__(self, model: nn.Module) -> None:
         if not bool(torch.tensor(5e-324, dtype=torch.float64) * 1 > 0):
@@ -311,7 +304,8 @@ class RigorousMargins:
         key = tuple(value.shape for value in examples), before_last
         if key not in self._graphs:
             self._graphs[key] = intervals.trace(self._model, examples)
-            self._require_same_in_float32(self._graphs[key], examples)
+            if self.is_float32:
+                self._require_same_in_float32(self._graphs[key], examples)
             if before_last:
                 _end_before_last_layer(self._graphs[key])
         network = _Rigorous(self._graphs[key], self._model, self._arithmetics[arithmetic].rules())
@@ -320,8 +314,6 @@ class RigorousMargins:
 
     def _require_same_in_float32(self, graph: torch.fx.GraphModule, examples: Sequence[Tensor]) -> None:
         """Refuse a network that reads its precision: it was traced in float64."""
-        if not self.is_float32:
-            return
         given = [value.float() if value.is_floating_point() else value for value in examples]
         single = intervals.trace(copy_of(self._model).float(), given)
         if str(single.graph).replace("float32", "float64") != str(graph.graph):
@@ -335,24 +327,19 @@ class RigorousMargins:
             if isinstance(found, Interval):
                 own, others = found.lower.gather(1, y.unsqueeze(1)), found.upper
             else:
-                bias, x, weight = found
-                own, others = torch.zeros(len(y), 1), self._differences(bias, x, weight, y, arithmetic)
+                own, others = torch.zeros(len(y), 1), self._differences(y, arithmetic, *found)
         except ArithmeticError as error:
             logger.info("nothing is proved in %s arithmetic: %s", arithmetic, error)
             return torch.zeros_like(y).bool()
         return (own > others.scatter(1, y.unsqueeze(1), -torch.inf)).all(1)
 
-    def _differences(self, bias: Any, x: Any, weight: Any, y: Tensor, arithmetic: str) -> Tensor:
-        """Upper bounds on z_j − z_y, (batch, classes), of the last layer's outputs z.
-
-        Both read the same x, so that their exact difference is one product; each is rounded by itself.
-        """
+    def _differences(self, y: Tensor, arithmetic: str, bias: Any, x: Any, weight: Any) -> Tensor:
+        """Upper bounds on z_j − z_y, (batch, classes): one product of the last layer's x; each is rounded by itself."""
         if isinstance(weight, Interval) or isinstance(bias, Interval) or not isinstance(x, Interval):
             raise intervals.UnknownOperatorError("no interval rule covers a last linear layer whose weight is computed")
-        differences = weight - weight.t()[y].unsqueeze(2)
+        differences = weight - weight.t()[y].unsqueeze(2)  # For their rounding, there is one more term below.
         shifts = None if bias is None else bias - bias[y].unsqueeze(1)
         product = partial(torch.einsum, "bi,bic->bc")
-        # One more term for the rounding of the differences.
         exactly = self._arithmetics["exact"].affine(product, x, differences, shifts, len(weight) + 1)
         errors = self._arithmetics[arithmetic].rounding(x, weight, bias)
         return self._arithmetics[arithmetic].widened(exactly, errors + errors.gather(1, y.unsqueeze(1))).upper

@@ -70,11 +70,13 @@ def _arrays_of(part: Any) -> dict[str, np.ndarray]:
 
 
 def _dataset(name: str, train: Split, test: Split, input_range: boxes.InputRange | None) -> Dataset:
-    mean, std = _mean_and_std(train)
     if first := min(int(train.labels.min()), int(test.labels.min())):
         raise ValueError(f"the labels of {name} begin at {first}, and classes are numbered from 0: subtract {first}")
     classes = 1 + max(int(train.labels.max()), int(test.labels.max()))
-    return Dataset(name, classes, train, test, mean, std, input_range)
+    channels = (Split.as_inputs(channel).double() for channel in train.images.unbind(1))  # In turn, to save memory.
+    std, mean = torch.tensor([torch.std_mean(channel, correction=0) for channel in channels]).unbind(1)
+    std = torch.where(std > 1e-9 * mean.abs(), std, torch.ones_like(std))  # A constant channel is not scaled.
+    return Dataset(name, classes, train, test, tuple(mean.tolist()), tuple(std.tolist()), input_range)
 
 
 def _read_npz(path: Path) -> dict[str, Any]:
@@ -84,8 +86,7 @@ def _read_npz(path: Path) -> dict[str, Any]:
                 return _known(arrays)
         except Exception as error:  # numpy and zipfile fail in many ways on damaged files.
             hint = "it contains pickled objects, or is not an npz file" if "allow_pickle" in str(error) else str(error)
-            problem = f"{path} is not a valid npz file of inputs and labels ({hint})"
-            raise CorruptFileError(f"{problem}: write plain arrays with numpy.savez") from error
+            raise CorruptFileError(f"{path} is not a valid npz file ({hint}): use numpy.savez on arrays") from error
 
 
 def _read_pt(path: Path) -> dict[str, Any]:
@@ -100,8 +101,7 @@ def _read_pt(path: Path) -> dict[str, Any]:
 def _known(arrays: Mapping[str, Any]) -> dict[str, Any]:
     one_kind, whole_range = ("inputs" in arrays) != ("images" in arrays), ("low" in arrays) == ("high" in arrays)
     if "labels" not in arrays or not one_kind or not whole_range:
-        needed = "'inputs' (numbers, a sample per row) or 'images' (uint8), and 'labels'"
-        needed += "; also both 'low' and 'high', the range of the inputs, or neither"
+        needed = "'inputs' (a sample per row) or 'images' (uint8), 'labels', and both 'low' and 'high' or neither"
         raise ValueError(f"it must hold {needed}; it holds {', '.join(map(repr, arrays)) or 'nothing'}")
     return {name: arrays[name] for name in _KEYS if name in arrays}
 
@@ -144,9 +144,8 @@ def _split(found: Mapping[str, Any], source: Path | str) -> Split:
 
 def _inputs(inputs: np.ndarray, source: Path | str) -> Tensor:
     if inputs.dtype.kind not in "fiu" or inputs.dtype == np.uint8 or inputs.ndim < 2 or inputs.size == 0:
-        found = f"inputs of {source} are {inputs.dtype} of shape {inputs.shape}"
-        wanted = "numbers of shape (samples, features) or (samples, channels, …)"
-        raise ValueError(f"{found}: expected {wanted}, and pixels from 0 to 255 as the array 'images'")
+        wanted = "numbers (samples, features) or (samples, channels, …), and pixels from 0 to 255 as the array 'images'"
+        raise ValueError(f"inputs of {source} are {inputs.dtype} of shape {inputs.shape}: expected {wanted}")
     with np.errstate(over="ignore"):  # Numbers beyond float32 become infinite, and are refused.
         return torch.from_numpy(np.array(inputs, dtype=np.float32, order="C"))
 
@@ -169,10 +168,3 @@ def _range(found: Mapping[str, Any]) -> boxes.InputRange | None:
         return None
     low, high = (torch.as_tensor(found[name], dtype=torch.float32) for name in ("low", "high"))
     return (low, high) if low.ndim or high.ndim else (float(low), float(high))
-
-
-def _mean_and_std(split: Split) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    channels = (Split.as_inputs(channel).double() for channel in split.images.unbind(1))  # In turn, to save memory.
-    std, mean = torch.tensor([torch.std_mean(channel, correction=0) for channel in channels]).unbind(1)
-    std = torch.where(std > 1e-9 * mean.abs(), std, torch.ones_like(std))  # A constant channel is not scaled.
-    return tuple(mean.tolist()), tuple(std.tolist())

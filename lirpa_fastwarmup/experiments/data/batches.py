@@ -70,9 +70,8 @@ class Batches:
         self._shard = slice(rank, None, size)
         if min(batch_size, len(split)) < least:
             needed = "two samples (BatchNorm cannot be trained on one)" if drop_single else "a sample"
-            problem = f"{len(split)} sample(s) in batches of {batch_size} leave no batch with {needed}"
-            advice = "use more samples, larger batches, or fewer processes"
-            raise ValueError(f"{problem} for each of {size} process(es): {advice}")
+            problem = f"{len(split)} sample(s) in batches of {batch_size} leave no batch with {needed} for each"
+            raise ValueError(f"{problem} of {size} process(es): use more samples, larger batches, or fewer processes")
         complete, rest = divmod(len(split), batch_size)
         self._count = complete + (rest >= least)
         self._generators = {"order": generator, "augmentation": None if augment is None else augment.generator}

@@ -100,7 +100,6 @@ def _read_batch(path: Path) -> Split:
         raise CorruptFileError(f"{path} cannot be read as a CIFAR-10 batch ({error!r}): download it again") from error
     expected = (labels.size, 3 * 32 * 32)
     if pixels.shape != expected:
-        found = f"{pixels.dtype} {pixels.shape}"
-        raise CorruptFileError(f"{path} should contain uint8 pixels of shape {expected}; found {found}")
+        raise CorruptFileError(f"{path} should contain pixels of shape {expected}; found {pixels.shape}")
     images = torch.from_numpy(pixels.reshape(-1, 3, 32, 32).copy())
     return Split(images, check_labels(labels, len(images), 10, path))

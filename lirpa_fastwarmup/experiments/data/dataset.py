@@ -39,8 +39,7 @@ class Split:
             found = f"{images.dtype} {tuple(images.shape)}"
             raise ValueError(f"expected uint8 images (n, c, h, w), or float32 inputs (n, …); found {found}")
         if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
-            found = f"{labels.dtype} {tuple(labels.shape)}"
-            raise ValueError(f"expected int64 labels, one for each of {len(images)} samples; found {found}")
+            raise ValueError(f"expected {len(images)} int64 labels; found {labels.dtype} {tuple(labels.shape)}")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -107,9 +106,8 @@ class Dataset:
             return
         if bad := (~images.isfinite()).nonzero().tolist():
             row, *columns = bad[0]
-            place = f"in row {row}, column {', '.join(map(str, columns))} (from 0)"
-            problem = f"the {title} set of {self.name} holds {float(images[row, *columns])} {place}"
-            raise ValueError(f"{problem}: replace missing or infinite values, or leave the sample out")
+            found = f"{float(images[row, *columns])} in row {row}, column {', '.join(map(str, columns))} (from 0)"
+            raise ValueError(f"the {title} set of {self.name} holds {found}: replace it, or leave the sample out")
         raise inputs_error(images, self.input_range)
 
     @property
@@ -132,8 +130,7 @@ def limited(split: Split, count: int, *, seed: int) -> Split:
     """``count`` samples of ``split``, drawn without replacement."""
     if not 1 <= count <= len(split):
         raise ValueError(f"the training set has {len(split)} samples; cannot limit it to {count}")
-    order = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))
-    return split.take(order[:count])
+    return split.take(torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))[:count])
 
 
 def held_out(split: Split, count: int, *, seed: int) -> tuple[Split, Split]:

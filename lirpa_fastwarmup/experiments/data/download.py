@@ -40,8 +40,7 @@ def dataset_folder(dataset: str, data_dir: Path | None = None) -> Path:
 
 def missing_files(title: str, names: Sequence[str], folder: Path) -> FileNotFoundError:
     """The error for a dataset ``title`` whose files ``names`` are not in ``folder``."""
-    advice = "put the missing files there, or pass their folder as --data-dir"
-    return FileNotFoundError(f"{title} needs {', '.join(names)} in {folder}: {advice}")
+    return FileNotFoundError(f"{title} needs {', '.join(names)} in {folder}: put them there, or pass --data-dir DIR")
 
 
 def download(title: str, sources: Sequence[Source], folder: Path) -> None:
@@ -54,9 +53,8 @@ def download(title: str, sources: Sequence[Source], folder: Path) -> None:
                     _download(source, folder)
     except (OSError, http.client.HTTPException) as error:
         addresses = ", ".join(source.url for source in sources)
-        by_hand = f"download {addresses} on a machine with a network and put the files into {folder}"
-        text = f"{title} could not be downloaded ({error}). Try again, or {by_hand}, or pass their folder as --data-dir"
-        raise OSError(text) from error
+        advice = f"Try again, or put {addresses} into {folder} by hand, or pass the files' folder as --data-dir"
+        raise OSError(f"{title} could not be downloaded ({error}). {advice}") from error
 
 
 def _download(source: Source, folder: Path) -> None:

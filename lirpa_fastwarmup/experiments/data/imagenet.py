@@ -49,8 +49,7 @@ def _validation_files(folder: Path, classes: dict[str, int]) -> Iterator[tuple[P
         name, _, rest = line.partition("\t")
         number = classes.get(rest.partition("\t")[0])
         if number is None:
-            text = f"{annotations} has the line {line!r}, which is not a file and a class of {_WNIDS}"
-            raise CorruptFileError(f"{text}: download the dataset again")
+            raise CorruptFileError(f"{annotations}: {line!r} is not a file and a class of {_WNIDS}: download it again")
         yield folder / "val" / "images" / name, number
 
 

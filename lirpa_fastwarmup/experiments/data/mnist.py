@@ -43,9 +43,8 @@ def _find(folder: Path, name: str) -> Path:
 def _read_split(images_path: Path, labels_path: Path) -> Split:
     images, labels = read_idx(images_path), read_idx(labels_path)
     if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels):
-        found = f"images of shape {tuple(images.shape)} in {images_path}"
-        found += f" and labels of shape {tuple(labels.shape)} in {labels_path}"
-        raise CorruptFileError(f"expected as many images as labels; found {found}")
+        found = f"{tuple(images.shape)} in {images_path} and {tuple(labels.shape)} in {labels_path}"
+        raise CorruptFileError(f"expected as many images as labels; found the shapes {found}")
     return Split(images.unsqueeze(1), labels.long())
 
 
@@ -62,8 +61,7 @@ def read_idx(path: Path) -> Tensor:
         raise CorruptFileError(f"{path} ends within its header: download it again")
     shape, size = [int(length) for length in np.frombuffer(content[4:start], dtype=">u4")], len(content) - start
     if size != math.prod(shape):
-        problem = f"{path} should contain an array of shape {shape} but has {size} bytes of data"
-        raise CorruptFileError(f"{problem}: download it again")
+        raise CorruptFileError(f"{path} should hold an array of shape {shape} but has {size} bytes: download it again")
     return torch.from_numpy(np.frombuffer(content, dtype=np.uint8, offset=start).reshape(shape).copy())
 
 

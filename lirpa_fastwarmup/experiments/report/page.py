@@ -33,12 +33,9 @@ def render(records: Sequence[RunRecord]) -> str:
         raise ImportError("the report needs jinja2: pip install 'lirpa_fastwarmup[plots]'") from error
     environment = Environment(loader=PackageLoader(__package__, ""), autoescape=True, trim_blocks=True)
     finished = [(record.name, record.summary) for record in records if record.summary is not None]
-    return environment.get_template("report.html.jinja").render(
-        runs=[_run(record) for record in records],
-        comparison=comparison(finished) if len(finished) > 1 else [],
-        curves=_comparing_pictures(records),
-        version=__version__,
-    )
+    table, curves = comparison(finished) if len(finished) > 1 else [], _comparing_pictures(records)
+    template = environment.get_template("report.html.jinja")
+    return template.render(runs=list(map(_run, records)), comparison=table, curves=curves, version=__version__)
 
 
 def _run(record: RunRecord) -> dict[str, Any]:
@@ -55,15 +52,14 @@ def _run(record: RunRecord) -> dict[str, Any]:
 
 def _facts(record: RunRecord) -> list[tuple[str, str]]:
     settings, summary = record.settings, record.summary or {}
-    epochs = settings.get("epochs", "an unknown number of")
-    finished = f"finished after {epochs} epochs"
+    trained = "finished after" if record.summary else f"not finished: {len(record.history)} of"
     facts = {
         "method": settings.get("method"),
         "model": ", ".join(f"{text}{settings[name]}" for name, text in _MODEL.items() if settings.get(name)),
         "loss": ", ".join(f"{text}{settings[name]}" for name, text in _LOSS.items() if settings.get(name) is not None),
         "dataset": summary.get("dataset", settings.get("dataset")),
         "ε": _radius(settings.get("eps")),
-        "epochs": finished if record.summary else f"not finished: {len(record.history)} of {epochs} epochs",
+        "epochs": f"{trained} {settings.get('epochs', 'an unknown number of')} epochs",
         "test samples": _text(summary.get("test_samples"), ","),
         "seconds per epoch": _text(summary.get("train_seconds_per_epoch"), ".1f"),
         "operators with untested bounds": "; ".join(summary.get("untested", ())),
@@ -100,7 +96,9 @@ def _error_table(record: RunRecord) -> list[tuple[str, ...]]:
         rows.append((source, "IBP", *about, _radius(record.settings.get("eps")), *errors))
     verification = record.verification or {}
     for one in verification.get("results", ()):
-        source = f"by verify on {verification.get('dataset', 'test data')} (decided: {_decided(one['stages'])})"
+        stages = one["stages"].items()
+        decided = ", ".join(f"{name} {done['proved' if 'proved' in done else 'falsified']:,}" for name, done in stages)
+        source = f"by verify on {verification.get('dataset', 'test data')} (decided: {decided})"
         methods, samples = ", ".join(verification.get("methods", ())), _text(verification.get("samples"), ",")
         rates = ((rate["value"], *rate["interval_95"]) if rate else () for rate in (one[name] for name in ERRORS))
         errors = ("{:.2%} [{:.2%}, {:.2%}]".format(*rate) if rate else "–" for rate in rates)
@@ -115,11 +113,6 @@ def _attack(content: Mapping[str, Any]) -> str:
 
 def _text(value: float | None, form: str) -> str:
     return "–" if value is None or math.isnan(value) else f"{value:{form}}"
-
-
-def _decided(stages: Mapping[str, Mapping[str, Any]]) -> str:
-    counts = ((stage, one["proved" if "proved" in one else "falsified"]) for stage, one in stages.items())
-    return ", ".join(f"{stage} {count:,}" for stage, count in counts)
 
 
 def _radius(eps: Any) -> str:

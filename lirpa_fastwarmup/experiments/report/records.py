@@ -57,8 +57,7 @@ class RunRecord:
     samples: list[Sample] = field(default_factory=list)  # In ascending order of margins.
     eps: float | None = None  # Of these margins.
     inspection: statistics.Inspection | None = None
-    # Of the samples with the smallest and the largest margins, (height, width, channels).
-    images: list[tuple[Sample, Image]] = field(default_factory=list)
+    images: list[tuple[Sample, Image]] = field(default_factory=list)  # Of extreme margins, (height, width, channels).
     missing: list[str] = field(default_factory=list)  # What is missing and why, one sentence each.
 
 
@@ -70,7 +69,7 @@ class _SavedModel:
 
     @cached_property
     def content(self) -> Any:
-        return read_tensors(self.path, "is damaged: restore it from a copy, or retrain")
+        return read_tensors(self.path, "is damaged: restore a copy, or retrain") if self.path.is_file() else None
 
     @cached_property
     def checked(self) -> dict[str, Any]:
@@ -112,8 +111,7 @@ def _check_origin(path: Path, content: Mapping[str, Any], model: _SavedModel) ->
     for name, expected in files.items():
         file = path.parent / name
         if file.is_file() and file_sum(file) != expected:
-            text = f"is not the file that {path.name} was written with: restore it, or verify or train again"
-            raise ValueError(f"{file} {text}")
+            raise ValueError(f"{file} is not the file that {path.name} was written with: restore it, or run that again")
 
 
 def read_record(folder: Path, data_dir: Path | None = None, *, trust: bool = False) -> RunRecord:
@@ -137,8 +135,7 @@ def read_record(folder: Path, data_dir: Path | None = None, *, trust: bool = Fal
     else:
         record.missing.append("There are no certificates: lirpa-fastwarmup verify RUN_DIR computes them.")
     if (folder / verified.CERTIFICATES).is_file():
-        eps = record.settings.get("eps", 0.0)
-        record.eps, record.samples = certified_samples(folder / verified.CERTIFICATES, eps)
+        record.eps, record.samples = certified_samples(folder / verified.CERTIFICATES, record.settings.get("eps", 0.0))
     try:
         _inspect_network(record, model, data_dir, trust=trust)
     except _EXPECTED as error:
@@ -170,19 +167,21 @@ def certified_samples(path: Path, eps: float) -> tuple[float, list[Sample]]:
 
 
 def _inspect_network(record: RunRecord, model: _SavedModel, data_dir: Path | None, *, trust: bool) -> None:
-    if not model.path.is_file():
-        raise FileNotFoundError(f"the folder holds no trained network ({MODEL})")
     network, settings = load_model(model.path, trust=trust, content=model.checked), model.checked["settings"]
     dataset = load_dataset(settings, model.path, data_dir, trust=trust)
     shape, classes = tuple(model.checked["architecture"]["in_shape"]), model.checked["architecture"]["classes"]
     if (shape, classes) != (dataset.in_shape, dataset.classes):
-        found = f"{dataset.in_shape} and {dataset.classes}"
-        raise ValueError(f"it was trained on samples {shape} of {classes} classes; {dataset.name} has {found}")
+        problem = f"it was trained on samples {shape} of {classes} classes"
+        raise ValueError(f"{problem}; {dataset.name} has {dataset.in_shape} and {dataset.classes}")
     bounded = BoundedModule(network, torch.zeros(2, *dataset.in_shape), allow_untested=settings.allow_untested)
-    samples = data.spread(dataset.test, _INSPECTED).inputs
-    record.inspection = layers.inspect(bounded, samples, settings.eps, input_range=dataset.input_range)
+    inputs = data.spread(dataset.test, _INSPECTED).inputs
+    record.inspection = layers.inspect(bounded, inputs, settings.eps, input_range=dataset.input_range)
     if not record.samples:
-        record.eps, record.samples = settings.eps, _bounded_samples(bounded, dataset, settings.eps)
+        indices = data.spread_indices(len(dataset.test), _BOUNDED)
+        batches = data.Batches(dataset.test.take(indices), _INSPECTED)
+        found = evaluate(bounded, batches, settings.eps, restarts=0, input_range=dataset.input_range, check=False)
+        samples = [Sample(int(indices[one.index]), one.label, one.prediction, one.margin) for one in found.certificates]
+        record.eps, record.samples = settings.eps, sorted(samples, key=attrgetter("margin"))
     elif record.verification is not None and record.verification.get("dataset") != dataset.name:
         name = record.verification.get("dataset")
         record.missing.append(f"The certificates are for {name}; the run does not have its samples.")
@@ -193,11 +192,3 @@ def _inspect_network(record: RunRecord, model: _SavedModel, data_dir: Path | Non
         pixels = dataset.test.images[sample.index]
         pixels = pixels if len(pixels) in (1, 3) else pixels[:1]  # Neither grey nor RGB: the first channel.
         record.images.append((sample, pixels.permute(1, 2, 0).numpy()))
-
-
-def _bounded_samples(bounded: BoundedModule, dataset: data.Dataset, eps: float) -> list[Sample]:
-    indices = data.spread_indices(len(dataset.test), _BOUNDED)
-    batches = data.Batches(dataset.test.take(indices), _INSPECTED)
-    found = evaluate(bounded, batches, eps, restarts=0, input_range=dataset.input_range, check=False)
-    samples = [Sample(int(indices[one.index]), one.label, one.prediction, one.margin) for one in found.certificates]
-    return sorted(samples, key=attrgetter("margin"))

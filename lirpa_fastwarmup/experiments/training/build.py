@@ -107,19 +107,17 @@ def _micro_batches(settings: Settings, network: nn.Module, samples: int) -> int:
     return max(1, min(settings.accumulate, own // 2 if _trains_batchnorm(network) else own))  # Which needs two samples.
 
 
-def _training_batches(
-    settings: Settings, network: nn.Module, samples: data.Split, device: torch.device
-) -> data.Batches:
+def _training_batches(settings: Settings, network: nn.Module, split: data.Split, device: torch.device) -> data.Batches:
     augment = None
     if settings.flip or settings.crop_padding:
-        if samples.images.ndim != 4:
-            text = f"inputs of shape {tuple(samples.images.shape[1:])} are no images, which --flip and --crop-padding"
+        if split.images.ndim != 4:
+            text = f"inputs of shape {tuple(split.images.shape[1:])} are no images, which --flip and --crop-padding"
             raise ValueError(f"{text} augment: add --no-flip --crop-padding 0, or start from the preset custom")
         generator = torch.Generator().manual_seed(seed_of(settings.seed, _AUGMENTATION))
         augment = data.Augmentation(flip=settings.flip, crop_padding=settings.crop_padding, generator=generator)
     order = torch.Generator().manual_seed(settings.seed)
     given: dict[str, Any] = {"generator": order, "drop_single": _trains_batchnorm(network), "augment": augment}
-    return data.Batches(samples, settings.batch_size, device=device, shard=(world().rank, world().size), **given)
+    return data.Batches(split, settings.batch_size, device=device, shard=(world().rank, world().size), **given)
 
 
 def _evaluation_batches(samples: data.Split, device: torch.device) -> data.Batches:

@@ -10,8 +10,7 @@ from lirpa_fastwarmup.experiments.training import build, loop, network, settings
 from lirpa_fastwarmup.storage import is_leftover, locked, make_folder, refused, write_tensors
 from lirpa_fastwarmup.verification.folder import WRITTEN as CERTIFICATES
 
-MODEL, HISTORY, SUMMARY, CHECKPOINT = "model.pt", "history.csv", "summary.json", "checkpoint.pt"
-CURVES = "curves.png"
+MODEL, HISTORY, SUMMARY, CHECKPOINT, CURVES = "model.pt", "history.csv", "summary.json", "checkpoint.pt", "curves.png"
 
 _FORMAT = 3
 _ENTRIES = {"settings", "data", "objective", "optimizer", "batches", "average", "position"}
@@ -32,8 +31,7 @@ def claimed(folder: Path, *, overwrite: bool) -> Iterator[None]:
         if not overwrite and any(not is_leftover(path) for path in folder.iterdir()):
             unfinished = (folder / CHECKPOINT).is_file() and not (folder / SUMMARY).is_file()
             advice = f"replace the run in it with --overwrite{', or resume it with --resume' if unfinished else ''}"
-            problem = f"{folder} exists and is not empty; nothing in it was touched"
-            raise OutputExistsError(f"{problem}. Name another folder, or {advice}")
+            raise OutputExistsError(f"{folder} is not empty; nothing in it was touched. Name another, or {advice}")
         yield
 
 
@@ -45,16 +43,10 @@ def remove(folder: Path, *names: str) -> None:
 
 def save(folder: Path, run: build.Run, position: loop.Position, *, fresh: bool) -> None:
     """Write the state of ``run``, on rank 0; every process must call this. ``fresh``: replace an earlier run."""
-    content = {
-        "format": _FORMAT,
-        "settings": run.settings.as_dict(),
-        "data": _data(run),
-        "objective": run.objective.state_dict(),
-        "optimizer": run.optimizer.state_dict(),
-        "batches": run.train_batches.state_dict(),
-        "average": None if run.average is None else run.average.state_dict(),
-        "position": {**vars(position), "means": position.means.state_dict()},
-    }
+    content: dict[str, Any] = {"format": _FORMAT, "settings": run.settings.as_dict(), "data": _data(run)}
+    content |= {"objective": run.objective.state_dict(), "optimizer": run.optimizer.state_dict()}
+    content |= {"batches": run.train_batches.state_dict(), "average": run.average and run.average.state_dict()}
+    content["position"] = {**vars(position), "means": position.means.state_dict()}
     if world().is_rank_zero:
         if fresh:
             remove(folder, SUMMARY)  # With it, the new run would seem finished.
@@ -71,9 +63,8 @@ def _data(run: build.Run) -> str:
 def read(path: Path) -> dict[str, Any]:
     """Read a checkpoint, its settings as :class:`Settings`."""
     if not path.is_file():
-        problem = f"{path.parent} holds no checkpoint ({path.name}) to resume from"
-        when = "a run writes one when it finishes its first epoch, or is interrupted"
-        raise FileNotFoundError(f"{problem}: {when}. Start one there first, without --resume")
+        when = "a run writes one when it finishes its first epoch, or is interrupted. Start one first, without --resume"
+        raise FileNotFoundError(f"{path.parent} holds no checkpoint ({path.name}) to resume from: {when}")
     content = network.read_format(path, _FORMAT)
     problem = f"this version of lirpa_fastwarmup cannot read the settings in {path}"
     with refused(problem, *_MISFITS, advice=". Use the version that wrote it, or retrain"):
@@ -90,8 +81,7 @@ def restore(content: dict[str, Any], run: build.Run, position: loop.Position, pa
         problem = f"{path} is from a run on {before}, and {run.dataset_name} has {now} now"
         raise ValueError(f"{problem}: use the same data, and a number of processes that leaves as many batches")
     network.load_weights(run.objective, content["objective"], path)
-    problem = f"{path} does not fit the run that its settings describe"
-    with refused(problem, *_MISFITS, RuntimeError, advice=". Retrain"):
+    with refused(f"{path} does not fit the run of its settings", *_MISFITS, RuntimeError, advice=". Retrain"):
         run.optimizer.load_state_dict(content["optimizer"])
         run.train_batches.load_state_dict(content["batches"])
         saved = dict(content["position"])

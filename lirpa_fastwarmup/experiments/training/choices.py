@@ -39,11 +39,9 @@ def _phases_that_pay(run: Run) -> tuple[str, ...]:
     ramp = min(settings.epochs - start, settings.ramp_length)
     epochs = {START: start, RAMP: ramp, FULL: settings.epochs - start - ramp}
     seconds = broadcast(_eager_seconds(run, settings.precision))
-    steps = len(run.train_batches) * settings.accumulate
+    saved = len(run.train_batches) * settings.accumulate * seconds * _SAVED  # In an epoch.
     together = dict.fromkeys(map(run.objective.phases_recorded_with, epochs))
-    paying = [
-        phases for phases in together if sum(epochs[phase] for phase in phases) * steps * seconds * _SAVED > _COST
-    ]
+    paying = [phases for phases in together if sum(epochs[phase] for phase in phases) * saved > _COST]
     chosen = tuple(phase for phases in paying for phase in phases if epochs[phase])
     which = f"steps {' and '.join(chosen)} are compiled" if chosen else "there are too few to repay compiling them"
     logger.info("a training step takes %.2g s: %s (--compile or --no-compile to choose)", seconds, which)

@@ -12,8 +12,7 @@ class TrainingInterrupted(KeyboardInterrupt):
     """The signal ``signal_number`` stopped a run, which can resume from the checkpoint in its folder ``out``."""
 
     def __init__(self, signal_number: int, out: Path) -> None:
-        name = signal.Signals(signal_number).name
-        super().__init__(f"{name} stopped the run; its state is in {out}, from which it can be resumed")
+        super().__init__(f"{signal.Signals(signal_number).name} stopped the run; it can be resumed from {out}")
         self.signal_number, self.out = signal_number, out
 
 

@@ -96,28 +96,26 @@ def train_epoch(run: build.Run, position: Position, progress: Progress, stop: in
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate(run.settings, position.epoch)
     batches = len(run.train_batches)
-    # Reading a metric waits for a GPU; on the CPU it costs nothing.
-    interval = 1 if run.device.type == "cpu" else 20
+    interval = 1 if run.device.type == "cpu" else 20  # Reading a metric waits for a GPU.
     progress.epoch_started(position.epoch, batches, position.batches_done)
-    if position.batches_done < batches:
-        for x, y in run.train_batches:
-            with products_in_tf32(run.settings.precision != "float32"):
-                step = _take_step(run, position, x, y)
-            position.batches_done += 1
-            position.seconds = time.perf_counter() - started
-            metrics: dict[str, float] = {}
-            due = position.batches_done % interval == 0
-            stopping = stop.signal_number > 0
-            if world().size > 1:  # All processes stop or none, after a step that synchronises them anyway.
-                stopping = due and bool(all_reduce(torch.tensor(float(stopping), device=run.device)) > 0)
-            if due or position.batches_done == batches or stopping:
-                run.objective.raise_pending_errors()
-                position.eps = float(step.eps)
-                metrics = {"eps": position.eps, **position.means.read()}
-            progress.step_done(metrics)
-            if stopping:
-                stop.signal_number = stop.signal_number or signal.SIGTERM  # Another process may have been asked.
-                break
+    for x, y in run.train_batches:
+        with products_in_tf32(run.settings.precision != "float32"):
+            step = _take_step(run, position, x, y)
+        position.batches_done += 1
+        position.seconds = time.perf_counter() - started
+        metrics: dict[str, float] = {}
+        due = position.batches_done % interval == 0
+        stopping = stop.signal_number > 0
+        if world().size > 1:  # All processes stop or none, after a step that synchronises them anyway.
+            stopping = due and bool(all_reduce(torch.tensor(float(stopping), device=run.device)) > 0)
+        if due or position.batches_done == batches or stopping:
+            run.objective.raise_pending_errors()
+            position.eps = float(step.eps)
+            metrics = {"eps": position.eps, **position.means.read()}
+        progress.step_done(metrics)
+        if stopping:
+            stop.signal_number = stop.signal_number or signal.SIGTERM  # Another process may have been asked.
+            break
     if position.batches_done == batches:
         _require_finite(run)
 
@@ -131,8 +129,7 @@ def _take_step(run: build.Run, position: Position, x: Tensor, y: Tensor) -> Step
     for number, (micro_x, micro_y) in enumerate(zip(x.tensor_split(count), y.tensor_split(count), strict=True), 1):
         last = number == count
         if generator is not None:  # A run that resumes draws the same.
-            parts = (run.settings.seed, _ATTACK, run.objective.steps_done, number, world().rank)
-            generator.manual_seed(seed_of(*parts))
+            generator.manual_seed(seed_of(run.settings.seed, _ATTACK, run.objective.steps_done, number, world().rank))
         with run.trained.no_sync() if isinstance(run.trained, DistributedDataParallel) and not last else nullcontext():
             with torch.autocast(run.device.type, torch.bfloat16, enabled=run.settings.precision == "bf16"):
                 step: StepLoss = run.trained(micro_x, micro_y)

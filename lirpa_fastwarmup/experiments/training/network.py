@@ -33,14 +33,9 @@ def build_network(architecture: Mapping[str, Any]) -> nn.Module:
 
 def save_model(path: Path, model: nn.Module, architecture: Mapping[str, Any], settings: Settings, epoch: int) -> None:
     """Write the network, and what :func:`load_model` needs to build it again."""
-    content = {
-        "format": _FORMAT,
-        "epoch": epoch,
-        "architecture": dict(architecture),
-        "settings": settings.as_dict(),
-        "state_dict": {name: value.cpu() for name, value in model.state_dict().items()},
-    }
-    storage.write_tensors(path, content)
+    content = {"format": _FORMAT, "epoch": epoch, "architecture": dict(architecture), "settings": settings.as_dict()}
+    weights = {name: value.cpu() for name, value in model.state_dict().items()}
+    storage.write_tensors(path, {**content, "state_dict": weights})
 
 
 def load_model(path: Path | str, *, trust: bool = False, content: Mapping[str, Any] | None = None) -> nn.Module:
@@ -94,6 +89,8 @@ def read_format(path: Path, expected: int, content: Any = None) -> dict[str, Any
 
 def read_model(path: Path, content: Any = None) -> dict[str, Any]:
     """Read ``model.pt``, its settings as :class:`Settings`; ``content`` is what it holds, if it was read before."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path.parent} holds no trained network ({path.name}): name a run with a whole epoch")
     content = dict(read_format(path, _FORMAT, content))
     for name in ("architecture", "settings", "state_dict"):
         if not isinstance(content.get(name), dict):
@@ -108,6 +105,5 @@ def read_model(path: Path, content: Any = None) -> dict[str, Any]:
 def load_weights(model: nn.Module, state_dict: Mapping[str, Any], path: Path) -> None:
     """Load weights that were read from ``path``; raise ValueError if they belong to another architecture."""
     problem = f"{path} holds the weights of another architecture than {type(model).__name__} has now"
-    advice = ". Restore the code that the run was made with"
-    with storage.refused(problem, RuntimeError, TypeError, AttributeError, advice=advice):
+    with storage.refused(problem, RuntimeError, TypeError, AttributeError, advice=". Restore the code of the run"):
         model.load_state_dict(state_dict)

@@ -26,16 +26,12 @@ from lirpa_fastwarmup.verification.folder import WRITTEN as CERTIFICATES
 
 logger = logging.getLogger(__name__)
 
+_Device = str | torch.device
 _SELECTED_BY = {"validation": "validation_verified_error", "test": "verified_error"}
 
 
 def train(
-    settings: Settings,
-    out: Path,
-    *,
-    overwrite: bool = False,
-    device: str | torch.device = "cpu",
-    progress: Progress | None = None,
+    settings: Settings, out: Path, *, overwrite: bool = False, device: _Device = "cpu", progress: Progress | None = None
 ) -> dict[str, Any]:
     """Train and evaluate one network; write its files, and return the content of ``summary.json``.
 
@@ -43,11 +39,8 @@ def train(
     SIGINT or SIGTERM, the run finishes the step, writes the checkpoint and raises :class:`TrainingInterrupted`.
 
     Args:
-        settings: what to run.
         out: folder of these files, ``summary.json`` and ``curves.png``; made if absent.
         overwrite: replace an earlier run in ``out``.
-        device: where to train.
-        progress: shows the progress.
 
     Raises:
         OutputExistsError: ``out`` is not empty, and ``overwrite`` is off.
@@ -72,7 +65,7 @@ def resume(
     out: Path,
     *,
     data_dir: Path | None = None,
-    device: str | torch.device = "cpu",
+    device: _Device = "cpu",
     progress: Progress | None = None,
     trust: bool = False,
 ) -> dict[str, Any]:
@@ -81,9 +74,7 @@ def resume(
     On the CPU, with the same number of threads, weights and history equal those of an uninterrupted run bit for bit.
 
     Args:
-        out: the folder of the run.
         data_dir: folder of the dataset's files, if they were moved.
-        device, progress: as for :func:`train`.
         trust: import and call the factories of network and dataset that the checkpoint names.
 
     Raises:
@@ -92,8 +83,7 @@ def resume(
         ValueError: the checkpoint is damaged, from another version, or does not fit the current network or data.
         Exception: as :func:`train`.
     """
-    started = time.perf_counter()
-    path = out / CHECKPOINT
+    started, path = time.perf_counter(), out / CHECKPOINT
     with checkpoint.claimed(out, overwrite=True):
         found: Any = None
         if distributed.world().is_rank_zero:
@@ -132,8 +122,7 @@ def join_ranks(run: Run) -> None:
         for name, value in other.items():
             if value != first[name]:
                 problem = f"rank {rank} has other {name} than rank 0 ({value}; rank 0: {first[name]})"
-                advice = "Give all machines the same code and data"
-                raise ValueError(f"the processes do not compute one run: {problem}. {advice}")
+                raise ValueError(f"{problem}: to compute one run, give all machines the same code and data")
     unused = not all(is_used(run.objective.bounded, one) for one in run.objective.parameters() if one.requires_grad)
     devices = None if run.device.type == "cpu" else [run.device]
     run.trained = DistributedDataParallel(run.objective, device_ids=devices, find_unused_parameters=unused)

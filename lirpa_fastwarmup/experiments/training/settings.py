@@ -25,20 +25,15 @@ Schedule = Literal["smoothed", "linear"]
 Select = Literal["last", "validation", "test"]
 Precision = Literal["float32", "tf32", "bf16", "auto"]
 
-# Plain interval bound propagation: the network's own initialisation and nothing added to the loss.
-_PLAIN: dict[str, Any] = {"init": "default", "regularizers": False}
+_PLAIN: dict[str, Any] = {"init": "default", "regularizers": False}  # Plain interval bound propagation.
 # What each method changes in the defaults of the objective's settings; full BatchNorm stays with all methods.
 METHODS: dict[str, dict[str, Any]] = {
     "fast": {},  # The remedies of Shi et al. (NeurIPS 2021).
     "ibp": _PLAIN,
-    # Gowal et al. (2018): κ·clean + (1 − κ)·robust with κ from 1 to 1/2, and ε growing linearly.
-    "gowal": {**_PLAIN, "kappa": (1.0, 0.5), "schedule": "linear"},
-    # Zhang et al. (ICLR 2020), with the loss fusion of Xu et al. (NeurIPS 2020).
-    "crown-ibp": {**_PLAIN, "loss": "crown-ibp-fused"},
-    # Xiao et al. (ICLR 2019).
-    "xiao": {**_PLAIN, "stability_weight": 1e-5, "l1_weight": 1e-5},
-    # Balunović and Vechev (ICLR 2020); the weight is our choice.
-    "colt": {**_PLAIN, "volume_weight": 1e-3},
+    "gowal": {**_PLAIN, "kappa": (1.0, 0.5), "schedule": "linear"},  # Gowal et al. (2018).
+    "crown-ibp": {**_PLAIN, "loss": "crown-ibp-fused"},  # Zhang et al. (ICLR 2020); fused by Xu et al. (NeurIPS 2020).
+    "xiao": {**_PLAIN, "stability_weight": 1e-5, "l1_weight": 1e-5},  # Xiao et al. (ICLR 2019).
+    "colt": {**_PLAIN, "volume_weight": 1e-3},  # Balunović and Vechev (ICLR 2020); the weight is our choice.
     # Müller et al. (ICLR 2023) and De Palma et al. (ICLR 2024), on the remedies of Shi et al., with published settings.
     **{name: {"loss": name} for name in ("sabr", "mtl-ibp", "cc-ibp", "exp-ibp")},
 }
@@ -116,17 +111,13 @@ class Settings:
     sync_batchnorm: bool = _setting("network", "compute batch statistics over all processes, under torchrun", False)
     precise_bn: bool = _setting("network", "recompute running statistics over the training set, every epoch", False)
 
-    eps: float = _setting(
-        "objective", "target radius in units of the inputs (pixels: 0 to 1), a number or a fraction such as 8/255"
-    )
+    eps: float = _setting("objective", "target radius: a number or fraction (8/255), in inputs' units (pixels: 0 to 1)")
     schedule: Schedule = _setting("objective", "how the radius grows", "smoothed")
     ramp_start: int = _setting("objective", "epoch, counted from 1, at which the radius starts to grow", metavar="N")
     ramp_length: int = _setting("objective", "epochs over which the radius grows", metavar="N")
     train_eps_factor: float = _setting("objective", "radius in training, as a multiple of the target radius", 1.0, "F")
     loss: Loss = _setting("objective", "robust loss", "ibp")
-    kappa: tuple[float, float] = _setting(
-        "objective", "weights of the clean loss at the start and at the end of the ramp", (0.0, 0.0), "κ"
-    )
+    kappa: tuple[float, float] = _setting("objective", "weights of the clean loss at the ramp's ends", (0.0, 0.0), "κ")
     alpha: float | None = _setting("objective", "weight of IBP in MTL-, CC- and EXP-IBP, from 0 to 1", None, "α")
     ratio: float | None = _setting("objective", "size of SABR's small box relative to the box", None, "R")
     relu_shrinkage: float = _setting("objective", "SABR: factor of unstable ReLUs' upper bounds", 1.0, "F")

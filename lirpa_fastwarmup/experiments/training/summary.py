@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lirpa_fastwarmup import distributed, storage, version
@@ -34,15 +33,10 @@ def history_row(run: Run, position: Position) -> dict[str, float]:
 
     Bounds are checked in the first epoch, and before the summary.
     """
-    means = position.means.read()
-    row = {
-        "epoch": position.epoch,
-        "eps": position.eps,
-        "lr": learning_rate(run.settings, position.epoch),
-        **{f"train_{name}" if name.endswith("error") else name: value for name, value in means.items()},
-        "standard_error": math.nan,
-        "verified_error": math.nan,
-    }
+    row = {"epoch": position.epoch, "eps": position.eps, "lr": learning_rate(run.settings, position.epoch)}
+    for name, mean in position.means.read().items():
+        row[f"train_{name}" if name.endswith("error") else name] = mean
+    row |= {"standard_error": math.nan, "verified_error": math.nan}
     _recompute_statistics(run)
     check, eps = position.epoch == 1, run.settings.eps
     options: dict[str, Any] = {"restarts": 0, "input_range": run.input_range}
@@ -59,30 +53,25 @@ def history_row(run: Run, position: Position) -> dict[str, float]:
     return {**row, "dead": layers.dead, "input_half_width": layers.input_half_width, **history_columns(layers.relus)}
 
 
-def _recompute_statistics(run: Run) -> None:
-    if run.settings.precise_bn or run.settings.swa_start is not None:  # A mean of weights has no statistics of its own.
-        batches = data.Batches(run.train_batches.split, _PRECISE_BATCH, device=run.device)
-        _average_statistics(run.evaluated.wrapped, batches)
-    distributed.broadcast_buffers(run.evaluated.wrapped)
-
-
 @torch.no_grad()
-def _average_statistics(network: nn.Module, batches: data.Batches) -> None:
-    """Replace running statistics by means over ``batches``; modules without any, Dropout among them, do not train."""
-    network.train()  # Which may leave BatchNorm alone that the network keeps frozen.
-    norms = [module for module in network.modules() if isinstance(module, _BatchNorm) and module.training]
-    network.eval()
-    seen = 0
-    with temporarily(norms, "momentum", None):
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.training = True
-        for x, _ in batches:
-            seen += len(x)
+def _recompute_statistics(run: Run) -> None:
+    """Replace running statistics by means over the training set; other modules, as Dropout, do not train meanwhile."""
+    network, seen = run.evaluated.wrapped, 0
+    if run.settings.precise_bn or run.settings.swa_start is not None:  # A mean of weights has no statistics of its own.
+        network.train()  # Which may leave BatchNorm alone that the network keeps frozen.
+        norms = [module for module in network.modules() if isinstance(module, _BatchNorm) and module.training]
+        network.eval()
+        with temporarily(norms, "momentum", None):
             for norm in norms:
-                norm.momentum = len(x) / seen
-            network(x)
-    network.eval()
+                norm.reset_running_stats()
+                norm.training = True
+            for x, _ in data.Batches(run.train_batches.split, _PRECISE_BATCH, device=run.device):
+                seen += len(x)
+                for norm in norms:
+                    norm.momentum = len(x) / seen
+                network(x)
+        network.eval()
+    distributed.broadcast_buffers(network)
 
 
 def summarise(run: Run, position: Position, out: Path, started: float) -> dict[str, Any]:
