@@ -197,12 +197,12 @@ class Certifier:
         for place, method in enumerate(methods):
             every = place == 0 and method != COMPLETE  # Falsified samples too: a proof of one shows unsound bounds.
             left = (((batch.method < 0) & ~batch.falsified) | every).nonzero().squeeze(1)
-            if every and self._checks:
-                self._compare(batch, method)
             if len(left) and method == COMPLETE:
                 self._decide(batch, left)
             elif len(left):
                 self._bound(batch, method, left)
+            if every and self._checks:  # In micro-batches that fit the bounds, which need more memory.
+                self._compare(batch, method)
         for index in ((batch.method >= 0) & batch.falsified).nonzero().flatten().tolist():
             method = NAMES[int(batch.method[index])]
             batch.contradict(index, f"is proved by {method} and yet misclassified at a point of its box")
