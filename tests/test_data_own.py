@@ -36,6 +36,21 @@ def fractions():
     x = torch.randn(9, 2)
     return (x, (x[:, 0] > 0).long()), torch.utils.data.TensorDataset(x, torch.rand(9) * 2)
 
+def booleans():
+    x = torch.randn(9, 2)
+    part = [(x[place], bool(place % 2)) for place in range(9)]
+    return list_of(part), list_of([(one, torch.tensor([int(y)])) for one, y in part])
+
+class list_of(torch.utils.data.Dataset):
+    def __init__(self, pairs):
+        self.pairs = pairs
+
+    def __len__(self):
+        return len(self.pairs)
+
+    def __getitem__(self, place):
+        return self.pairs[place]
+
 def numbers():
     return 7
 """
@@ -181,6 +196,7 @@ def test_train_and_test_must_fit_together(folder):
 def test_what_factories_return(folder):
     dataset = data.load("net.py:series")
     assert (dataset.name, dataset.in_shape, len(dataset.train), len(dataset.test)) == ("series", (2, 7), 40, 20)
+    assert data.load("net.py:booleans").test.labels.tolist() == [0, 1, 0, 1, 0, 1, 0, 1, 0]
     with pytest.raises(CorruptFileError, match=r"should contain integer labels .* found float32"):
         data.load("net.py:fractions")
     with pytest.raises(TypeError, match="returned an object of type int: return \\(train, test\\)"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 
 import numpy as np
@@ -227,3 +228,56 @@ class Looked(nn.Module):
 def test_embeddings_that_change_their_weights_are_refused():
     with pytest.raises(NotImplementedError, match="embedding with max_norm, which changes the weights"):
         fw.BoundedModule(Looked(), (torch.rand(2, 5), torch.tensor([0, 1])))
+
+
+class Constant(Base):
+    """Zero wherever the samples lie, with a bump at 150 that a trace would flatten."""
+
+    def reset(self, h):
+        return (1 - (h - 150).abs()).relu() * (0.0 if torch.jit.is_tracing() else 100.0)
+
+
+def test_numbers_that_depend_on_tracing_are_refused():
+    with pytest.raises(NotImplementedError, match="something else while it is traced"):
+        fw.BoundedModule(Constant(), torch.rand(2, 16))
+
+
+class BufferView(Base):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("cap", torch.ones(1))
+
+    def reset(self, h):
+        self.cap.view(-1).fill_(0.5)
+        return h * self.cap
+
+
+def test_a_buffer_that_is_written_through_a_view_is_refused():
+    with pytest.raises(NotImplementedError, match="fill_, which changes in place what mul then reads"):
+        fw.BoundedModule(BufferView(), torch.rand(2, 16))
+
+
+SIDE = {
+    "size to a power": lambda h: h * h.size(1) ** -0.5,
+    "quotient of a size": lambda h: h * (1 / h.shape[1]),
+    "root of a size": lambda h: h / math.sqrt(h.shape[1]),
+    "padding by half a size": lambda h: nn.functional.pad(h, (math.ceil(h.shape[1] / 2),) * 2)[:, 2:-2],
+    "views": lambda h: h.view(h.size(0), -1, h.size(1) // 2).reshape(h.shape),
+    "a kept copy": lambda h: (h.detach().mean(), h * 2)[1],
+    "a term with gradients": lambda h: (h.pow(2).mean() if torch.is_grad_enabled() else None, h * 2)[1],
+    "a shape": lambda h: nn.functional.relu_(h.view(len(h), 2, 2)).view_as(h),
+    "a copy that is not read again": lambda h: (h.detach(), nn.functional.relu_(h))[1],
+}
+
+
+class Beside(Base):
+    def __init__(self, function):
+        super().__init__()
+        self.reset = function
+
+
+@pytest.mark.parametrize("name", SIDE)
+def test_sizes_and_what_the_output_does_not_depend_on_are_no_branches(name):
+    model = Beside(SIDE[name])
+    bounded, x = fw.BoundedModule(model, torch.rand(2, 16)).eval(), torch.randn(5, 16)
+    assert torch.allclose(bounded(x), model(x), atol=1e-5)

@@ -445,6 +445,12 @@ def test_whole_numbers_that_float32_rounds_are_not_proved_in_it(name):
     assert RigorousMargins(model).statements(box, torch.tensor([0])) in (["exact"], [None])
 
 
+def test_slices_of_parameters_are_no_rounded_numbers():
+    model, x = Function(lambda x, w: F.linear(x, w[1:].flip(1)[:, 1:].t())), torch.rand(4, 1)
+    found = RigorousMargins(model).statements([Interval(x.double(), x.double())], model(x).argmax(1))
+    assert set(found) <= {"float32", "exact", None}
+
+
 def test_integers_that_float32_rounds_are_refused():
     model = Difference(lambda x, _: x + torch.tensor([ODD])).eval()
     with pytest.raises(UnknownOperatorError, match="may differ in float32"):

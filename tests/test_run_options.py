@@ -268,6 +268,14 @@ def test_precise_statistics_weigh_samples_alike(tmp_path, monkeypatch):
     assert not any(module.training for module in network.modules())
 
 
+def test_precise_statistics_leave_a_single_sample_out(own_networks, monkeypatch):
+    monkeypatch.setattr(summary, "_PRECISE_BATCH", 50)
+    settings = SMALL.replace(data_limit=51, model="my_networks:of_vectors", width=None, precise_bn=True)
+    run = build_run(settings, CPU)
+    summary._recompute_statistics(run)
+    assert all(value.isfinite().all() for value in run.evaluated.wrapped.state_dict().values())
+
+
 def test_precise_statistics_know_no_dropout(own_networks):
     runs = []
     for model in ("normalised", "dropping"):
@@ -379,6 +387,9 @@ def normalised():
     net = Net()
     net.head.insert(0, nn.BatchNorm2d(2))
     return net
+
+def of_vectors():
+    return nn.Sequential(nn.Flatten(), nn.Linear(784, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 10))
 
 def dropping():
     net = normalised()

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +56,15 @@ class Recorder(TorchFunctionMode):
         return result
 
 
+class _Call(NamedTuple):
+    """A call of a torch function; tensors by their ids."""
+
+    key: str  # Its name and its numbers, if it returns floating-point tensors.
+    stale: str  # What is wrong with a tensor that it reads, if it is.
+    made: set[int]  # Returned or changed.
+    given: set[int]
+
+
 class Observation(Recorder):
     """What one run of a network does, in its current mode, without gradients unless ``grad``.
 
@@ -73,7 +82,9 @@ class Observation(Recorder):
         self.constants: dict[str, Tensor] = {}
         self.value_reads: dict[str, None] = {}
         self.operations: list[str] = []
-        self.computations: list[str] = []  # The operations that return floating-point tensors.
+        self.computations: list[str] = []  # Those of floats that the output depends on, with numbers, last first.
+        self._calls: list[_Call] = []
+        self._of_sizes: set[int] = set()  # Ids of what a trace computes from sizes, which are numbers elsewhere.
         self._seen: dict[int, tuple[int, Tensor]] = {}  # Every tensor, with its place in time; so no id is used twice.
         self._written: dict[int, tuple[int, Tensor, str]] = {}  # By storage: when, by which tensor and by what call.
         self.norm_modes: list[bool] = []
@@ -84,13 +95,15 @@ class Observation(Recorder):
             if written := self._written.get(one.untyped_storage()._cdata):
                 text = f"{written[2]}, which changes its input in place, so that a box around it would change too: "
                 self.altered.append(text + "remove inplace=True from the first operation, or copy the input")
+        self._keep_ancestors([*inputs, *model.parameters(), *model.buffers()])
+        self._seen, self._written, self._calls = {}, {}, []  # They hold every tensor of the run.
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given, name, stale = _strided((args, kwargs)), getattr(func, "__name__", str(func)), ""
         versions = [one._version for one in given]
         for one in given:
             when, writer, how = self._written.get(one.untyped_storage()._cdata, (0, one, ""))
-            if one is not writer and self._time_of(one) < when:
+            if self._time_of(one) < when and one is not writer and not _reads_shape_alone(name, one, args):
                 stale = f"{how}, which changes in place what {name} then reads through another tensor (a view, "
                 stale += "detach() or .data): use an operation that is not in place"
         result = super().__torch_function__(func, types, args, kwargs)
@@ -98,15 +111,35 @@ class Observation(Recorder):
         for one in reversed(changed):  # The first argument last, because views of one tensor share a version.
             self._written[one.untyped_storage()._cdata] = len(self._seen), one, name
         made = _strided(result)
-        self.altered += [stale] if stale and (made or changed) else []
         for one in made:
             self._time_of(one)
+        of_sizes = {id(one) for one in made if not one.ndim and given and all(self._is_size(other) for other in given)}
+        self._of_sizes |= of_sizes
+        is_float = any(one.is_floating_point() for one in made) and not of_sizes
+        numbers = [one for one in tree_leaves((args, kwargs)) if isinstance(one, float | int) or self._is_size(one)]
+        key = f"{name} {' '.join(f'{float(one):.6g}' for one in numbers)}" if is_float else ""
+        self._calls.append(_Call(key, stale, {*map(id, [*made, *changed])}, {*map(id, given)}))
         return result
+
+    def _is_size(self, one: Any) -> bool:
+        return bool(_strided(one)) and one.ndim == 0 and (not one.is_floating_point() or id(one) in self._of_sizes)
+
+    def _keep_ancestors(self, known: Sequence[Tensor]) -> None:
+        """Keep what the output depends on; all calls, if a part of it was made unseen."""
+        needed, calls = {*map(id, _strided(self.output))}, list[_Call]()
+        for call in reversed(self._calls):
+            if call.made & needed:
+                needed |= call.given
+                calls.append(call)
+        unseen = needed.difference(map(id, known), *(call.made for call in self._calls))
+        calls = self._calls if unseen else calls
+        self.computations = [call.key for call in calls if call.key]
+        self.altered += [call.stale for call in calls if call.stale]
 
     def _time_of(self, one: Tensor) -> int:
         return self._seen.setdefault(id(one), (len(self._seen), one))[0]
 
-    def _inspect(self, name: str, args: Any, kwargs: Any, result: Any) -> None:
+    def _inspect(self, name: str, args: Any, kwargs: Any, _: Any) -> None:
         first = id(args[0]) if args else None
         if first in self._counters:
             return
@@ -129,7 +162,10 @@ class Observation(Recorder):
         # Dropout is also called in evaluation mode, where it does nothing.
         random = "dropout" in name or name == "rrelu"
         self.operations.append(f"{name} {kwargs.get('training', True)}" if random else name)
-        self.computations += [name] if any(one.is_floating_point() for one in _strided(result)) else []
+
+
+def _reads_shape_alone(name: str, one: Tensor, args: Any) -> bool:
+    return name.endswith("_like") or name.startswith("new_") or (name.endswith("_as") and one is not args[0])
 
 
 def _strided(value: Any) -> list[Tensor]:

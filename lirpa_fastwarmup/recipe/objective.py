@@ -5,7 +5,6 @@ loss = L_robust + λ·(1 − ε/ε_max)·(L_tight + L_relu)    (Shi et al., Neur
 Before the ramp, at ε = 0, the clean cross-entropy replaces L_robust.
 """
 
-import copy
 import math
 import warnings
 from collections import OrderedDict
@@ -388,11 +387,12 @@ class ShortWarmup(nn.Module):
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load a step count and a state dict of the wrapped model; if that fails, the step count stays."""
-        state = copy.copy(state_dict)  # With the versions of its modules.
-        step = state.pop(_STEP, None)  # type: ignore[attr-defined]
+        state: Any = OrderedDict(state_dict)
+        state._metadata = getattr(state_dict, "_metadata", {})  # The versions of its modules.
+        step = state.pop(_STEP, None)
         if step is None and strict:
             raise RuntimeError(f"the state has no entry {_STEP!r}, the step count: add it, or pass strict=False")
-        found = self.model.load_state_dict(state, strict, assign)
+        found: Any = self.model.load_state_dict(state, strict, **({"assign": True} if assign else {}))
         if step is None:
             found.missing_keys.append(_STEP)
         else:

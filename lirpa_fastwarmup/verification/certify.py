@@ -216,8 +216,8 @@ class Certifier:
             return same_outputs(network.bounded(method)(points[some]), network.model, [points[some]])
 
         for points in (batch.x, *corners, *([] if batch.points is None else [batch.points])):
-            agree = self._micro_batches[method].each(partial(same, points=points), every, method)
-            for index in (~agree).nonzero().flatten().tolist():
+            differ = ~self._micro_batches[method].each(partial(same, points=points), every, method)
+            for index in differ.nonzero().flatten().tolist():
                 batch.contradict(index, "has other outputs than the bounded network at a point of its box")
 
     def _decide(self, batch: _Batch, samples: Tensor) -> None:
@@ -260,7 +260,7 @@ class Certifier:
         x, y, eps, most = batch.x[samples], batch.y[samples], batch.radii(samples), self._micro_batches[method].size
         points = None if batch.points is None else batch.points[samples]
         found = soundness.find_contradictions(network, x, y, eps, method, input_range, points=points, most=most)
-        if method == "IBP":
+        if method in ("IBP", self.plan.methods[0]):
             some = torch.arange(min(len(x), soundness.PROBED), device=x.device)
             found += beyond_intervals(network.bounded(method), x[some], radii_of(eps, x, some), input_range)
         return found

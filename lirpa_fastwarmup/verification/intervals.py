@@ -91,7 +91,7 @@ def trace(model: nn.Module, examples: list[Tensor]) -> torch.fx.GraphModule:
     try:  # torch.func.functionalize, which is public, does not remove the in-place copies of circular padding.
         graph = make_fx(dispatch_functionalize(forward))(*examples)
     except (RuntimeError, TypeError) as error:  # The network ran before.
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip().splitlines() or [""])[0]
         raise UnknownOperatorError(f"the network cannot be traced to PyTorch's own operators: {reason}") from error
     graph.graph.eliminate_dead_code()  # An operator whose result is unused needs no rule.
     return graph

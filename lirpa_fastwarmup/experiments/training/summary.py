@@ -65,7 +65,8 @@ def _recompute_statistics(run: Run) -> None:
             for norm in norms:
                 norm.reset_running_stats()
                 norm.training = True
-            for x, _ in data.Batches(run.train_batches.split, _PRECISE_BATCH, device=run.device):
+            batches = data.Batches(run.train_batches.split, _PRECISE_BATCH, drop_single=True, device=run.device)
+            for x, _ in batches if norms else ():
                 seen += len(x)
                 for norm in norms:
                     norm.momentum = len(x) / seen
