@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -59,7 +60,8 @@ class Recorder(TorchFunctionMode):
 class _Call(NamedTuple):
     """A call of a torch function; tensors by their ids."""
 
-    key: str  # Its name and its numbers, if it returns floating-point tensors.
+    name: str  # "" if it returns no floating-point tensors.
+    numbers: list[float]
     stale: str  # What is wrong with a tensor that it reads, if it is.
     made: set[int]  # Returned or changed.
     given: set[int]
@@ -82,7 +84,8 @@ class Observation(Recorder):
         self.constants: dict[str, Tensor] = {}
         self.value_reads: dict[str, None] = {}
         self.operations: list[str] = []
-        self.computations: list[str] = []  # Those of floats that the output depends on, with numbers, last first.
+        # Those of floats that the output depends on, and the numbers among their arguments; the last first.
+        self.computations: list[tuple[str, list[float]]] = []
         self._calls: list[_Call] = []
         self._of_sizes: set[int] = set()  # Ids of what a trace computes from sizes, which are numbers elsewhere.
         self._seen: dict[int, tuple[int, Tensor]] = {}  # Every tensor, with its place in time; so no id is used twice.
@@ -116,9 +119,9 @@ class Observation(Recorder):
         of_sizes = {id(one) for one in made if not one.ndim and given and all(self._is_size(other) for other in given)}
         self._of_sizes |= of_sizes
         is_float = any(one.is_floating_point() for one in made) and not of_sizes
-        numbers = [one for one in tree_leaves((args, kwargs)) if isinstance(one, float | int) or self._is_size(one)]
-        key = f"{name} {' '.join(f'{float(one):.6g}' for one in numbers)}" if is_float else ""
-        self._calls.append(_Call(key, stale, {*map(id, [*made, *changed])}, {*map(id, given)}))
+        leaves, changes = tree_leaves((args, kwargs)) if is_float else [], {*map(id, [*made, *changed])}
+        numbers = [float(one) for one in leaves if isinstance(one, float | int) or self._is_size(one)]
+        self._calls.append(_Call(name if is_float else "", numbers, stale, changes, {*map(id, given)}))
         return result
 
     def _is_size(self, one: Any) -> bool:
@@ -133,7 +136,7 @@ class Observation(Recorder):
                 calls.append(call)
         unseen = needed.difference(map(id, known), *(call.made for call in self._calls))
         calls = self._calls if unseen else calls
-        self.computations = [call.key for call in calls if call.key]
+        self.computations = [(call.name, call.numbers) for call in calls if call.name]
         self.altered += [call.stale for call in calls if call.stale]
 
     def _time_of(self, one: Tensor) -> int:
@@ -233,7 +236,10 @@ def _require_same_when_traced(model: nn.Module, inputs: Sequence[Tensor], evalua
     if named := [one.pyname() for one in functions if hasattr(getattr(one.pyobj(), "__self__", None), "symbolic")]:
         text = f"the network calls {named[0]}, an autograd.Function whose symbolic() may be another function than its "
         raise NotImplementedError(text + "forward(): write it with PyTorch's operators alone")
-    if observed.found.computations != evaluated.computations:
+    one, other = observed.found.computations, evaluated.computations
+    same = [(name, len(numbers)) for name, numbers in one] == [(name, len(numbers)) for name, numbers in other]
+    pairs = zip(one, other, strict=False)  # Numbers that a trace computes from sizes are rounded.
+    if not same or not all(np.allclose(found[1], expected[1], 1e-5, 0, equal_nan=True) for found, expected in pairs):
         text = "the network computes something else while it is traced with gradients, as for its bounds, than in use: "
         raise NotImplementedError(text + "remove the branch (on torch.jit.is_tracing or torch.is_grad_enabled)")
 

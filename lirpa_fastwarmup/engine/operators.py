@@ -71,14 +71,9 @@ def _replaced(**classes: Any) -> dict[str, Operator]:
 
 
 OPERATORS: dict[str, Operator] = {
-    **_tested("Conv", "Relu", "Flatten", "Identity", "Dropout", patches=True),
+    **_tested("Conv", "Relu", "Sigmoid", "Tanh", "Flatten", "Identity", "Dropout", patches=True),
     **_tested("ConvTranspose", "Neg", "Transpose", "Squeeze", "Unsqueeze"),
     **_tested("Linear", patches=True, objection=_linear),
-    **{
-        name: Operator((*{cls, nodes.SATURATING.get(cls, cls)},), patches=True)
-        for name in ("Sigmoid", "Tanh")
-        for cls in node_classes(name)
-    },
     # Of a constant times an activation, 0.7 orders the coefficients wrongly.
     **_tested("MatMul", ours=(nodes.MarginMatMul,), patches=True, objection=_matmul, crown=lambda _, data: data[0]),
     **_tested("BatchNormalization", ours=(SharedBatchNorm, ViewedBatchNorm), patches=True),
@@ -99,6 +94,7 @@ OPERATORS: dict[str, Operator] = {
     "arithmetic with a constant": Operator((nodes.BoundConstantArithmetic,), patches=True),
 }
 _NAMES: dict[type, str] = {cls: name for name, operator in OPERATORS.items() for cls in operator.classes}
+_NAMES |= {ours: _NAMES[cls] for cls, ours in nodes.SATURATING.items()}
 
 
 def operator_of(node: Any) -> str:

@@ -65,13 +65,9 @@ def _arrays_of(part: Any) -> dict[str, np.ndarray]:
         inputs, labels = (np.asarray(one) for one in part)
     else:
         pairs = [part[place] for place in range(len(part))]
-        inputs, labels = np.stack([np.asarray(x) for x, _ in pairs]), np.asarray([_label(y) for _, y in pairs])
+        inputs = np.stack([np.asarray(x) for x, _ in pairs])
+        labels = np.stack([torch.as_tensor(y).detach().cpu().squeeze().numpy() for _, y in pairs]) + 0  # Not booleans.
     return {"images" if inputs.dtype == np.uint8 else "inputs": inputs, "labels": labels}
-
-
-def _label(y: Any) -> np.ndarray:
-    label = np.squeeze(torch.as_tensor(y).detach().cpu().numpy())
-    return label.astype(np.int64) if label.dtype == np.bool_ else label
 
 
 def _dataset(name: str, train: Split, test: Split, input_range: boxes.InputRange | None) -> Dataset:
