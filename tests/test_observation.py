@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import warnings
 
@@ -62,6 +63,17 @@ class Data(Base):
     def reset(self, h):
         h.data.clamp_(max=200)
         return h
+
+
+class DataRead(Base):
+    def reset(self, h):
+        return h - (h.data - 200).relu()
+
+
+class Shared(Base):
+    def reset(self, h):
+        capped = h.detach().clamp(max=200)
+        return h * 0 + torch.empty(0).set_(capped)
 
 
 class Assigned(Base):
@@ -125,6 +137,8 @@ class Symbolic(Base):
         (ViewChanged, "clamp_, which changes in place what linear then reads"),
         (Detached, "clamp_, which changes in place what linear then reads"),
         (Data, "clamp_, which changes in place what linear then reads"),
+        (DataRead, r"\.data, of which a trace keeps the values alone"),
+        (Shared, "set_"),
         (Assigned, "an assignment to the data of a tensor"),
         (WrittenTwice, "clamp_, which changes in place what add_ then reads"),
         (InputInPlace, "clamp_, which changes its input in place"),
@@ -176,7 +190,29 @@ class ByNumpy(Base):
         return h.flip(1) if np.from_dlpack(h.detach()).min() > 150 else h
 
 
-@pytest.mark.parametrize("kind", [Formatted, ByNumpy])
+class PaddedByValue(Base):
+    """PyTorch's own code reads the value."""
+
+    def reset(self, h):
+        return h + nn.functional.pad(0 * h[:, 1:], (0, 1), value=(h.min() - 150).relu().detach())
+
+
+class NewFromList(Base):
+    def reset(self, h):
+        return h + h.new_tensor([(h.min() - 150).relu()])
+
+
+class FromList(Base):
+    def reset(self, h):
+        return h + torch.as_tensor([(h.min() - 150).relu()])
+
+
+class Bytes(Base):
+    def reset(self, h):
+        return h.flip(1) if ctypes.c_float.from_address(h.data_ptr()).value > 150 else h
+
+
+@pytest.mark.parametrize("kind", [Formatted, ByNumpy, PaddedByValue, NewFromList, FromList, Bytes])
 def test_reading_values_is_warned_of_at_its_place(kind):
     with pytest.warns(TracedPathWarning, match=r"reads the value of a tensor at .*test_observation\.py"):
         fw.BoundedModule(kind(), torch.rand(2, 16))
@@ -267,6 +303,7 @@ SIDE = {
     "a kept copy": lambda h: (h.detach().mean(), h * 2)[1],
     "a term with gradients": lambda h: (h.pow(2).mean() if torch.is_grad_enabled() else None, h * 2)[1],
     "a shape": lambda h: nn.functional.relu_(h.view(len(h), 2, 2)).view_as(h),
+    "values that are not used": lambda h: (h.data.mean(), h * 2)[1],
     "a copy that is not read again": lambda h: (h.detach(), nn.functional.relu_(h))[1],
 }
 

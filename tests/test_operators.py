@@ -346,6 +346,41 @@ def test_newer_tables_of_the_exporter_give_the_same_bounds(operator, image):
     assert all(torch.allclose(one, other, atol=1e-6) for one, other in zip(before, after, strict=True))
 
 
+ONE = torch.ones(1)
+# By operator: a function of a constant and of the one feature h, shape (1,), as another operand.
+COMPUTED = {
+    "a convolution's bias": lambda h: F.conv2d(torch.zeros(1, 1, 2, 2), torch.ones(1, 1, 1, 1), h),
+    "a convolution's weight": lambda h: F.conv2d(torch.ones(1, 1, 2, 2), h.view(1, 1, 1, 1)),
+    "a bias in one dimension": lambda h: F.conv1d(torch.zeros(1, 1, 4), torch.ones(1, 1, 1), h),
+    "a transposed convolution's bias": lambda h: F.conv_transpose2d(torch.zeros(1, 1, 2, 2), torch.ones(1, 1, 1, 1), h),
+    "BatchNorm's weight": lambda h: F.batch_norm(torch.ones(1, 1, 2, 2), 0 * ONE, ONE, h, 0 * ONE),
+    "BatchNorm's bias": lambda h: F.batch_norm(torch.zeros(1, 1, 2, 2), 0 * ONE, ONE, ONE, h),
+    "a linear layer's bias": lambda h: F.linear(torch.zeros(1, 1), torch.ones(1, 1), h),
+}
+
+
+@pytest.mark.parametrize("name", COMPUTED)
+def test_operands_of_which_bounds_read_one_end_are_refused(name):
+    function = COMPUTED[name]
+    model = nn.Sequential(nn.Linear(3, 1), Function(lambda h: function(h.view(1)).flatten(1)))
+    with pytest.raises(NotImplementedError, match="depends on the input: use a constant"):
+        fw.BoundedModule(model.eval(), torch.rand(1, 3))
+
+
+def test_a_bias_that_is_not_a_vector_is_refused():
+    head = Function(lambda h: torch.addmm(torch.ones(1, 3), h, torch.ones(4, 3)))
+    with pytest.raises(NotImplementedError, match=r"its bias has the shape \(1, 3\): use a vector"):
+        fw.BoundedModule(nn.Sequential(nn.Linear(5, 4), nn.ReLU(), head).eval(), torch.rand(2, 5))
+
+
+@pytest.mark.parametrize("method", ["forward", "Forward+Backward"])
+def test_methods_of_the_engine_that_go_forward_are_refused(method):
+    x = torch.rand(2, 3)
+    bounded = fw.BoundedModule(nn.Sequential(nn.Linear(3, 4), nn.LeakyReLU(0.3), nn.Linear(4, 2)).eval(), x)
+    with pytest.raises(NotImplementedError, match="have not been tested: use IBP"):
+        bounded.compute_bounds(x=(fw.input_box(x, 0.1),), method=method)
+
+
 def test_patches_are_kept_on_square_images_and_for_one_group_alone():
     def mode(*convolutions, shape):
         model = nn.Sequential(*convolutions, nn.Flatten())

@@ -169,3 +169,45 @@ def test_radii_and_ranges_are_checked_alike_everywhere(given, kind, said, x, y):
     ):
         with pytest.raises(kind, match=said):
             ask()
+
+
+class Tiny(nn.Module):
+    """Class 0 by 1 − 10·(x − 0.5), beside numbers that float32 rounds to multiples of 8."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(1, 2).double()
+        with torch.no_grad():
+            self.linear.weight.copy_(torch.tensor([[-10.0], [0.0]]))
+            self.linear.bias.copy_(torch.tensor([1e8 + 6, 1e8], dtype=torch.float64))
+
+    def forward(self, x):
+        return self.linear(x)
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_float64_networks_are_verified_in_float64(asked):
+    x = torch.tensor([[0.55]], dtype=torch.float64)  # The class changes at 0.6.
+    bounded, y = fw.BoundedModule(Tiny().eval(), x), torch.tensor([0])
+    wide, narrow = (fw.verify(bounded, (x, y), eps, float64=asked).certificates[0] for eps in (0.1, 0.04))
+    assert (wide.verified, wide.falsified, narrow.verified) == (False, True, True)
+    assert wide.margin == pytest.approx(-0.5)
+    (radius,) = verification.certified_radii(bounded, (x, y), largest=0.4)
+    assert radius.radius == pytest.approx(0.05, abs=2e-4)
+
+
+class HalfTable(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("weight", torch.tensor([[1.0, 1.0], [1.0, 0.996]]).bfloat16(), persistent=False)
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight)
+
+
+def test_networks_with_buffers_in_half_precision_are_refused():
+    x = torch.rand(2, 2).bfloat16()
+    bounded = fw.BoundedModule(HalfTable().eval(), x)
+    for function in (fw.verify, verification.evaluate):
+        with pytest.raises(TypeError, match=r"'weight' is torch\.bfloat16"):
+            function(bounded, (x.float(), torch.tensor([0, 1])), 0.01)

@@ -275,7 +275,7 @@ class BoundedModule(engine.BoundedModule):
         return x
 
     def compute_bounds(self, x: Any = None, *args: Any, reuse_statistics: bool = False, **kwargs: Any) -> Any:
-        """Bounds on the output, by any of the engine's methods; other arguments as in the engine.
+        """Bounds on the output, by the engine's methods but those that go forward; other arguments as in the engine.
 
         A clean pass of the batch comes first in training mode, for BatchNorm's statistics, and where the network reads
         its input's shape (``x.view(x.shape[0], -1)``), which the engine otherwise remembers from the last pass.
@@ -306,6 +306,9 @@ class BoundedModule(engine.BoundedModule):
                     text = f"bounds over {ptb} have not been tested, and some would be of radius 0: use input_box, or "
                     raise NotImplementedError(text + "PerturbationLpNorm with norm=float('inf')")
         method = kwargs.get("method", args[2] if len(args) > 2 else None) or "backward"
+        if "forward" in method.lower() and not self._arguments["allow_untested"]:  # 0.7's is wrong for LeakyReLU.
+            text = f"bounds by the engine's method {method!r} have not been tested: use IBP, CROWN-IBP, CROWN or "
+            raise NotImplementedError(text + "alpha-CROWN, or build the BoundedModule with allow_untested=True")
         if self._reviewed.interval_only and method.lower() not in ("ibp", "interval"):
             text = f"auto_LiRPA {ENGINE_VERSION} has only IBP bounds for {'; '.join(self._reviewed.interval_only)}: "
             raise NotImplementedError(f"{text}use method='IBP', or other operators.{self._reviewed.advice}")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lirpa_fastwarmup.engine.places import quiet_engine
@@ -22,7 +23,9 @@ _READS_A_VALUE = {
     *("__bool__", "__int__", "__float__", "__index__", "__complex__", "__contains__", "__array__"),
     *("__format__", "__repr__", "__dlpack__", "item", "tolist", "numpy", "is_nonzero", "equal", "allclose"),
     *("nonzero", "argwhere", "unique", "unique_consecutive", "masked_select"),
+    *("data_ptr", "storage", "untyped_storage", "__reduce_ex__"),
 }
+_COPIES_VALUES = {"tensor", "new_tensor", "as_tensor", "asarray"}  # From lists of tensors.
 _NOT_THE_USERS = __file__, str(Path(torch.__file__).parent)
 _LINEAR_FROM = 20  # Softplus is the identity beyond, within 2e-9.
 
@@ -55,6 +58,19 @@ class Recorder(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         self._look(getattr(func, "__name__", str(func)), args, kwargs or {}, result)
         return result
+
+
+class _Inner(TorchDispatchMode):
+    """Passes on what torch functions do inside: reads of scalars, such as of a tensor given as a number, and set_."""
+
+    def __init__(self, look: Callable[[str, Any, Any, Any], None]) -> None:
+        super().__init__()
+        self._look = look
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.set_):
+            self._look("item" if len(args) == 1 else "set_", args, {}, None)
+        return func(*args, **(kwargs or {}))
 
 
 class _Call(NamedTuple):
@@ -92,7 +108,7 @@ class Observation(Recorder):
         self._written: dict[int, tuple[int, Tensor, str]] = {}  # By storage: when, by which tensor and by what call.
         self.norm_modes: list[bool] = []
         self.altered: list[str] = []
-        with torch.set_grad_enabled(grad):
+        with torch.set_grad_enabled(grad), _Inner(self._inspect):
             self.output = self.run(model, inputs)
         for one in _strided(inputs):
             if written := self._written.get(one.untyped_storage()._cdata):
@@ -109,6 +125,8 @@ class Observation(Recorder):
             if self._time_of(one) < when and one is not writer and not _reads_shape_alone(name, one, args):
                 stale = f"{how}, which changes in place what {name} then reads through another tensor (a view, "
                 stale += "detach() or .data): use an operation that is not in place"
+        if getattr(func, "__self__", None) is Tensor.data:
+            stale = ".data, of which a trace keeps the values alone: use detach()"
         result = super().__torch_function__(func, types, args, kwargs)
         changed = [one for one, version in zip(given, versions, strict=True) if one._version != version]
         for one in reversed(changed):  # The first argument last, because views of one tensor share a version.
@@ -147,7 +165,8 @@ class Observation(Recorder):
         if first in self._counters:
             return
         masks = name == "__getitem__" and isinstance(args[1], Tensor) and args[1].dtype == torch.bool
-        reads = name in _READS_A_VALUE or masks or (name == "where" and len(args) == 1)
+        copies = name in _COPIES_VALUES and any(isinstance(one, list | tuple) and _strided(one) for one in args)
+        reads = name in _READS_A_VALUE or masks or copies or (name == "where" and len(args) == 1)
         if reads and first in self._buffers:  # Training changes parameters, and seldom buffers.
             self.constants[self._buffers[first]] = args[0].detach().clone()
         elif reads:
@@ -160,8 +179,8 @@ class Observation(Recorder):
             if module is None or by_batch != module.training:
                 self.norm_modes.append(by_batch)
         self.altered += _altered_by_export(name, args, kwargs)
-        if name == "__set__" and isinstance(args[1], Tensor):
-            self.altered.append("an assignment to the data of a tensor: compute another tensor")
+        if name == "set_" or (name == "__set__" and isinstance(args[1], Tensor)):
+            self.altered.append("set_ or an assignment to the data of a tensor: compute another tensor")
         # Dropout is also called in evaluation mode, where it does nothing.
         random = "dropout" in name or name == "rrelu"
         self.operations.append(f"{name} {kwargs.get('training', True)}" if random else name)

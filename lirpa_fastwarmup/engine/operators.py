@@ -42,6 +42,8 @@ def _linear(node: Any, depends: list[bool]) -> str | None:
     factors = node.attr.get("alpha", 1.0), node.attr.get("beta", 1.0)
     if factors[0] != 1 or factors[1] < 0:  # CROWN leaves out the first.
         return f"it multiplies weight and bias by {factors[0]:g} and {factors[1]:g}: scale the weights instead"
+    if len(node.inputs) > 2 and len(node.inputs[2].output_shape) != 1:  # Margins and CROWN index a vector.
+        return f"its bias has the shape {tuple(node.inputs[2].output_shape)}: use a vector"
     return _one_activation(node, depends)
 
 
@@ -93,6 +95,8 @@ OPERATORS: dict[str, Operator] = {
     "convolution of another rank, or transposed": Operator((nodes.BoundConvNd,)),
     "arithmetic with a constant": Operator((nodes.BoundConstantArithmetic,), patches=True),
 }
+# Of which operands other than the first may depend on the network's inputs: of all others, bounds read one end.
+_SEVERAL = {"MatMul", "Add", "Sub", "Mul", "Concat", "Gather", "arithmetic with a constant"}
 _NAMES: dict[type, str] = {cls: name for name, operator in OPERATORS.items() for cls in operator.classes}
 _NAMES |= {ours: _NAMES[cls] for cls, ours in nodes.SATURATING.items()}
 
@@ -143,7 +147,10 @@ def review(bounded: Any, model: nn.Module) -> Acceptance:
 def _objection(node: Any, depends: list[bool], batch: int) -> str | None:
     if type(node) not in _NAMES:
         return ""
-    objection = OPERATORS[operator_of(node)].objection(node, depends)
+    name = operator_of(node)
+    objection = OPERATORS[name].objection(node, depends)
+    if any(depends[1:]) and name not in _SEVERAL:
+        objection = "its weight, bias or other argument depends on the input: use a constant"
     if objection is None and tuple(node.output_shape[:1]) != (batch,):
         objection = f"its output {tuple(node.output_shape)} does not begin with the batch, of {batch}: keep it first"
     return objection

@@ -15,7 +15,7 @@ from lirpa_fastwarmup.engine.bounds import MarginBounds, class_count, input_box,
 from lirpa_fastwarmup.engine.graph import fingerprint
 from lirpa_fastwarmup.engine.module import BoundedModule
 from lirpa_fastwarmup.engine.plain import view_of
-from lirpa_fastwarmup.engine.precision import exact_arithmetic
+from lirpa_fastwarmup.engine.precision import exact_arithmetic, precision_of
 from lirpa_fastwarmup.engine.soundness import UnsoundBoundError, find_contradictions
 from lirpa_fastwarmup.engine.tracing import copy_of, unchanged
 from lirpa_fastwarmup.verification.certify import Certifier, Plan, attack_samples, ordered
@@ -51,7 +51,8 @@ def verify(
     The cheapest method bounds all samples. PGD attacks those that IBP leaves open, and some of those that it proves, as
     a check (a seeded 5 %, at least 10 in a batch); without IBP, all samples. Each further method bounds the samples
     that are neither proved nor falsified, in batches of ``batch_size`` gathered from all of them. Everything runs in
-    float32, eager, without autocast and TF32, on a copy of the network, in micro-batches where memory is short.
+    float32 (a float64 network's in float64), eager, without autocast and TF32, on a copy of the network, in
+    micro-batches where memory is short.
 
     Args:
         bounded: the network, in evaluation mode: a BoundedModule of this package, or the engine's own.
@@ -105,11 +106,12 @@ def verify(
         text = "pgd_steps and restarts must be at least 0 and batch_size at least 1"
         raise ValueError(f"{text}; found {pgd_steps}, {restarts} and {batch_size}")
     attack_and_data = pgd_steps, restarts, bounded.layout.pack_range(input_range), batch_size, seed
-    _check_complete(bounded, abcrown, ordered(methods), float64=float64)
+    kinds = {precision_of(bounded.wrapped): None} | ({torch.float64: None} if float64 else {})
+    _check_complete(bounded, abcrown, ordered(methods), float64=torch.float64 in kinds)
     settings = "" if abcrown is None else str(abcrown.configuration())
     plan = Plan(ordered(methods), *attack_and_data, float64=float64, rigorous=rigorous, complete=settings)
     options = {"indices": indices, "journal": journal, "progress": progress, "over_ranks": over_ranks}
-    bounds = [MarginBounds(bounded, kind) for kind in ([torch.float32, torch.float64] if float64 else [torch.float32])]
+    bounds = [MarginBounds(bounded, kind) for kind in kinds]
     with ExitStack() as stack:
         complete = None
         if abcrown is not None:
@@ -124,7 +126,7 @@ def _check_complete(bounded: BoundedModule, abcrown: ABCrown | None, methods: Se
         text = f"the method {COMPLETE!r} and the argument abcrown=verification.ABCrown(checkout) need each other; "
         raise ValueError(text + f"found methods={methods} and abcrown={abcrown}")
     if abcrown is not None and (float64 or not bounded.layout.is_single):
-        what = "in one precision" if float64 else "on networks of one input"
+        what = "in float32" if float64 else "on networks of one input"
         raise NotImplementedError(f"α,β-CROWN is run {what} only: leave {COMPLETE!r} out")
 
 
@@ -152,12 +154,11 @@ def evaluate(
         check: check the bounds of some samples of the first batch, as :func:`verify` does.
     """
     bounded = view_of(bounded)
-    _check_dtype(bounded)
+    precision = _checked_precision(bounded)
     packed = None if eps is None else bounded.layout.pack_eps(eps, input_range)
     plan = Plan(("IBP",), pgd_steps, restarts, bounded.layout.pack_range(input_range), batch_size, seed)
-    dtype = next((value.dtype for value in bounded.wrapped.parameters()), torch.get_default_dtype())
     with unchanged(bounded.wrapped):
-        network = MarginBounds(bounded.eval(), dtype, live=True)
+        network = MarginBounds(bounded.eval(), precision, live=True)
         certifier = Certifier([network], plan, bounded, check=check)
         return _verification(bounded, samples, eps, packed, certifier, warn=False, over_ranks=over_ranks)
 
@@ -186,18 +187,16 @@ def _plain(eps: Any) -> Any:
     return eps.tolist() if isinstance(eps, Tensor) else eps if isinstance(eps, float) else float(eps)
 
 
-def _check_dtype(bounded: BoundedModule) -> None:
+def _checked_precision(bounded: BoundedModule) -> torch.dtype:
     if torch.is_inference_mode_enabled():
         raise RuntimeError("the checks need gradients, which torch.inference_mode() forbids: call this outside of it")
-    for name, value in bounded.wrapped.named_parameters():
-        if value.is_floating_point() and value.dtype not in (torch.float32, torch.float64):
-            raise TypeError(f"certificates are of float32 or float64 networks; {name!r} is {value.dtype}: use .float()")
+    return precision_of(bounded.wrapped)
 
 
 def check_network(bounded: Any) -> BoundedModule:
     """Refuse a network that cannot be verified, with the errors of :func:`verify`; return this package's view of it."""
     bounded = view_of(bounded)
-    _check_dtype(bounded)
+    _checked_precision(bounded)
     training = [name or "the network itself" for name, module in bounded.wrapped.named_modules() if module.training]
     if training:
         text = f"the network is in training mode ({', '.join(training[:3])}{', …' if len(training) > 3 else ''}), "
@@ -234,7 +233,7 @@ def certified_radii(
 
     Args:
         largest: upper end of the search, in units of the input.
-        tolerance: of the search, in units of the input; float32 limits it further.
+        tolerance: of the search, in units of the input; the precision limits it further.
 
     Raises:
         ValueError: ``tolerance`` is not above 0 or not below ``largest``.
@@ -248,7 +247,7 @@ def certified_radii(
     if COMPLETE in ordered(methods):
         raise ValueError(f"radii are searched by bounds alone, not by {COMPLETE}: verify the radii of interest with it")
     plan = Plan(ordered(methods), pgd_steps, restarts, bounded.layout.pack_range(input_range), batch_size, seed)
-    bounds = MarginBounds(bounded, torch.float32)
+    bounds = MarginBounds(bounded, precision_of(bounded.wrapped))
     search = _Search(bounds, plan, largest, tolerance, untested=bool(bounded.untested))
     conditions = {"largest": largest, "tolerance": tolerance}
     options: dict[str, Any] = {"indices": indices, "journal": journal, "progress": progress, "over_ranks": over_ranks}
@@ -268,7 +267,7 @@ class _Search:
 
     @torch.no_grad()
     def radii(self, x: Tensor, y: Tensor, _: Any) -> BatchResult[Radius]:
-        x = converted(x, torch.float32, 10 * self._tolerance)
+        x = converted(x, self._network.dtype, 10 * self._tolerance)
         methods = self._plan.methods
         with exact_arithmetic(x.device):
             predictions = predicted(self._network.model(x))
@@ -307,7 +306,7 @@ class _Search:
         failed = torch.full_like(low, torch.inf)
         while True:
             trial = torch.where(failed.isfinite(), (low + failed) / 2, (low + step).clamp(max=self._largest))
-            between = (trial > low) & (trial < failed)  # False where float32 has no radius in between.
+            between = (trial > low) & (trial < failed)  # False where there is no radius in between.
             open_ = (low < self._largest) & (failed - low > self._tolerance) & (between | ~failed.isfinite())
             left = open_.nonzero().squeeze(1)
             if len(left) == 0:

@@ -15,6 +15,7 @@ from lirpa_fastwarmup import storage
 from lirpa_fastwarmup.distributed import all_gather, world
 from lirpa_fastwarmup.engine.compat import ENGINE_VERSION
 from lirpa_fastwarmup.engine.module import BoundedModule
+from lirpa_fastwarmup.engine.precision import precision_of
 from lirpa_fastwarmup.verification.result import Radius, Verification, radii_entry
 from lirpa_fastwarmup.version import __version__
 
@@ -46,9 +47,10 @@ def write_results(
     device, weights = bounded.example[0].device, storage.weights_sum(bounded.wrapped.state_dict())
     for name in WRITTEN:
         (folder / name).unlink(missing_ok=True)
+    precision = str(precision_of(bounded.wrapped)).removeprefix("torch.")
     content: dict[str, Any] = {
         **about,
-        "precision": "float32, eager, without TF32 and autocast; rounding is not bounded",
+        "precision": f"{precision}, eager, without TF32 and autocast; rounding is not bounded",
         "engine": f"auto_LiRPA {ENGINE_VERSION}",
         "torch": torch.__version__,
         "package": __version__,
