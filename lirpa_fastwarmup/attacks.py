@@ -53,10 +53,6 @@ class PGD:
         decay: a factor, and numbers of steps after which it multiplies ``step_size``, such as ``(0.1, (4, 7))``.
         scale: the attacked radius over ε; above 1 it exceeds the certified one.
         return_best: return the visited point with the highest loss, starting points included, instead of the last one.
-
-    Example:
-        >>> attack = fw.attacks.PGD(steps=1, step_size=10, return_best=False)  # A random start, then a corner.
-        >>> loss = fw.losses.MTLIBP(alpha=0.5, attack=attack)
     """
 
     steps: int = 1
@@ -168,10 +164,6 @@ def pgd(model: nn.Module, x: Tensor, y: Tensor, eps: Epsilon, **options: Any) ->
     """A misclassified point of each box where :func:`attack` finds one, and ``x`` elsewhere.
 
     Arguments, ``options`` among them, and errors are as in :func:`attack`.
-
-    Example:
-        >>> adversarial = fw.attacks.pgd(model.eval(), x, y, eps=8 / 255, steps=50, restarts=3)
-        >>> error = (model(adversarial).argmax(1) != y).float().mean()
     """
     found = attack(model, x, y, eps, **options)
     return torch.where(found.succeeded.view(-1, *[1] * (x.ndim - 1)), found.points, x)

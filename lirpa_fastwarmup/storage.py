@@ -140,9 +140,7 @@ def read_tensors(path: Path, otherwise: str) -> Any:
 
 def has_checksum(path: Path) -> bool:
     """Whether a file of tensors ends with a checksum, as :func:`write_tensors` writes it."""
-    with path.open("rb") as file:
-        file.seek(max(0, file.seek(0, os.SEEK_END) - _TRAILER_LENGTH))
-        return _TRAILER.search(file.read()) is not None
+    return _TRAILER.search(path.read_bytes()[-_TRAILER_LENGTH:]) is not None
 
 
 def file_sum(path: Path, algorithm: str = "sha256") -> str:

@@ -60,6 +60,9 @@ def exact(module, x, shape):
         scale = np.array([w / fraction_root(v + Fraction(module.eps)) for w, v in zip(weight, var, strict=True)])
         each = len(x) // len(mean)
         return (x - np.repeat(mean, each)) * np.repeat(scale, each) + np.repeat(bias, each), after
+    if isinstance(module, fw.models.Normalize):
+        mean, std = (np.repeat(fractions_of(one), len(x) // len(one)) for one in (module.mean, module.std))
+        return (x - mean) / std, after
     if isinstance(module, nn.AvgPool2d):
         sums = matrix_of(lambda z: F.avg_pool2d(z, module.kernel_size, divisor_override=1), shape)
         return (sums @ x) * Fraction(1, module.kernel_size**2), after
@@ -130,7 +133,15 @@ def normalised():
     return nn.Sequential(nn.Conv2d(1, 2, 2), norm, nn.LeakyReLU(0.1), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(2, 3))
 
 
+def of_inputs(shape):
+    """A network that normalises its inputs, of images or vectors."""
+    linear = nn.Linear(math.prod(shape), 3)
+    return nn.Sequential(fw.models.Normalize([0.1, -3.0], [0.3, 0.007]), nn.Flatten(), linear)
+
+
 SHAPED = {
+    "normalised inputs": (lambda: of_inputs((2, 3, 2)), (2, 3, 2)),
+    "normalised features": (lambda: of_inputs((2,)), (2,)),
     "linear": (lambda: nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 3)), (3,)),
     "cancelling": (cancelling, (6,)),
     "subnormal": (lambda: scaled(nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 3)), 2.0**-75), (3,)),
@@ -229,6 +240,27 @@ def test_statements_are_part_of_certificates_and_tables():
     nothing = fw.verify(bounded, (x, (y + 1) % 3), 0.003, **options, rigorous=True)
     assert nothing.stages["rigorous"].per_sample >= 0
     assert nothing.rigorous("exact", "float32") == 0
+
+
+def test_networks_that_normalise_their_inputs():
+    torch.manual_seed(0)
+    model, x = (
+        fw.models.cnn7((3, 8, 8), 5, width=2, hidden=8, mean=[0.5] * 3, std=[0.2] * 3).eval(),
+        torch.rand(6, 3, 8, 8),
+    )
+    bounded = fw.BoundedModule(model, x[:2])
+    found = fw.verify(bounded, (x, model(x).argmax(1)), 1e-6, ("IBP",), restarts=0, rigorous=True)
+    assert found.verified_error.count == 0
+    assert found.rigorous("float32") == 6
+
+
+def test_a_network_without_rules_is_refused_before_any_sample():
+    model, seen = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).eval(), []
+    samples = torch.rand(4, 3), torch.zeros(4, dtype=torch.int64)
+    bounded = fw.BoundedModule(model, samples[0])
+    with pytest.raises(UnknownOperatorError, match="leave rigorous out"):
+        fw.verify(bounded, samples, 0.01, rigorous=True, progress=seen.append)
+    assert not seen
 
 
 def test_boxes_contain_their_real_ends():

@@ -16,7 +16,7 @@ import lirpa_fastwarmup as fw
 from lirpa_fastwarmup.boxes import check_eps, check_positive
 from lirpa_fastwarmup.cli.options import device_named, number
 from lirpa_fastwarmup.cli.subject import Subject, add_arguments, check_named, subject_of
-from lirpa_fastwarmup.distributed import local_device, process_group, rank_zero_first, world
+from lirpa_fastwarmup.distributed import all_gather, local_device, process_group, rank_zero_first, world
 from lirpa_fastwarmup.experiments.data import Batches, spread_indices
 from lirpa_fastwarmup.verification import ABCrown, Journal, UnsoundBoundError, certified_radii, verify
 from lirpa_fastwarmup.verification.certify import NAMES, method_named
@@ -116,7 +116,7 @@ def _run(options: argparse.Namespace, subject: Subject, radii: Sequence[float], 
         verifications = [computed(f"eps {eps}", partial(at, eps), str) for eps in radii]
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"finished batches are kept in {journal.path}; the same command resumes") from None
-    used = journal.used_by_all()  # Before rank 0 writes: if that fails, no other rank waits.
+    used = set[str]().union(*all_gather(journal.used))  # Before rank 0 writes: if that fails, no other rank waits.
     if ranks.is_rank_zero:
         about = {"network": subject.name, "dataset": subject.dataset.name, "samples": len(chosen)}
         about |= {"classes": subject.dataset.classes, **plan, "pgd_restarts": options.pgd_restarts}

@@ -63,13 +63,11 @@ class Recorder(TorchFunctionMode):
 class _Inner(TorchDispatchMode):
     """Passes on what torch functions do inside: reads of scalars, such as of a tensor given as a number, and set_."""
 
-    def __init__(self, look: Callable[[str, Any, Any, Any], None]) -> None:
-        super().__init__()
-        self._look = look
+    look: Callable[[str, Any, Any, Any], None]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.set_):
-            self._look("item" if len(args) == 1 else "set_", args, {}, None)
+            self.look("item" if len(args) == 1 else "set_", args, {}, None)
         return func(*args, **(kwargs or {}))
 
 
@@ -108,7 +106,9 @@ class Observation(Recorder):
         self._written: dict[int, tuple[int, Tensor, str]] = {}  # By storage: when, by which tensor and by what call.
         self.norm_modes: list[bool] = []
         self.altered: list[str] = []
-        with torch.set_grad_enabled(grad), _Inner(self._inspect):
+        inner = _Inner()
+        inner.look = self._inspect
+        with torch.set_grad_enabled(grad), inner:
             self.output = self.run(model, inputs)
         for one in _strided(inputs):
             if written := self._written.get(one.untyped_storage()._cdata):

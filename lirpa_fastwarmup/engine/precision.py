@@ -11,7 +11,6 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 
 # Rounding errors of bounds, relative to the size of the values.
 SLACK = {torch.float32: 1e-4, torch.float64: 1e-9}
@@ -43,15 +42,6 @@ else:
     _COARSE = list(_ON_GPU)
     if getattr(_backends.mkldnn, "allow_tf32", None) is not None:  # Of Intel GPUs.
         _COARSE.append(_attribute(_backends.mkldnn, "allow_tf32", False, True))
-
-
-def precision_of(module: nn.Module) -> torch.dtype:
-    """The dtype in which ``module`` computes: float64 if any of its state is, else float32. TypeError for others."""
-    state = dict(module.named_parameters()) | dict(module.named_buffers())
-    for name, value in state.items():
-        if value.is_floating_point() and value.dtype not in (torch.float32, torch.float64):
-            raise TypeError(f"certificates are of float32 or float64 networks; {name!r} is {value.dtype}: use .float()")
-    return torch.float64 if any(value.dtype == torch.float64 for value in state.values()) else torch.float32
 
 
 @contextmanager

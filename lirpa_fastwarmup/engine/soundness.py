@@ -103,13 +103,7 @@ def find_contradictions(
 
 
 def _contradictions(
-    network: MarginBounds,
-    x: Tensor,
-    y: Tensor,
-    eps: Epsilon,
-    method: str,
-    input_range: InputRange | None,
-    points: list[Tensor],
+    network: MarginBounds, x: Tensor, y: Tensor, eps: Epsilon, method: str, input_range: InputRange | None, points: Any
 ) -> list[Finding]:
     found = []
     for radius, given in ((eps, points), (eps * _NARROW, [])):

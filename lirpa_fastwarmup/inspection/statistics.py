@@ -1,4 +1,4 @@
-"""The result of an inspection: statistics of each layer, as text, Markdown, HTML and CSV."""
+"""The result of an inspection: statistics of each layer, as text, Markdown and CSV."""
 
 import dataclasses
 import html
@@ -166,10 +166,7 @@ class Inspection:
         return "\n\n".join([*self._sections(str, as_markdown), *findings])
 
     def _repr_html_(self) -> str:
-        def paragraph(text: object) -> str:
-            return f"<p>{html.escape(str(text))}</p>"
-
-        return "".join([*self._sections(paragraph, as_html), *map(paragraph, self.findings or [self.all_clear()])])
+        return f"<pre>{html.escape(str(self))}</pre>"
 
     def __str__(self) -> str:
         findings = [textwrap.fill(f"! {one}", _LINE, subsequent_indent="  ") for one in self.findings]
@@ -241,14 +238,6 @@ def as_markdown(table: Table) -> str:
     """A table in GitHub's Markdown."""
     lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in table]
     return "\n".join([lines[0], "|" + " --- |" * len(table[0]), *lines[1:]])
-
-
-def as_html(table: Table) -> str:
-    """A table in HTML."""
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in table[0])
-    rows = ("".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in table[1:])
-    body = "".join(f"<tr>{row}</tr>" for row in rows)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def history_columns(layers: Sequence[ReluStatistics]) -> dict[str, float]:

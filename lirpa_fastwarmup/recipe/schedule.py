@@ -94,11 +94,6 @@ class SmoothedEpsilon(_Ramp):
     Attributes:
         mid: fraction of the ramp that follows the power law, from 0 to 1.
         beta: exponent of the power law, at least 2.
-
-    Example:
-        >>> schedule = fw.SmoothedEpsilon(0.1, start=2, length=10, steps_per_epoch=100)
-        >>> [round(schedule.fraction(step), 3) for step in (100, 350, 600, 1100)]
-        [0.0, 0.077, 0.385, 1.0]
     """
 
     mid: float = 0.25

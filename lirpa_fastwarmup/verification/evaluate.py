@@ -15,7 +15,7 @@ from lirpa_fastwarmup.engine.bounds import MarginBounds, class_count, input_box,
 from lirpa_fastwarmup.engine.graph import fingerprint
 from lirpa_fastwarmup.engine.module import BoundedModule
 from lirpa_fastwarmup.engine.plain import view_of
-from lirpa_fastwarmup.engine.precision import exact_arithmetic, precision_of
+from lirpa_fastwarmup.engine.precision import exact_arithmetic
 from lirpa_fastwarmup.engine.soundness import UnsoundBoundError, find_contradictions
 from lirpa_fastwarmup.engine.tracing import copy_of, unchanged
 from lirpa_fastwarmup.verification.certify import Certifier, Plan, attack_samples, ordered
@@ -106,7 +106,7 @@ def verify(
         text = "pgd_steps and restarts must be at least 0 and batch_size at least 1"
         raise ValueError(f"{text}; found {pgd_steps}, {restarts} and {batch_size}")
     attack_and_data = pgd_steps, restarts, bounded.layout.pack_range(input_range), batch_size, seed
-    kinds = {precision_of(bounded.wrapped): None} | ({torch.float64: None} if float64 else {})
+    kinds = {_precision_of(bounded): None} | ({torch.float64: None} if float64 else {})
     _check_complete(bounded, abcrown, ordered(methods), float64=torch.float64 in kinds)
     settings = "" if abcrown is None else str(abcrown.configuration())
     plan = Plan(ordered(methods), *attack_and_data, float64=float64, rigorous=rigorous, complete=settings)
@@ -154,7 +154,7 @@ def evaluate(
         check: check the bounds of some samples of the first batch, as :func:`verify` does.
     """
     bounded = view_of(bounded)
-    precision = _checked_precision(bounded)
+    precision = _precision_of(bounded)
     packed = None if eps is None else bounded.layout.pack_eps(eps, input_range)
     plan = Plan(("IBP",), pgd_steps, restarts, bounded.layout.pack_range(input_range), batch_size, seed)
     with unchanged(bounded.wrapped):
@@ -187,16 +187,21 @@ def _plain(eps: Any) -> Any:
     return eps.tolist() if isinstance(eps, Tensor) else eps if isinstance(eps, float) else float(eps)
 
 
-def _checked_precision(bounded: BoundedModule) -> torch.dtype:
+def _precision_of(bounded: BoundedModule) -> torch.dtype:
+    """The dtype of the network's certificates: float64 if any of its state is, else float32; TypeError for others."""
     if torch.is_inference_mode_enabled():
         raise RuntimeError("the checks need gradients, which torch.inference_mode() forbids: call this outside of it")
-    return precision_of(bounded.wrapped)
+    state = dict(bounded.wrapped.named_parameters()) | dict(bounded.wrapped.named_buffers())
+    for name, value in state.items():
+        if value.is_floating_point() and value.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"certificates are of float32 or float64 networks; {name!r} is {value.dtype}: use .float()")
+    return torch.float64 if any(value.dtype == torch.float64 for value in state.values()) else torch.float32
 
 
 def check_network(bounded: Any) -> BoundedModule:
     """Refuse a network that cannot be verified, with the errors of :func:`verify`; return this package's view of it."""
     bounded = view_of(bounded)
-    _checked_precision(bounded)
+    _precision_of(bounded)
     training = [name or "the network itself" for name, module in bounded.wrapped.named_modules() if module.training]
     if training:
         text = f"the network is in training mode ({', '.join(training[:3])}{', …' if len(training) > 3 else ''}), "
@@ -247,7 +252,7 @@ def certified_radii(
     if COMPLETE in ordered(methods):
         raise ValueError(f"radii are searched by bounds alone, not by {COMPLETE}: verify the radii of interest with it")
     plan = Plan(ordered(methods), pgd_steps, restarts, bounded.layout.pack_range(input_range), batch_size, seed)
-    bounds = MarginBounds(bounded, precision_of(bounded.wrapped))
+    bounds = MarginBounds(bounded, _precision_of(bounded))
     search = _Search(bounds, plan, largest, tolerance, untested=bool(bounded.untested))
     conditions = {"largest": largest, "tolerance": tolerance}
     options: dict[str, Any] = {"indices": indices, "journal": journal, "progress": progress, "over_ranks": over_ranks}

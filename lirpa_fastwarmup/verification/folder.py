@@ -12,10 +12,9 @@ from typing import Any, Self
 import torch
 
 from lirpa_fastwarmup import storage
-from lirpa_fastwarmup.distributed import all_gather, world
+from lirpa_fastwarmup.distributed import world
 from lirpa_fastwarmup.engine.compat import ENGINE_VERSION
 from lirpa_fastwarmup.engine.module import BoundedModule
-from lirpa_fastwarmup.engine.precision import precision_of
 from lirpa_fastwarmup.verification.result import Radius, Verification, radii_entry
 from lirpa_fastwarmup.version import __version__
 
@@ -47,10 +46,9 @@ def write_results(
     device, weights = bounded.example[0].device, storage.weights_sum(bounded.wrapped.state_dict())
     for name in WRITTEN:
         (folder / name).unlink(missing_ok=True)
-    precision = str(precision_of(bounded.wrapped)).removeprefix("torch.")
     content: dict[str, Any] = {
         **about,
-        "precision": f"{precision}, eager, without TF32 and autocast; rounding is not bounded",
+        "precision": "float32 (float64 networks: float64), eager, without TF32 and autocast; rounding is not bounded",
         "engine": f"auto_LiRPA {ENGINE_VERSION}",
         "torch": torch.__version__,
         "package": __version__,
@@ -109,10 +107,6 @@ class Journal:
                 storage.write_atomically(path, "".join(left).encode())
             else:
                 path.unlink(missing_ok=True)
-
-    def used_by_all(self) -> set[str]:
-        """The keys that any process asked for. Every process must call this."""
-        return set().union(*all_gather(self.used))
 
 
 def _journals_beside(path: Path) -> list[Path]:

@@ -124,7 +124,8 @@ class Propagation(torch.fx.Interpreter):
         else:
             result = super().call_function(target, args, kwargs)
         if result is NotImplemented:
-            raise UnknownOperatorError(f"no interval rule covers {target} here (last parameter read: {self._last})")
+            problem = f"no interval rule covers {target} here (last parameter read: {self._last})"
+            raise UnknownOperatorError(f"{problem}: leave rigorous out, or write the network with other operators")
         return result
 
 

@@ -265,7 +265,8 @@ class _Rigorous(intervals.Propagation):
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         name = str(target).split(".")[1] if isinstance(target, torch._ops.OpOverload) else ""
-        moves = name in MOVING and (name != "constant_pad_nd" or _holds_in_float32((*args, *kwargs.values())))
+        moves = name in MOVING or (name in ("view", "_unsafe_view") and not isinstance(args[1], torch.dtype))
+        moves &= name != "constant_pad_nd" or _holds_in_float32((*args, *kwargs.values()))
         if target is not operator.getitem and not moves and not intervals_in((args, kwargs)):
             floating = [isinstance(value, Tensor) and value.is_floating_point() for value in args]
             ends = zip(args, floating, strict=True)
