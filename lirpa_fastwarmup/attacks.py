@@ -75,8 +75,7 @@ class PGD:
             raise ValueError(text + "miss points of the box that is certified. Pass 1 or more")
         if self.decay is not None and not (0 < self.decay[0] <= 1 and all(at > 0 for at in self.decay[1])):
             raise ValueError(f"decay is a factor from 0 to 1, and numbers of steps, found {self.decay}")
-        if self.decay is not None:
-            object.__setattr__(self, "decay", (self.decay[0], tuple(self.decay[1])))  # Hashable.
+        object.__setattr__(self, "decay", self.decay and (self.decay[0], tuple(self.decay[1])))  # Hashable.
 
     def starts(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Random starts relative to the box, from 0 to 1: ``(restarts, *x.shape)``, on the device of ``x``."""

@@ -111,7 +111,7 @@ def test_a_verification_prints_as_a_table():
         [name, str(stage.samples), str(stage.hits)] for name, stage in found.stages.items()
     ]
     assert lines[8:] == [
-        f"  {found.checked} of the samples that PGD attacked are proved",
+        f"  PGD attacked {found.checked} proved samples, as a check of the bounds",
         "  float64 changes the verdicts of 0 samples",
     ]
     assert found._repr_html_() == f"<pre>{found}</pre>"

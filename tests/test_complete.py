@@ -261,7 +261,7 @@ def test_bad_requests(batch, checkout, tmp_path):
         fw.verify(bounded, (x, y), 0.02, ("IBP", "abcrown"))
     with pytest.raises(ValueError, match="need each other"):
         fw.verify(bounded, (x, y), 0.02, ("IBP",), abcrown=abcrown)
-    with pytest.raises(NotImplementedError, match="in one precision only"):
+    with pytest.raises(NotImplementedError, match="in float32 only"):
         verified(batch, abcrown, float64=True)
     inputs = torch.rand(2, 1, 8, 8), torch.rand(2, 5)
     two = fw.BoundedModule(TwoInputs(), inputs).eval()

@@ -327,3 +327,12 @@ def test_bad_settings_are_refused(case):
     make, kind, message = BAD[case]
     with pytest.raises(kind, match=message):
         make()
+
+
+@pytest.mark.parametrize("loss", [lambda step: step.logits.mean(), lambda step: losses.LossValue(step.logits.mean(1))])
+def test_a_loss_that_returns_no_mean_is_refused(loss):
+    x = torch.rand(4, 3)
+    bounded = fw.BoundedModule(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), x)
+    warmup = fw.ShortWarmup(bounded, fw.ConstantEpsilon(0.1), loss=loss)
+    with pytest.raises(TypeError, match="must return a LossValue with a 0-dim loss"):
+        warmup(x, torch.tensor([0, 1, 0, 1]))

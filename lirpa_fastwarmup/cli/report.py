@@ -29,6 +29,6 @@ def _report(options: argparse.Namespace) -> int:
     with make_folder(out.parent):
         write_atomically(out, render(records).encode())
     for text in (text for record in records for text in record.missing):
-        print(f"left out: {text}")
+        print(f"not in the report: {text}")
     print(f"written to {out}")
     return 0

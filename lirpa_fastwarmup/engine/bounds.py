@@ -66,8 +66,8 @@ def class_count(bounded: Any) -> int:
     """The number of classes of a BoundedModule; refuses outputs that are not (batch, classes ≥ 2)."""
     shape = tuple(bounded.final_shape)
     if len(shape) != 2 or shape[1] < 2:
-        text = f"expected a classifier whose output is (batch, classes ≥ 2), found {shape}, without margins: give the "
-        raise ValueError(text + "network one output per class (for a single score s, the two outputs 0 and s)")
+        text = f"expected a classifier whose output is (batch, classes ≥ 2), found {shape}: return a score per class, "
+        raise ValueError(text + "and for a single score s, above 0 for class 1, torch.nn.functional.pad(s, (1, 0))")
     return int(shape[1])
 
 

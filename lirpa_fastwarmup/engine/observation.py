@@ -94,7 +94,7 @@ class Observation(Recorder):
         norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
         self._counters = {id(module.num_batches_tracked) for module in norms}
         self._norms = {id(module.running_mean): module for module in norms}
-        self._buffers = {id(tensor): name for name, tensor in model.named_buffers()}
+        self._buffers = {_storage(tensor) or -1: (name, tensor) for name, tensor in model.named_buffers()}
         self.constants: dict[str, Tensor] = {}
         self.value_reads: dict[str, None] = {}
         self.operations: list[str] = []
@@ -167,8 +167,8 @@ class Observation(Recorder):
         masks = name == "__getitem__" and isinstance(args[1], Tensor) and args[1].dtype == torch.bool
         copies = name in _COPIES_VALUES and any(isinstance(one, list | tuple) and _strided(one) for one in args)
         reads = name in _READS_A_VALUE or masks or copies or (name == "where" and len(args) == 1)
-        if reads and first in self._buffers:  # Training changes parameters, and seldom buffers.
-            self.constants[self._buffers[first]] = args[0].detach().clone()
+        if reads and (known := self._buffers.get(_storage(args[0]) or 0)):  # Training seldom changes them.
+            self.constants[known[0]] = known[1].detach().clone()
         elif reads:
             stack = reversed(traceback.extract_stack())
             frame = next(one for one in stack if not one.filename.startswith(_NOT_THE_USERS))
@@ -195,6 +195,10 @@ def _strided(value: Any) -> list[Tensor]:
     tensors = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
     wrapped = torch._C._functorch.is_functorch_wrapped_tensor
     return [one for one in tensors if one.layout == torch.strided and not one.is_inference() and not wrapped(one)]
+
+
+def _storage(value: Any) -> int | None:
+    return value.untyped_storage()._cdata if isinstance(value, Tensor) and _strided(value) else None
 
 
 def _altered_by_export(name: str, args: Any, kwargs: Any) -> list[str]:

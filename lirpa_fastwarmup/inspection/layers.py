@@ -35,9 +35,7 @@ def inspect(bounded: Any, x: Tensor | tuple[Tensor, ...], eps: Any, *, input_ran
         NotImplementedError: an engine module with bounds that are not proved.
 
     Example:
-        >>> found = fw.inspect(fw.BoundedModule(net, x), x, eps=8 / 255)  # Prints as tables, then findings.
-        >>> [finding.kind for finding in found.findings]
-        ['exploded bounds', 'no BatchNorm']
+        >>> print(fw.inspect(fw.BoundedModule(net, x), x, eps=8 / 255))  # Tables of the layers, then findings.
     """
     bounded = plain.view_of(bounded)
     layout = bounded.layout

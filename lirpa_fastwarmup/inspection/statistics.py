@@ -198,7 +198,7 @@ class Inspection:
         if self.output is None:
             return ""
         gap, lower = self.output.gap, self.output.lower_bound
-        text = f"The predicted class leads by {gap:.3g} on average, by at least {lower:.3g} over the box; IBP proves "
+        text = f"The predicted class leads by {gap:.3g} on average (IBP's lower bound: {lower:.3g}); IBP proves "
         return text + f"it constant, right or wrong, for {self.output.certified:.1%} of the samples."
 
     def tables(self) -> list[Table]:

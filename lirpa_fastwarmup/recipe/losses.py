@@ -11,8 +11,7 @@ Losses with an attack name their BatchNorm policy. "clean": attack and bounds us
 pass of its points, which moves the running statistics, provides those of the bounds (expressive-losses, CTRAIN).
 
 Example:
-    >>> loss = fw.losses.MTLIBP(alpha=0.5, attack=fw.attacks.PGD(steps=1))
-    >>> warmup = fw.ShortWarmup(bounded, schedule, loss=loss)
+    >>> warmup = fw.ShortWarmup(bounded, schedule, loss=fw.losses.MTLIBP(alpha=0.5, attack=fw.attacks.PGD(steps=1)))
 """
 
 from collections.abc import Callable

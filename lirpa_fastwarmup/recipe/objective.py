@@ -24,6 +24,7 @@ from lirpa_fastwarmup.boxes import Epsilon
 from lirpa_fastwarmup.engine import batchnorm, bounds, graph, inputs, plain
 from lirpa_fastwarmup.engine.module import BoundedModule
 from lirpa_fastwarmup.engine.precision import temporarily
+from lirpa_fastwarmup.recipe import losses
 from lirpa_fastwarmup.recipe.compiled import CompiledSteps, scalar_like
 from lirpa_fastwarmup.recipe.losses import CCIBP, EXPIBP, FULL, IBP, MTLIBP, PHASES, RAMP, SABR, START, Loss, LossStep
 from lirpa_fastwarmup.recipe.regularizers import BUILT_IN, Regularizer, relu_balance, tightness, undefined
@@ -327,6 +328,8 @@ class ShortWarmup(nn.Module):
             if regularizers or terms.phase != START:
                 step = LossStep(self.bounded, x, y, logits, box, eps, self._range, fraction, terms.phase, *starts)
                 found = (IBP() if terms.phase == START else terms.loss)(step)
+                if not isinstance(found, losses.LossValue) or found.loss.ndim:
+                    raise TypeError(f"a loss must return a LossValue with a 0-dim loss, its mean; found {found!r:.100}")
                 values |= {name: value for name in _REPORTED if (value := getattr(found, name)) is not None}
                 if found.certified is not None:
                     values["verified_error"] = 1 - found.certified.to(loss.dtype).mean()

@@ -132,7 +132,7 @@ class Certifier:
         self._rigorous = RigorousMargins(network.wrapped) if plan.rigorous else None
         if self._rigorous:  # Refuses operators without rules before any sample is bounded.
             ends = [x.double().cpu() if x.is_floating_point() else x.cpu() for x in network.example]
-            points = [Interval(end, end) if end.is_floating_point() else end for end in ends]
+            points = [Interval(x, x) if x.is_floating_point() else x for x in ends]
             self._rigorous.statements(points, torch.zeros(len(ends[0]), dtype=torch.int64))
         self._checked: set[tuple[str, torch.dtype, bool]] = set()  # By method, precision, and whether attacked.
         self._micro_batches = plan.micro_batches()

@@ -220,7 +220,7 @@ def _require_equal(found: Tensor, expected: Tensor, path: Path) -> None:
 
 def _require(*packages: str) -> None:
     if missing := ", ".join(package for package in packages if importlib.util.find_spec(package) is None):
-        raise ImportError(f"ONNX files need {missing}, which is not installed: pip install 'lirpa_fastwarmup[onnx]'")
+        raise ImportError(f"ONNX files need {missing}: pip install 'lirpa_fastwarmup[onnx]'")
 
 
 def _converter() -> Any:

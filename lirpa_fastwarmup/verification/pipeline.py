@@ -100,10 +100,6 @@ class _Part(NamedTuple):
         radius = radii_of(self.radius, self.x, rows)
         return type(self)(self.x[rows], self.y[rows], radius, [self.places[one] for one in which])
 
-    def joins(self, other: Self) -> bool:
-        """Whether both can be in one batch."""
-        return self.radius is other.radius or all(is_per_sample(one.radius, one.x) for one in (self, other))
-
     def joined(self, other: Self) -> Self:
         radius = torch.cat([self.radius, other.radius]) if is_per_sample(self.radius, self.x) else self.radius
         x, y = torch.cat([self.x, other.x]), torch.cat([self.y, other.y])
@@ -138,7 +134,8 @@ def _screened(
         yield result
         decided = {one.index for one in result.certificates}
         others = part.some([at for at, place in enumerate(part.places) if place not in decided])
-        if left is not None and not left.joins(others):
+        per_sample = left is not None and all(is_per_sample(one.radius, one.x) for one in (left, others))
+        if left is not None and left.radius is not others.radius and not per_sample:
             yield compute(left)
             left = None
         left = others if left is None else left.joined(others)

@@ -275,7 +275,7 @@ class Verification:
         for name, one in self.stages.items():
             lines.append(f"{name:<11} {one.samples:>8,} {one.hits:>8,}  {one.per_sample:.4f}")
         if ATTACK in self.stages:
-            lines.append(f"{self.checked:,} of the samples that {ATTACK} attacked are proved")
+            lines.append(f"{ATTACK} attacked {self.checked:,} proved samples, as a check of the bounds")
         if COMPLETE in self.stages:
             lines.append(", ".join(f"{count:,} {name}" for name, count in self.outcomes().items()) + f" by {COMPLETE}")
         failed = [one for one in self.certificates if (one.complete or "").startswith("error")]

@@ -31,6 +31,8 @@ def load(data_dir: Path | None = None) -> Dataset:
         raise ValueError("the dataset npz needs a folder with train.npz and test.npz: pass it as --data-dir")
     path = Path(data_dir)
     if path.suffix in READERS and not path.is_dir():
+        if not path.is_file():
+            raise missing_files("the dataset", [path.name], path.parent)
         found = READERS[path.suffix](path)
         whole = _split(found, path)
         if len(whole) < 2:

@@ -35,8 +35,7 @@ def load(data_dir: Path | None = None) -> Dataset:
     *batches, test = (_read_batch(folder / name) for name in _ORIGINALS)
     name = "CIFAR-10" if original else "CIFAR-10 (not the original files)"
     train = Split(torch.cat([batch.images for batch in batches]), torch.cat([batch.labels for batch in batches]))
-    mean, std = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
-    return Dataset(name=name, classes=10, train=train, test=test, mean=mean, std=std)
+    return Dataset(name, 10, train, test, mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010))
 
 
 class _Bytes:

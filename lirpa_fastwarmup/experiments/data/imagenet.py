@@ -29,8 +29,7 @@ def load(data_dir: Path | None = None) -> Dataset:
     folder = extracted_folder("Tiny-ImageNet", "tiny-imagenet", data_dir, TINY_SOURCE, "tiny-imagenet-200", required)
     classes = {name: number for number, name in enumerate(sorted((folder / _WNIDS).read_text().split()))}
     train, test = (_decode(list(files(folder, classes))) for files in (_training_files, _validation_files))
-    mean, std = (0.4802, 0.4481, 0.3975), (0.2302, 0.2265, 0.2262)
-    return Dataset(name="Tiny-ImageNet", classes=len(classes), train=train, test=test, mean=mean, std=std)
+    return Dataset("Tiny-ImageNet", len(classes), train, test, (0.4802, 0.4481, 0.3975), (0.2302, 0.2265, 0.2262))
 
 
 def _training_files(folder: Path, classes: dict[str, int]) -> Iterator[tuple[Path, int]]:

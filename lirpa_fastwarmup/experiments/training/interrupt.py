@@ -4,6 +4,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
@@ -16,11 +17,12 @@ class TrainingInterrupted(KeyboardInterrupt):
         self.signal_number, self.out = signal_number, out
 
 
+@dataclass
 class StopRequest:
     """The signal that asked the run in ``out`` to stop, 0 for none; two methods are signal handlers."""
 
-    def __init__(self, out: Path) -> None:
-        self._out, self.signal_number = out, 0
+    out: Path
+    signal_number: int = 0
 
     def defer(self, signal_number: int, frame: FrameType | None) -> None:
         """Record the signal, and let a second SIGINT interrupt at once."""
@@ -29,7 +31,7 @@ class StopRequest:
 
     def interrupt(self, signal_number: int, frame: FrameType | None = None) -> None:
         """Raise :class:`TrainingInterrupted`."""
-        raise TrainingInterrupted(signal_number, self._out)
+        raise TrainingInterrupted(signal_number, self.out)
 
 
 @contextmanager
