@@ -138,19 +138,21 @@ def test_half_precision_rounds_no_indices(dtype):
 
 
 def test_samples_that_rounding_moves_are_refused():
-    net = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 2)).double().eval()
+    net = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 2)).eval()
     with torch.no_grad():
         net[0].weight.fill_(1.0)
         net[0].bias.fill_(-1e9 - 64)
         net[1].weight.copy_(torch.tensor([[1.0], [0.0]]))
         net[1].bias.copy_(torch.tensor([20.0, 0.0]))
     x, y = torch.tensor([[1e9 + 33.0]], dtype=torch.float64), torch.tensor([0])
-    bounded = fw.BoundedModule(net, x)
+    bounded = fw.BoundedModule(net, x.float())
     with pytest.raises(ValueError, match="moves them by up to 31"):
         fw.verify(bounded, (x, y), 10.0, input_range=None)
     with pytest.raises(ValueError, match="moves them by up to 31"):
         fw.verification.certified_radii(bounded, (x, y), input_range=None, largest=100.0, tolerance=1.0)
-    assert evaluate(bounded, (x, y), 10.0, input_range=None).verified_error.count == 1  # In float64.
+    exact = fw.BoundedModule(copy.deepcopy(net).double(), x)
+    for function in (fw.verify, evaluate):
+        assert function(exact, (x, y), 10.0, input_range=None).verified_error.count == 1
 
 
 class Gain(nn.Module):

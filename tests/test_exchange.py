@@ -186,7 +186,7 @@ def test_missing_packages_are_named(tmp_path, monkeypatch):
     find = onnx_file.importlib.util.find_spec
     for package, message in (
         ("onnx2pytorch", "pip install --no-deps onnx2pytorch"),
-        ("onnxruntime", r"ONNX files need onnxruntime, .*lirpa_fastwarmup\[onnx\]"),
+        ("onnxruntime", r"ONNX files need onnxruntime: .*lirpa_fastwarmup\[onnx\]"),
     ):
         path = tmp_path / f"{package}.onnx"
         verification.write_onnx(networks.multilayer(batchnorm=False).eval(), (1, 8, 8), path)

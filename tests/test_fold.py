@@ -354,7 +354,10 @@ REFUSED = {
         "'0': BoundedWeightsToo has a forward of its own",
     ),
     "patched forward": (changed(lambda m: setattr(m[0], "forward", m[0].forward)), "'0': Conv2d has a forward of its"),
-    "weight read elsewhere": (lambda: inserted(TiedByCode(lambda c: c.weight.data[0, 0, 0, 0])), "'conv': other code"),
+    "weight read elsewhere": (
+        lambda: inserted(TiedByCode(lambda c: c.weight.detach()[0, 0, 0, 0])),
+        "'conv': other code",
+    ),
     "bias read elsewhere": (lambda: inserted(TiedByCode(lambda c: c.bias.view(1, -1, 1, 1))), "'conv': other code"),
 }
 

@@ -367,10 +367,18 @@ def test_operands_of_which_bounds_read_one_end_are_refused(name):
         fw.BoundedModule(model.eval(), torch.rand(1, 3))
 
 
-def test_a_bias_that_is_not_a_vector_is_refused():
-    head = Function(lambda h: torch.addmm(torch.ones(1, 3), h, torch.ones(4, 3)))
-    with pytest.raises(NotImplementedError, match=r"its bias has the shape \(1, 3\): use a vector"):
-        fw.BoundedModule(nn.Sequential(nn.Linear(5, 4), nn.ReLU(), head).eval(), torch.rand(2, 5))
+def test_margins_of_a_last_bias_that_is_no_vector():
+    weight, bias = torch.randn(4, 3), torch.tensor([[0.1, -0.2, 0.3]])
+    head = Function(lambda h: torch.addmm(bias, h, weight))
+    body, x, y = nn.Sequential(nn.Linear(5, 4), nn.ReLU()), torch.rand(3, 5), torch.tensor([0, 1, 2])
+    last = nn.Linear(4, 3)
+    last.weight, last.bias = nn.Parameter(weight.t()), nn.Parameter(bias[0])
+    found, expected = (
+        [one.margin for one in fw.verify(fw.BoundedModule(net, x).eval(), (x, y), 0.1, ("IBP",)).certificates]
+        for net in (nn.Sequential(body, head), nn.Sequential(body, last))
+    )
+    # Without a vector, the layer is not merged with the margins.
+    assert all(one <= other + 1e-6 for one, other in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("method", ["forward", "Forward+Backward"])

@@ -87,6 +87,7 @@ def margin_interval(node: Any, labels: Tensor, interval_of: Callable[[Any], Any]
     """
     is_linear = isinstance(node, engine.bound_general.BoundLinear) and isinstance(node.inputs[1], _CONSTANT)
     on_vectors = is_linear and len(node.inputs[0].output_shape) == 2 and not node.is_input_perturbed(1)
+    on_vectors &= all(len(bias.output_shape) == 1 for bias in node.inputs[2:])
     inputs = [interval_of(source) for source in node.inputs] if on_vectors else []
     if not inputs:
         own, (lower, upper) = labels.unsqueeze(1), interval_of(node)

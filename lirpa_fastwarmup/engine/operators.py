@@ -42,8 +42,6 @@ def _linear(node: Any, depends: list[bool]) -> str | None:
     factors = node.attr.get("alpha", 1.0), node.attr.get("beta", 1.0)
     if factors[0] != 1 or factors[1] < 0:  # CROWN leaves out the first.
         return f"it multiplies weight and bias by {factors[0]:g} and {factors[1]:g}: scale the weights instead"
-    if len(node.inputs) > 2 and len(node.inputs[2].output_shape) != 1:  # Margins and CROWN index a vector.
-        return f"its bias has the shape {tuple(node.inputs[2].output_shape)}: use a vector"
     return _one_activation(node, depends)
 
 
