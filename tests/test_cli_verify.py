@@ -107,6 +107,21 @@ def test_files_of_a_verification_agree_with_one_another_and_the_library(run_dir,
     assert not (run_dir / "verification.partial").exists()
 
 
+def test_an_unfinished_run_is_said_to_be_one(run_dir, capsys, caplog):
+    (run_dir / "summary.json").unlink()
+    status, _, _ = run(capsys, "verify", run_dir, *QUICK, "--methods", "IBP", "--limit", 10)
+    assert status == 0
+    assert f"the run in {run_dir} is not finished: this is its network after epoch 5 of 5" in caplog.text
+
+
+@pytest.mark.parametrize("option", ["--rigorous", "--float64"])
+def test_what_the_search_for_radii_does_not_do_is_refused(option, run_dir, capsys):
+    status, _, err = run(capsys, "verify", run_dir, "--radius", option)
+    assert status == 1
+    assert "name these with --eps" in err
+    assert not (run_dir / "radii.csv").exists()
+
+
 def test_radius_of_the_run_comes_by_default_and_results_are_not_replaced(run_dir, capsys):
     status, _, _ = run(capsys, "verify", run_dir, *QUICK, "--methods", "IBP", "--limit", 100)
     assert status == 0

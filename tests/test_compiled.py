@@ -30,7 +30,7 @@ def pair(model, x, *, backend="eager", batch_size=None, step=RAMPING, **argument
     arguments = {"schedule": schedule(), **arguments}
     eager = fw.ShortWarmup(fw.BoundedModule(copy.deepcopy(model), x), **arguments)
     compiled = fw.ShortWarmup(fw.BoundedModule(model, x), compile=True, **arguments)
-    compiled._compiled = CompiledSteps(compiled.bounded, compiled.input_range, batch_size=batch_size, backend=backend)
+    compiled._compiled = CompiledSteps(compiled.bounded, compiled.input_range, batch_size, backend)
     eager.steps_done = compiled.steps_done = step
     return eager, compiled
 

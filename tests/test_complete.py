@@ -178,7 +178,7 @@ def test_points_that_are_no_numbers_falsify_nothing(batch, checkout):
 
 def test_another_function_in_the_other_process_is_an_error(batch, checkout):
     bounded, x, y = batch
-    verifier = complete.CompleteVerifier(standin(checkout, ("safe",) * 3), bounded.wrapped)
+    verifier = complete.CompleteVerifier(standin(checkout, ("safe",) * 3), bounded.wrapped, 4)
     verifier._model = nn.Sequential(bounded.wrapped, nn.Softplus())
     try:
         outcome = verifier.outcome(x[0] - 0.02, x[0] + 0.02, int(y[0]), 3)
@@ -357,6 +357,12 @@ def test_from_the_command_line(checkout, tmp_path, capsys):
 def test_the_real_one_agrees_on_five_samples():
     bounded, x, y = (part if place == 0 else part[:5] for place, part in enumerate(open_samples(("CROWN-IBP",), 3)))
     assert len(x) == 5
+    # As most networks for colour images begin.
+    same = nn.Sequential(fw.models.Normalize([0.0], [0.5]), nn.Sequential(*bounded.wrapped))
+    with torch.no_grad():
+        next(module for module in same.modules() if isinstance(module, nn.Conv2d)).weight.mul_(0.5)
+    bounded = fw.BoundedModule(same.eval(), x[:2]).eval()
+    assert torch.equal(bounded(x).argmax(1), y)
     python = os.environ.get("ABCROWN_PYTHON", sys.executable)
     abcrown = ABCrown(Path(os.environ["ABCROWN"]), python=python, time_limit=60.0)
     options = {"abcrown": abcrown, "restarts": 0}

@@ -175,6 +175,7 @@ def test_tiny_imagenet_folder(tiny_dir):
         assert torch.allclose(greens, torch.tensor([0.0, 40] * 3), atol=4)
         assert torch.allclose(dataset.test.images[:, 2].float().mean((1, 2)), torch.tensor([0.0, 60, 120, 180]), atol=4)
         assert dataset.mean == (0.4802, 0.4481, 0.3975)
+        assert dataset.train.images.is_contiguous()
 
 
 def test_tiny_imagenet_from_its_archive(tiny_dir, tmp_path):

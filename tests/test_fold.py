@@ -468,6 +468,29 @@ def test_export_of_what_cannot_be_folded_says_so(x, y, tmp_path):
     assert verification.export(networks.SmallResNet(batchnorm=True).eval(), x, y, 0.1, tmp_path) == ""
 
 
+@pytest.mark.parametrize("foldable", [True, False])
+def test_a_leading_normalize_of_images_is_handed_over_as_batchnorm(foldable, x, y, tmp_path):
+    """The patches of another verifier refuse its constants; asymmetric ones show an error in either."""
+    inner = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))
+    if not foldable:
+        inner = inserted(TiedByCode(lambda conv: conv.bias.view(1, -1, 1, 1)))
+    model = nn.Sequential(fw.models.Normalize([0.3], [0.07]), inner).eval()
+    note = verification.export(model, x, y, 0.1, tmp_path)
+    assert note.startswith("network.onnx is the folded" if foldable else "network.onnx contains the inserted BatchNorm")
+    kinds = [node.op_type for node in onnx.load(tmp_path / "network.onnx").graph.node]
+    assert kinds[0] == "BatchNormalization"
+    assert not {"Sub", "Div"} & set(kinds)
+    assert torch.allclose(ran(tmp_path, x), model(x), rtol=1e-4, atol=1e-4)
+    assert type(model[0]) is fw.models.Normalize
+
+
+def test_a_normalize_of_features_is_handed_over_as_it_is():
+    model = nn.Sequential(fw.models.Normalize([0.3, 0.2], [0.07, 2.0]), nn.Linear(2, 3)).eval()
+    other, note = verification.handover.handed_over(model, 2)
+    assert (type(other[0]), note) == (fw.models.Normalize, "")
+    assert other is not model
+
+
 def test_export_compares_with_the_network_before_folding(x, y, tmp_path, monkeypatch):
     model = trained(networks.SmallResNet(), IMAGE)
     wrong = fw.fold_batchnorm(model)

@@ -273,7 +273,7 @@ def test_compiled_steps_are_the_eager_ones(name, batch):
     for compiled in (False, True):
         warmup = objective(NAMED[name], x).train()
         if compiled:
-            warmup._compiled = fw.recipe.compiled.CompiledSteps(warmup.bounded, (0.0, 1.0), backend="eager")
+            warmup._compiled = fw.recipe.compiled.CompiledSteps(warmup.bounded, (0.0, 1.0), None, "eager")
             warmup.compiled_phases = losses.PHASES
         warmup.steps_done = 9
         torch.manual_seed(1)

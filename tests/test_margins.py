@@ -90,7 +90,7 @@ def test_recorded_steps_equal_eager_ones(one_by_one, backend):
     schedule = fw.ConstantEpsilon(EPS)
     eager = fw.ShortWarmup(fw.BoundedModule(copy.deepcopy(model), x), schedule)
     compiled = fw.ShortWarmup(fw.BoundedModule(model, x), schedule, compile=True)
-    compiled._compiled = CompiledSteps(compiled.bounded, compiled.input_range, backend=backend)
+    compiled._compiled = CompiledSteps(compiled.bounded, compiled.input_range, None, backend)
     for start in (x, x.flip(0)):
         one, other = eager(start, y), compiled(start, y)
         assert torch.allclose(one.loss, other.loss, rtol=1e-5)

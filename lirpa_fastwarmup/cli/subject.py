@@ -1,6 +1,7 @@
 """The network that a command is about, from a run or an external one, and its test samples."""
 
 import argparse
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from lirpa_fastwarmup import models, storage
 from lirpa_fastwarmup.cli.options import add_trust, find_factories_here, number
 from lirpa_fastwarmup.experiments import data
 from lirpa_fastwarmup.experiments.training import load_model, load_weights
-from lirpa_fastwarmup.experiments.training.checkpoint import MODEL
+from lirpa_fastwarmup.experiments.training.checkpoint import MODEL, SUMMARY
 from lirpa_fastwarmup.experiments.training.network import load_dataset, read_model
 from lirpa_fastwarmup.models.factory import check_output
 from lirpa_fastwarmup.verification import read_onnx
@@ -77,6 +78,9 @@ def subject_of_run(folder: Path, options: argparse.Namespace) -> Subject:
     else:
         kept = settings if input_range is None else settings.replace(input_range=input_range)
         loaded = load_dataset(kept, path, options.data_dir, trust=trust)
+    if not (folder / SUMMARY).is_file():
+        text = "the run in %s is not finished: this is its network after epoch %s of %d"
+        logging.getLogger(__name__).warning(text, folder, content.get("epoch"), settings.epochs)
     return _subject(network, str(path), loaded, settings.eps, untested=settings.allow_untested)
 
 

@@ -67,6 +67,8 @@ def _verify(options: argparse.Namespace) -> int:
         process_group(device) as ranks,
         results_folder(out, overwrite=options.overwrite) if ranks.is_rank_zero else nullcontext(),
     ):
+        if options.radius and not options.eps and (options.rigorous or options.float64):
+            raise ValueError("--rigorous and --float64 are for certificates at given radii: name these with --eps")
         with rank_zero_first():  # Rank 0 downloads and unpacks the data.
             subject = subject_of(options)
         radii = options.eps or ([] if options.radius else [subject.eps])

@@ -34,12 +34,8 @@ def convolution(*arguments: Any) -> Product:
     return Product(lambda x, weight, bias: torch.convolution(x, weight, bias, *arguments), backward)
 
 
-def _backward_of_linear(grad: Tensor, x: Tensor, weight: Tensor, needed: Sequence[bool]) -> Sequence[Any]:
-    return (
-        grad.mm(weight) if needed[0] else None,
-        grad.t().mm(x) if needed[1] else None,
-        grad.sum(0) if needed[2] else None,
-    )
+def _backward_of_linear(grad: Tensor, x: Tensor, weight: Tensor, need: Sequence[bool]) -> Sequence[Any]:
+    return grad.mm(weight) if need[0] else None, grad.t().mm(x) if need[1] else None, grad.sum(0) if need[2] else None
 
 
 LINEAR = Product(F.linear, _backward_of_linear)  # On vectors (batch, features).

@@ -43,12 +43,7 @@ class CompiledSteps:
     """Training steps of one network, each compiled on first use, for batches of ``batch_size`` or of any size."""
 
     def __init__(
-        self,
-        bounded: BoundedModule,
-        input_range: InputRange | None,
-        *,
-        batch_size: int | None = None,
-        backend: str = "inductor",
+        self, bounded: BoundedModule, input_range: InputRange | None, batch_size: int | None, backend: str = "inductor"
     ) -> None:
         self._bounded = bounded
         self._input_range = input_range

@@ -224,7 +224,7 @@ class ShortWarmup(nn.Module):
         self.steps_done = 0
         self._checks = ValueChecks()
         self.compiled_phases: Collection[str] = PHASES if compile else ()
-        self._compiled = CompiledSteps(bounded, self._range, batch_size=compile_batch_size)
+        self._compiled = CompiledSteps(bounded, self._range, compile_batch_size)
         # Public without the underscore since PyTorch 2.5.
         self._register_load_state_dict_pre_hook(_to_registered_keys, with_module=True)
         self.training = self.model.training

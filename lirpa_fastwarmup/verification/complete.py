@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from lirpa_fastwarmup.storage import write_atomically
 from lirpa_fastwarmup.verification import abcrown_worker
 from lirpa_fastwarmup.verification.folder import PART, Journal, digest
-from lirpa_fastwarmup.verification.handover import robustness_property, without_inserted_batchnorm
+from lirpa_fastwarmup.verification.handover import handed_over, robustness_property
 
 _START = 300.0  # Seconds within which the process must be ready.
 _GRACE = 60.0  # Seconds beyond twice the time limit, which α,β-CROWN reads between its stages: then it hangs.
@@ -106,16 +106,18 @@ class _Process:
 
 
 class CompleteVerifier:
-    """α,β-CROWN on a plain network, for any number of batches; close it in the end.
+    """α,β-CROWN on a plain network of batches of ``ndim`` dimensions, for any number of them; close it in the end.
 
     ``journal`` keeps its verdicts, errors excepted, under keys with the digest ``network``. Raises WorkerError if
     α,β-CROWN does not start, and ValueError if another process could not import the classes of ``model``.
     """
 
-    def __init__(self, abcrown: ABCrown, model: nn.Module, journal: Journal | None = None, network: str = "") -> None:
+    def __init__(
+        self, abcrown: ABCrown, model: nn.Module, ndim: int, journal: Journal | None = None, network: str = ""
+    ) -> None:
         self._abcrown, self._model, self._journal, self._digest = abcrown, model, journal, network
-        folded, _ = without_inserted_batchnorm(model)
-        sources = _sources(folded)
+        other, _ = handed_over(model, ndim)
+        sources = _sources(other)
         with ExitStack() as stack:
             self._folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             self._log = stack.enter_context((self._folder / "log").open("w+b"))
@@ -128,7 +130,7 @@ class CompleteVerifier:
                 "sources": sources,
                 "settings": abcrown.configuration(),
             }
-            torch.save(folded, self._folder / "network.pt")
+            torch.save(other, self._folder / "network.pt")
             try:
                 self._process: _Process | None = self._started()
             except (WorkerError, OSError) as error:

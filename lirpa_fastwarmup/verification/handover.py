@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 from lirpa_fastwarmup.boxes import InputRange, box_ends, check_batch, check_eps, check_positive
 from lirpa_fastwarmup.engine.graph import StructureError
+from lirpa_fastwarmup.engine.tracing import copy_of
+from lirpa_fastwarmup.models import Normalize
 from lirpa_fastwarmup.recipe.full_batchnorm import fold_batchnorm
 from lirpa_fastwarmup.storage import make_folder, write_atomically
 from lirpa_fastwarmup.verification.onnx import write_onnx
@@ -28,8 +30,8 @@ def export(
     """Write ``network.onnx``, ``properties/*.vnnlib``, ``instances.csv`` and ``abcrown.yaml`` to ``out``.
 
     ``instances.csv`` lists network, property and timeout as in the VNN competitions. α,β-CROWN reads it with
-    ``python abcrown.py --config OUT/abcrown.yaml``. Inserted BatchNorm is folded into the weights of ``network.onnx``
-    where possible (``fold_batchnorm``), which changes the outputs by rounding.
+    ``python abcrown.py --config OUT/abcrown.yaml``. In ``network.onnx``, inserted BatchNorm is folded into the weights
+    (``fold_batchnorm``), and a leading ``Normalize`` of images is a BatchNorm, which changes the outputs by rounding.
 
     Args:
         model: the plain network, on the CPU, in evaluation mode.
@@ -41,7 +43,7 @@ def export(
         timeout: seconds for each property.
 
     Returns:
-        Whether inserted BatchNorm was folded, or why not, in a sentence that ``abcrown.yaml`` repeats, or "".
+        What of this was done, or why not, in a sentence that ``abcrown.yaml`` repeats, or "".
 
     Raises:
         ImportError: a package of the extra ``onnx`` is missing.
@@ -58,7 +60,7 @@ def export(
     check_batch(x, y, classes, input_range)
     lower, upper = box_ends(x, eps, input_range)
     instances = []
-    written, note = without_inserted_batchnorm(model)
+    written, note = handed_over(model, x.ndim)
     with make_folder(out / PROPERTIES):
         write_onnx(written, x.shape[1:], out / NETWORK, original=model)
         for place, index in enumerate(range(len(x)) if indices is None else indices):
@@ -73,16 +75,23 @@ def export(
     return note
 
 
-def without_inserted_batchnorm(model: nn.Module) -> tuple[nn.Module, str]:
-    """The network to write, and a sentence that says whether inserted BatchNorm was folded."""
+def handed_over(model: nn.Module, ndim: int) -> tuple[nn.Module, str]:
+    """A copy of ``model``, of batches of ``ndim`` dimensions, for another verifier, and how it differs, or "".
+
+    Inserted BatchNorm is folded where possible. A leading ``Normalize`` of images becomes a BatchNorm, because the
+    patches of α,β-CROWN (December 2025) accept no constant of its shape.
+    """
+    note = ""
     try:
-        folded = fold_batchnorm(model)
+        written = fold_batchnorm(model)
     except StructureError as error:
-        return model, f"{NETWORK} contains the inserted BatchNorm: {error}"
-    if folded.state_dict().keys() == model.state_dict().keys():
-        return model, ""
-    text = f"{NETWORK} is the folded network: inserted BatchNorm is part of its weights. Certificates of the run are "
-    return folded, text + "of the network before folding, whose outputs differ by rounding."
+        written, note = copy_of(model).eval(), f"{NETWORK} contains the inserted BatchNorm: {error}"
+    changed = written.state_dict().keys() != model.state_dict().keys()
+    if isinstance(written, nn.Sequential) and type(first := written[0]) is Normalize and ndim == 4:
+        written[0] = norm = nn.BatchNorm2d(len(first.mean), eps=0.0, affine=False).eval()
+        norm.running_mean, norm.running_var, changed = first.mean, first.std.square(), True
+    text = f"{NETWORK} is the folded network (inserted BatchNorm in its weights, Normalize as BatchNorm): its outputs "
+    return written, note or (text + "differ by rounding from those of the certified network." if changed else "")
 
 
 def robustness_property(lower: Tensor, upper: Tensor, label: int, classes: int, *, comment: str = "") -> str:

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from lirpa_fastwarmup.experiments.data.dataset import Dataset, Split
 from lirpa_fastwarmup.experiments.data.download import CorruptFileError, Source, extracted_folder, missing_files
 
 _TINY = "tiny-imagenet-200.zip"
 TINY_SOURCE = Source(_TINY, f"http://cs231n.stanford.edu/{_TINY}", "md5:90528d7ca1a48142e341f4ef8d21d0de")
-_WNIDS, _ANNOTATIONS = "wnids.txt", "val/val_annotations.txt"
+_REQUIRED = _WNIDS, _ANNOTATIONS = "wnids.txt", "val/val_annotations.txt"
 _THREADS = 8  # Pillow releases the GIL while it decodes.
 
 
@@ -25,8 +26,7 @@ def load(data_dir: Path | None = None) -> Dataset:
         import PIL.Image  # noqa: F401
     except ImportError as error:
         raise ImportError("Tiny-ImageNet needs Pillow: pip install 'lirpa_fastwarmup[images]'") from error
-    required = [_WNIDS, _ANNOTATIONS]
-    folder = extracted_folder("Tiny-ImageNet", "tiny-imagenet", data_dir, TINY_SOURCE, "tiny-imagenet-200", required)
+    folder = extracted_folder("Tiny-ImageNet", "tiny-imagenet", data_dir, TINY_SOURCE, "tiny-imagenet-200", _REQUIRED)
     classes = {name: number for number, name in enumerate(sorted((folder / _WNIDS).read_text().split()))}
     train, test = (_decode(list(files(folder, classes))) for files in (_training_files, _validation_files))
     return Dataset("Tiny-ImageNet", len(classes), train, test, (0.4802, 0.4481, 0.3975), (0.2302, 0.2265, 0.2262))
@@ -53,17 +53,12 @@ def _validation_files(folder: Path, classes: dict[str, int]) -> Iterator[tuple[P
 
 
 def _decode(files: Sequence[tuple[Path, int]]) -> Split:
-    images = torch.empty(len(files), 3, 64, 64, dtype=torch.uint8)
-
-    def decode(position: int) -> None:
-        images[position] = torch.from_numpy(_read_jpeg(files[position][0])).permute(2, 0, 1)
-
     with ThreadPoolExecutor(_THREADS) as pool:
-        list(pool.map(decode, range(len(files))))  # Raises the first error of a thread.
-    return Split(images, torch.tensor([number for _, number in files]))
+        images = list(pool.map(_read_jpeg, (path for path, _ in files)))
+    return Split(torch.stack(images), torch.tensor([number for _, number in files]))
 
 
-def _read_jpeg(path: Path) -> np.ndarray:
+def _read_jpeg(path: Path) -> Tensor:
     from PIL import Image
 
     try:
@@ -75,4 +70,4 @@ def _read_jpeg(path: Path) -> np.ndarray:
         raise CorruptFileError(f"{path} cannot be decoded ({error}): download the dataset again") from error
     if pixels.shape != (64, 64, 3):
         raise CorruptFileError(f"{path} is an image of {pixels.shape[1]}×{pixels.shape[0]} pixels, not 64×64")
-    return pixels
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
