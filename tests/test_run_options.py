@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import csv
 import json
+import sys
 import warnings
 
 import pytest
@@ -245,6 +246,32 @@ def test_precise_bn_takes_the_statistics_of_the_training_set(tmp_path):
     assert torch.allclose(precise[1].running_mean, first.mean(1), atol=1e-5)
     assert torch.allclose(precise[1].running_var, first.var(1), rtol=1e-4)
     assert not torch.allclose(plain[1].running_var, first.var(1), rtol=1e-2)
+
+
+def test_a_network_whose_code_has_changed_since_is_refused(tmp_path):
+    code = "from torch import nn\n\ndef make():\n    return nn.Sequential("
+    code += "nn.Conv2d(1, 2, 3, stride=3), nn.ReLU(), nn.Flatten(), nn.Linear(162, 10))\n"
+    source, out = tmp_path / "own.py", tmp_path / "run"
+
+    def written(text):
+        source.write_text(text)
+        for name in [name for name in sys.modules if name.startswith("file_")]:
+            del sys.modules[name]
+
+    written(code)
+    train(SMALL.replace(model=f"{source}:make", width=None), out)
+    (out / "summary.json").unlink()
+    for changed in ("nn.LeakyReLU(0.01)", "nn.Hardtanh(0, 0.1)"):  # Their weights still fit.
+        written(code.replace("nn.ReLU()", changed))
+        for use in (lambda: load_model(out / "model.pt", trust=True), lambda: resume(out, trust=True)):
+            with pytest.raises(
+                ValueError, match=r"other outputs now than when it was trained.*own\.py:make has changed"
+            ):
+                use()
+    written(code.replace("10))", "10), nn.Identity())"))
+    assert load_model(out / "model.pt", trust=True)[4] is not None
+    written(code)
+    assert resume(out, trust=True)["epochs"] == SMALL.epochs
 
 
 @pytest.mark.parametrize("decay", [0.9, 0.9995])

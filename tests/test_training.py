@@ -80,7 +80,7 @@ def test_the_formats_of_files_stay(finished):
     out, _ = finished
     saved = torch.load(out / "model.pt", weights_only=True)
     assert saved["format"] == 3
-    assert saved.keys() == {"format", "epoch", "architecture", "settings", "state_dict"}
+    assert saved.keys() == {"format", "epoch", "architecture", "settings", "state_dict", "outputs"}
     assert saved["architecture"].keys() == {
         *("model", "in_shape", "classes", "width", "hidden", "batchnorm", "mean", "std")
     }

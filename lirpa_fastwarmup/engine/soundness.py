@@ -35,8 +35,7 @@ class UnsoundBoundError(Exception):
         text = f"the bounds are not sound, and no certificate of this verification can be trusted: {contradictions[0]}"
         text += f"{more}. Compare with the other release of auto_LiRPA; lirpa-fastwarmup info prints the one in use"
         super().__init__(text)
-        self.contradictions = list(contradictions)
-        self.result = result
+        self.contradictions, self.result = list(contradictions), result
 
 
 def class_margins(logits: Tensor, labels: Tensor) -> Tensor:

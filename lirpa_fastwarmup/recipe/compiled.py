@@ -45,10 +45,8 @@ class CompiledSteps:
     def __init__(
         self, bounded: BoundedModule, input_range: InputRange | None, batch_size: int | None, backend: str = "inductor"
     ) -> None:
-        self._bounded = bounded
-        self._input_range = input_range
-        self._batch_size = batch_size
-        self._backend = backend
+        self._bounded, self._input_range = bounded, input_range
+        self._batch_size, self._backend = batch_size, backend
         self._steps: dict[Any, _RecordedStep] = {}
         self._failed = False
 
@@ -111,8 +109,7 @@ class _RecordedStep:
     def __init__(
         self, step: Step, bounded: BoundedModule, input_range: InputRange | None, batch: Batch, backend: str
     ) -> None:
-        self._bounded = bounded
-        self._input_range = input_range
+        self._bounded, self._input_range = bounded, input_range
         self._trained = [name for name, value in bounded.wrapped.named_parameters() if value.requires_grad]
         self._names: list[str] = []
         example = batch[0]
@@ -183,8 +180,7 @@ class CudaGraph:
     """
 
     def __init__(self, function: Callable[..., Any], inputs: tuple[Tensor, ...]) -> None:
-        self._function = function
-        self._inputs = tuple(tensor.clone() for tensor in inputs)
+        self._function, self._inputs = function, tuple(tensor.clone() for tensor in inputs)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._addresses: tuple[int, ...] = ()
         self._result: Any = None

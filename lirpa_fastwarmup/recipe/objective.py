@@ -203,9 +203,7 @@ class ShortWarmup(nn.Module):
             raise ValueError(f"the network has an entry called {_STEP!r}, the key of the step count: rename it")
         self.schedule = schedule
         self.kappa = (float(kappa[0]), float(kappa[1]))
-        self.reg_weight = reg_weight
-        self.min_eps = min_eps
-        self.input_range = input_range
+        self.reg_weight, self.min_eps, self.input_range = reg_weight, min_eps, input_range
         self._range = bounded.layout.pack_range(input_range)
         if dropout := [name for name, part in self.model.named_modules() if isinstance(part, _DropoutNd) and part.p]:
             text = f"Dropout ({', '.join(dropout)}) is off in certified training: bounds for one random mask would not "
@@ -214,8 +212,7 @@ class ShortWarmup(nn.Module):
         constant = _named(list(penalties), tol, used=fading)
         self.regularizers = fading if reg_weight > 0 else {}
         self.penalties = dict(zip(constant, zip(constant.values(), penalties.values(), strict=True), strict=True))
-        self.loss = loss
-        self.generator = generator
+        self.loss, self.generator = loss, generator
         if missing := undefined(bounded, [*self.regularizers, *self.penalties]):
             left = tuple(name for name in self.regularizers if name not in missing)
             what = "activation" if "tightness" in missing else "ReLU"

@@ -187,13 +187,13 @@ class Verification:
     @property
     def standard_error(self) -> ErrorRate:
         """Misclassified samples."""
-        return _rate([not sample.correct for sample in self.certificates])
+        return ErrorRate(sum(not sample.correct for sample in self.certificates), len(self.certificates))
 
     @property
     def pgd_error(self) -> ErrorRate | None:
         """Falsified samples, α,β-CROWN's counterexamples among them; ``None`` if nothing searched for any."""
         found = [sample.falsified for sample in self.certificates]
-        return None if found.count(None) == len(found) else _rate([one is True for one in found])
+        return None if found.count(None) == len(found) else ErrorRate(found.count(True), len(found))
 
     @property
     def checked(self) -> int:
@@ -203,7 +203,7 @@ class Verification:
     @property
     def verified_error(self) -> ErrorRate:
         """Samples that no method proved."""
-        return _rate([not sample.verified for sample in self.certificates])
+        return ErrorRate(sum(not sample.verified for sample in self.certificates), len(self.certificates))
 
     @property
     def changed_in_float64(self) -> list[Certificate]:
@@ -290,7 +290,3 @@ class Verification:
 
     def _repr_html_(self) -> str:
         return f"<pre>{html.escape(str(self))}</pre>"
-
-
-def _rate(flags: Sequence[bool]) -> ErrorRate:
-    return ErrorRate(sum(flags), len(flags))

@@ -33,7 +33,11 @@ def render(records: Sequence[RunRecord]) -> str:
         raise ImportError("the report needs jinja2: pip install 'lirpa_fastwarmup[plots]'") from error
     environment = Environment(loader=PackageLoader(__package__, ""), autoescape=True, trim_blocks=True)
     finished = [(record.name, record.summary) for record in records if record.summary is not None]
-    table, curves = comparison(finished) if len(finished) > 1 else [], _comparing_pictures(records)
+    histories = {record.name: record.history for record in records if record.history}
+    errors = ("verified_error", "standard_error") if len(histories) > 1 else ()
+    heads = [(f"{name.replace('_', ' ').capitalize()} on the test set", name) for name in errors]
+    curves = [_panel(head, plots.draw_errors_of_runs, histories, name, epochs=True) for head, name in heads]
+    table = comparison(finished) if len(finished) > 1 else []
     template = environment.get_template("report.html.jinja")
     return template.render(runs=list(map(_run, records)), comparison=table, curves=curves, version=__version__)
 
@@ -179,13 +183,6 @@ def _panel(caption: str, draw: Callable[..., None], *arguments: Any, epochs: boo
     if epochs:
         plots.count_epochs(axes)
     return _picture(figure, caption)
-
-
-def _comparing_pictures(records: Sequence[RunRecord]) -> list[_Picture]:
-    histories = {record.name: record.history for record in records if record.history}
-    heads = {"Verified error on the test set": "verified_error", "Standard error on the test set": "standard_error"}
-    shown = heads.items() if len(histories) > 1 else ()
-    return [_panel(head, plots.draw_errors_of_runs, histories, column, epochs=True) for head, column in shown]
 
 
 def _training_pictures(record: RunRecord) -> list[_Picture]:

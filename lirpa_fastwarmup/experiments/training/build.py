@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -80,6 +81,7 @@ def build_run(settings: Settings, device: torch.device) -> Run:
         bounded.join_ranks()
     objective = _objective(settings, bounded, input_range, train_batches)
     objective.compiled_phases = losses.PHASES if settings.compile else settings.compiled_phases
+    kind: Any = partial(SGD, momentum=settings.momentum) if settings.optimizer == "sgd" else Adam
     average = _average(settings, bounded.wrapped)
     return Run(
         settings=settings,
@@ -92,7 +94,7 @@ def build_run(settings: Settings, device: torch.device) -> Run:
         inspected=data.spread(dataset.test, _INSPECTED).inputs.to(device),
         objective=objective,
         trained=objective,
-        optimizer=_optimizer(settings, objective),
+        optimizer=kind(objective.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True),
         average=average,
         evaluated=bounded if average is None else _bounded(settings, average.module.eval(), dataset.in_shape),
     )
@@ -181,10 +183,3 @@ def _average(settings: Settings, model: nn.Module) -> AveragedModel | None:
             torch._foreach_copy_(means, values)
 
     return AveragedModel(model, multi_avg_fn=update, use_buffers=True)
-
-
-def _optimizer(settings: Settings, objective: ShortWarmup) -> Optimizer:
-    shared: dict[str, Any] = {"lr": settings.lr, "weight_decay": settings.weight_decay, "fused": True}
-    if settings.optimizer == "sgd":
-        return SGD(objective.parameters(), momentum=settings.momentum, **shared)
-    return Adam(objective.parameters(), **shared)

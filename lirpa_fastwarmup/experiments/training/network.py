@@ -1,13 +1,17 @@
 """The network of a run, and the file ``model.pt`` that holds it."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lirpa_fastwarmup import models, storage
+from lirpa_fastwarmup.engine.equality import same_outputs
+from lirpa_fastwarmup.engine.precision import exact_arithmetic
+from lirpa_fastwarmup.engine.tracing import unchanged
 from lirpa_fastwarmup.experiments import data
 from lirpa_fastwarmup.experiments.training.settings import Settings
 from lirpa_fastwarmup.recipe.full_batchnorm import insert_batchnorm
@@ -31,11 +35,19 @@ def build_network(architecture: Mapping[str, Any]) -> nn.Module:
     return model
 
 
+def _points(in_shape: Sequence[int]) -> Tensor:
+    """Two fixed inputs, by whose outputs :func:`load_model` sees whether the network's code has changed."""
+    return torch.arange(2 * math.prod(in_shape), dtype=torch.float64).sin().view(2, *in_shape).float()
+
+
 def save_model(path: Path, model: nn.Module, architecture: Mapping[str, Any], settings: Settings, epoch: int) -> None:
     """Write the network, and what :func:`load_model` needs to build it again."""
     content = {"format": _FORMAT, "epoch": epoch, "architecture": dict(architecture), "settings": settings.as_dict()}
     weights = {name: value.cpu() for name, value in model.state_dict().items()}
-    storage.write_tensors(path, {**content, "state_dict": weights})
+    points = _points(architecture["in_shape"]).to(next(model.parameters()).device)
+    with torch.no_grad(), unchanged(model), exact_arithmetic(points.device):
+        outputs = model.eval()(points).cpu()
+    storage.write_tensors(path, {**content, "state_dict": weights, "outputs": outputs})
 
 
 def load_model(path: Path | str, *, trust: bool = False, content: Mapping[str, Any] | None = None) -> nn.Module:
@@ -58,6 +70,12 @@ def load_model(path: Path | str, *, trust: bool = False, content: Mapping[str, A
     with storage.refused(f"{path} names an architecture that cannot be built", *unbuildable):
         model = build_network(content["architecture"])
     load_weights(model, content["state_dict"], path)
+    if "outputs" in content:  # Files of earlier versions have none.
+        points = [_points(content["architecture"]["in_shape"])]
+        with torch.no_grad(), exact_arithmetic(points[0].device):
+            if not bool(same_outputs(content["outputs"], model.eval(), points).all()):
+                text = f"the network in {path} computes other outputs now than when it was trained, with equal weights"
+                raise ValueError(f"{text}: the code of {content['architecture']['model']} has changed. Restore it")
     return model.eval()
 
 
