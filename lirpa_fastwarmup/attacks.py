@@ -81,20 +81,18 @@ class PGD:
         """Random starts relative to the box, from 0 to 1: ``(restarts, *x.shape)``, on the device of ``x``."""
         return torch.rand((self.restarts, *x.shape), dtype=x.dtype, device=x.device, generator=generator)
 
-    def points(
-        self, model: Callable[[Tensor], Tensor], y: Tensor, lower: Tensor, upper: Tensor, starts: Tensor
-    ) -> Tensor:
-        """The attack's point in each box from ``lower`` to ``upper``, ``(batch, *input)``, for the logits of ``model``.
+    def points(self, model: Callable[[Tensor], Tensor], y: Tensor, low: Tensor, high: Tensor, starts: Tensor) -> Tensor:
+        """The attack's point in each box from ``low`` to ``high``, ``(batch, *input)``, for the logits of ``model``.
 
         ``starts`` are from :meth:`starts`.
         """
         factor, milestones = self.decay or (1.0, ())
         sizes = [self.step_size * factor ** sum(at <= step for at in milestones) for step in range(self.steps)]
-        strides = [size * (upper - lower) / 2 for size in sizes]
-        first = (lower + start * (upper - lower) for start in starts)
-        found = (_descend(model, point, y, lower, upper, strides, best=self.return_best) for point in first)
+        strides = [size * (high - low) / 2 for size in sizes]
+        first = (low + start * (high - low) for start in starts)
+        found = (_descend(model, point, y, low, high, strides, best=self.return_best) for point in first)
         if not self.return_best and self.restarts > 1:  # The last points have not been compared yet.
-            found = (_descend(model, one.points, y, lower, upper, []) for one in found)
+            found = (_descend(model, one.points, y, low, high, []) for one in found)
         return functools.reduce(Attack.or_better, found).points
 
 

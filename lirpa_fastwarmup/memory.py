@@ -36,13 +36,11 @@ class MicroBatches:
         self.size = size  # Samples per micro-batch; it only shrinks.
         self._measured = False
 
-    def each(
-        self, compute: Callable[[Tensor], Tensor], samples: Tensor, what: str, at_once: int | None = None
-    ) -> Tensor:
-        """``compute`` of ``samples``, indices (n,), at most ``at_once`` in a micro-batch; errors name it ``what``."""
+    def each(self, compute: Callable[[Tensor], Tensor], samples: Tensor, what: str, most: int | None = None) -> Tensor:
+        """``compute`` of ``samples``, indices (n,), at most ``most`` in a micro-batch; errors name it ``what``."""
         results: list[Tensor] = []
         while len(samples):
-            micro_batch = samples[: min(self.size, at_once or self.size)]
+            micro_batch = samples[: min(self.size, most or self.size)]
             try:
                 if min(len(samples), self.size) > 1 and not self._measured and samples.device.type == "cpu":
                     self._fit(compute, samples[:1], what)

@@ -111,14 +111,17 @@ def test_an_unfinished_run_is_said_to_be_one(run_dir, capsys, caplog):
     (run_dir / "summary.json").unlink()
     status, _, _ = run(capsys, "verify", run_dir, *QUICK, "--methods", "IBP", "--limit", 10)
     assert status == 0
-    assert f"the run in {run_dir} is not finished: this is its network after epoch 5 of 5" in caplog.text
+    assert (
+        f"{run_dir} holds no summary.json, as if the run was not finished: the network is that of epoch 5"
+        in caplog.text
+    )
 
 
 @pytest.mark.parametrize("option", ["--rigorous", "--float64"])
 def test_what_the_search_for_radii_does_not_do_is_refused(option, run_dir, capsys):
     status, _, err = run(capsys, "verify", run_dir, "--radius", option)
     assert status == 1
-    assert "name these with --eps" in err
+    assert "do not apply to --radius" in err
     assert not (run_dir / "radii.csv").exists()
 
 

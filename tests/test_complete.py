@@ -178,7 +178,7 @@ def test_points_that_are_no_numbers_falsify_nothing(batch, checkout):
 
 def test_another_function_in_the_other_process_is_an_error(batch, checkout):
     bounded, x, y = batch
-    verifier = complete.CompleteVerifier(standin(checkout, ("safe",) * 3), bounded.wrapped, 4)
+    verifier = complete.CompleteVerifier(standin(checkout, ("safe",) * 3), bounded.wrapped, x, None, "")
     verifier._model = nn.Sequential(bounded.wrapped, nn.Softplus())
     try:
         outcome = verifier.outcome(x[0] - 0.02, x[0] + 0.02, int(y[0]), 3)

@@ -273,13 +273,6 @@ def test_a_run_on_a_factory_is_resumed_bit_for_bit_with_trust(folder, monkeypatc
     assert (folder / "whole" / "history.csv").read_text() == (folder / "part" / "history.csv").read_text()
 
 
-def test_a_custom_run_resumes_without_its_data_and_radius_named_again(folder, capsys):
-    run(*CUSTOM, "--dataset", "net.py:series", "--eps", "0.05", "--out", "run")
-    assert cli.main(["train", "custom", "--resume", "--trust", "--out", "run"]) == 0
-    assert cli.main(["train", "custom", "--resume", "--trust", "--eps", "0.1", "--out", "run"]) == 1
-    assert "eps 0.05, not 0.1" in capsys.readouterr().err
-
-
 def test_the_factory_of_the_data_needs_trust_too(folder, capsys):
     run(*CUSTOM, "--dataset", "net.py:series", "--eps", "0.05", "--out", "run")
     assert cli.main(["inspect", "run"]) == 1

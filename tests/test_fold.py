@@ -476,7 +476,9 @@ def test_a_leading_normalize_of_images_is_handed_over_as_batchnorm(foldable, x, 
         inner = inserted(TiedByCode(lambda conv: conv.bias.view(1, -1, 1, 1)))
     model = nn.Sequential(fw.models.Normalize([0.3], [0.07]), inner).eval()
     note = verification.export(model, x, y, 0.1, tmp_path)
-    assert note.startswith("network.onnx is the folded" if foldable else "network.onnx contains the inserted BatchNorm")
+    assert note.startswith("network.onnx contains the inserted BatchNorm: ") is not foldable
+    assert note.endswith("network.onnx has a BatchNorm in place of its Normalize, which changes rounding")
+    assert "folded network" not in note
     kinds = [node.op_type for node in onnx.load(tmp_path / "network.onnx").graph.node]
     assert kinds[0] == "BatchNormalization"
     assert not {"Sub", "Div"} & set(kinds)
@@ -484,11 +486,31 @@ def test_a_leading_normalize_of_images_is_handed_over_as_batchnorm(foldable, x, 
     assert type(model[0]) is fw.models.Normalize
 
 
-def test_a_normalize_of_features_is_handed_over_as_it_is():
-    model = nn.Sequential(fw.models.Normalize([0.3, 0.2], [0.07, 2.0]), nn.Linear(2, 3)).eval()
-    other, note = verification.handover.handed_over(model, 2)
+class Reading(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x) + self[0].mean.sum()
+
+
+@pytest.mark.parametrize(
+    ("model", "shape"),
+    [
+        (nn.Sequential(fw.models.Normalize([0.3, 0.2], [0.07, 2.0]), nn.Linear(2, 3)), (4, 2)),
+        (Reading(fw.models.Normalize([0.3], [0.07]), nn.Conv2d(1, 2, 3), nn.Flatten()), (4, 1, 8, 8)),
+    ],
+    ids=["features", "read by other code"],
+)
+def test_another_normalize_is_handed_over_as_it_is(model, shape):
+    other, note = verification.handover.handed_over(model.eval(), shape)
     assert (type(other[0]), note) == (fw.models.Normalize, "")
     assert other is not model
+
+
+def test_one_mean_for_all_channels_is_handed_over_for_each():
+    model = nn.Sequential(fw.models.Normalize([0.3], [0.07]), nn.Conv2d(3, 2, 3), nn.Flatten()).eval()
+    x = torch.rand(4, 3, 8, 8)
+    other, _ = verification.handover.handed_over(model, x.shape)
+    assert len(other[0].running_mean) == 3
+    assert torch.allclose(other(x), model(x), rtol=1e-4, atol=1e-4)
 
 
 def test_export_compares_with_the_network_before_folding(x, y, tmp_path, monkeypatch):

@@ -21,6 +21,7 @@ from lirpa_fastwarmup.experiments.training import METHODS, choices, load_model, 
 from lirpa_fastwarmup.experiments.training.build import build_run
 from lirpa_fastwarmup.experiments.training.interrupt import StopRequest
 from lirpa_fastwarmup.experiments.training.loop import EpochMeans, Position, Progress, train_epoch
+from lirpa_fastwarmup.experiments.training.network import build_network, save_model
 from lirpa_fastwarmup.recipe.compiled import CompiledSteps
 from lirpa_fastwarmup.recipe.losses import PHASES
 from lirpa_fastwarmup.storage import read_json
@@ -248,30 +249,77 @@ def test_precise_bn_takes_the_statistics_of_the_training_set(tmp_path):
     assert not torch.allclose(plain[1].running_var, first.var(1), rtol=1e-2)
 
 
-def test_a_network_whose_code_has_changed_since_is_refused(tmp_path):
-    code = "from torch import nn\n\ndef make():\n    return nn.Sequential("
-    code += "nn.Conv2d(1, 2, 3, stride=3), nn.ReLU(), nn.Flatten(), nn.Linear(162, 10))\n"
-    source, out = tmp_path / "own.py", tmp_path / "run"
+CODE = """
+import torch
+from torch import nn
+
+class Own(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Conv2d(1, 2, 3, stride=3), nn.ReLU(), nn.Flatten(), nn.Linear(162, 10))
+        self.register_buffer("drawn", torch.randn(10), persistent=False)
+
+    def forward(self, x):
+        return super().forward(x) + self.drawn
+"""
+
+
+@pytest.fixture
+def own_code(tmp_path):
+    """A run on a network in a file, and a function that replaces its code."""
 
     def written(text):
-        source.write_text(text)
+        (tmp_path / "own.py").write_text(text)
         for name in [name for name in sys.modules if name.startswith("file_")]:
             del sys.modules[name]
 
-    written(code)
-    train(SMALL.replace(model=f"{source}:make", width=None), out)
-    (out / "summary.json").unlink()
-    for changed in ("nn.LeakyReLU(0.01)", "nn.Hardtanh(0, 0.1)"):  # Their weights still fit.
-        written(code.replace("nn.ReLU()", changed))
-        for use in (lambda: load_model(out / "model.pt", trust=True), lambda: resume(out, trust=True)):
-            with pytest.raises(
-                ValueError, match=r"other outputs now than when it was trained.*own\.py:make has changed"
-            ):
-                use()
-    written(code.replace("10))", "10), nn.Identity())"))
+    written(CODE)
+    train(SMALL.replace(model=f"{tmp_path / 'own.py'}:Own", width=None), tmp_path / "run")
+    return tmp_path / "run", written
+
+
+def test_a_network_whose_code_has_changed_since_is_refused(own_code):
+    out, written = own_code
+    (out / "summary.json").unlink()  # As if it had been stopped.
+    written(CODE.replace("nn.ReLU()", "nn.LeakyReLU(0.01)"))  # The weights still fit.
+    with pytest.raises(ValueError, match=r"different outputs than when it was saved.*own\.py:Own"):
+        load_model(out / "model.pt", trust=True)
+    written(CODE.replace("nn.ReLU()", "nn.Sequential(nn.ReLU(), nn.Tanh())"))
+    with pytest.raises(ValueError, match=r"checkpoint\.pt computes different outputs than when it was saved"):
+        resume(out, trust=True)
+    written(CODE.replace("10))", "10), nn.Identity())"))
     assert load_model(out / "model.pt", trust=True)[4] is not None
-    written(code)
+
+
+def test_what_a_network_draws_and_keeps_is_drawn_again(own_code):
+    out, _ = own_code
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    one, other = (load_model(out / "model.pt", trust=True) for _ in range(2))
+    assert torch.equal(one.drawn, other.drawn)
+    assert torch.equal(torch.get_rng_state(), before)
+    (out / "model.pt").unlink()
+    (out / "summary.json").unlink()
     assert resume(out, trust=True)["epochs"] == SMALL.epochs
+
+
+def test_a_network_that_refuses_some_inputs_is_kept_without_its_outputs(own_code):
+    out, written = own_code
+    content = torch.load(out / "model.pt", weights_only=True)
+    assert content["outputs"].shape == (2, 10)
+    written(CODE.replace("return", "assert bool((x == x.round()).all())\n        return"))
+    architecture = {**content["architecture"], "batchnorm": False}
+    save_model(out / "model.pt", build_network(architecture), architecture, SMALL, epoch=1)
+    assert torch.load(out / "model.pt", weights_only=True)["outputs"] is None
+    assert type(load_model(out / "model.pt", trust=True)).__name__ == "Own"
+
+
+def test_a_run_loads_under_another_default_dtype(tmp_path):
+    train(SMALL, tmp_path)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert load_model(tmp_path / "model.pt")[0].weight.dtype == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 @pytest.mark.parametrize("decay", [0.9, 0.9995])

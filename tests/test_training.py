@@ -86,7 +86,9 @@ def test_the_formats_of_files_stay(finished):
     }
     saved = torch.load(out / "checkpoint.pt", weights_only=True)
     assert saved["format"] == 3
-    assert saved.keys() == {*("format", "settings", "data", "objective", "optimizer", "batches", "average", "position")}
+    assert saved.keys() == {
+        *("format", "settings", "data", "objective", "optimizer", "batches", "average", "position", "outputs")
+    }
     assert saved["position"].keys() == {
         *("means", "epoch", "batches_done", "eps", "seconds", "history", "epoch_seconds", "best", "elapsed")
     }

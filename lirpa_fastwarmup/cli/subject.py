@@ -79,8 +79,8 @@ def subject_of_run(folder: Path, options: argparse.Namespace) -> Subject:
         kept = settings if input_range is None else settings.replace(input_range=input_range)
         loaded = load_dataset(kept, path, options.data_dir, trust=trust)
     if not (folder / SUMMARY).is_file():
-        text = "the run in %s is not finished: this is its network after epoch %s of %d"
-        logging.getLogger(__name__).warning(text, folder, content.get("epoch"), settings.epochs)
+        text = "%s holds no %s, as if the run was not finished: the network is that of epoch %s"
+        logging.getLogger(__name__).warning(text, folder, SUMMARY, content.get("epoch"))
     return _subject(network, str(path), loaded, settings.eps, untested=settings.allow_untested)
 
 

@@ -82,7 +82,7 @@ def _resumed_settings(options: argparse.Namespace) -> tuple[Settings, dict[str, 
 
     settings = settings_of_run(_folder(options))
     saved, typed = vars(settings), common.given_settings(options)
-    given = saved | typed if options.preset in (None, "custom") else vars(common.settings_and_origins(options)[0])
+    given = vars(common.settings_and_origins(options)[0]) if options.preset else saved | typed
     # The run has chosen itself what to compile, and its precision.
     free = {"data_dir", "compiled_phases", *({"compile"} - typed.keys())}
     free |= {"precision"} if given["precision"] == "auto" else set()

@@ -68,7 +68,9 @@ def _verify(options: argparse.Namespace) -> int:
         results_folder(out, overwrite=options.overwrite) if ranks.is_rank_zero else nullcontext(),
     ):
         if options.radius and not options.eps and (options.rigorous or options.float64):
-            raise ValueError("--rigorous and --float64 are for certificates at given radii: name these with --eps")
+            raise ValueError(
+                "--rigorous and --float64 do not apply to --radius: leave them out, or add radii with --eps"
+            )
         with rank_zero_first():  # Rank 0 downloads and unpacks the data.
             subject = subject_of(options)
         radii = options.eps or ([] if options.radius else [subject.eps])

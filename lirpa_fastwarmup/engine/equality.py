@@ -97,9 +97,8 @@ def _require_independence(model: nn.Module, inputs: list[Tensor], expected: Tens
 
 
 def _others_changed(x: Tensor, kept: int) -> Tensor:
-    mixed = x.roll(1, 0)
-    if x.is_floating_point():
-        mixed /= 2  # A permutation alone would leave means of the batch unchanged.
+    # A permutation alone would leave means of the batch unchanged.
+    mixed = x.roll(1, 0) / 2 if x.is_floating_point() else x.roll(1, 0)
     mixed[kept] = x[kept]
     return mixed
 

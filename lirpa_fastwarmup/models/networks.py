@@ -152,10 +152,8 @@ def _conv(channels: int, out: int, kernel: int, stride: int = 1, *, batchnorm: b
     return nn.Sequential(convolution, nn.BatchNorm2d(out)) if batchnorm else nn.Sequential(convolution)
 
 
-def _head(
-    in_shape: Sequence[int], channels: int, stride: int, hidden: int, classes: int, batchnorm: bool
-) -> list[nn.Module]:
+def _head(in_shape: Sequence[int], channels: int, stride: int, hidden: int, classes: int, bn: bool) -> list[nn.Module]:
     """Flatten, a hidden linear layer, and the classification layer, after convolutions of ``stride`` altogether."""
     features = channels * -(-in_shape[1] // stride) * -(-in_shape[2] // stride)
-    norm = [nn.BatchNorm1d(hidden)] if batchnorm else []
+    norm = [nn.BatchNorm1d(hidden)] if bn else []
     return [nn.Flatten(), nn.Linear(features, hidden), *norm, nn.ReLU(), nn.Linear(hidden, classes)]

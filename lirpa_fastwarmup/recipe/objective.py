@@ -201,8 +201,7 @@ class ShortWarmup(nn.Module):
         self.model = bounded.wrapped
         if _STEP in self.model.state_dict():
             raise ValueError(f"the network has an entry called {_STEP!r}, the key of the step count: rename it")
-        self.schedule = schedule
-        self.kappa = (float(kappa[0]), float(kappa[1]))
+        self.schedule, self.kappa = schedule, (float(kappa[0]), float(kappa[1]))
         self.reg_weight, self.min_eps, self.input_range = reg_weight, min_eps, input_range
         self._range = bounded.layout.pack_range(input_range)
         if dropout := [name for name, part in self.model.named_modules() if isinstance(part, _DropoutNd) and part.p]:
@@ -218,8 +217,7 @@ class ShortWarmup(nn.Module):
             what = "activation" if "tightness" in missing else "ReLU"
             text = f"the network has no {what}, and {' and '.join(missing)} use the bounds of {what}s: pass "
             raise graph.StructureError(text + f"regularizers={left} to train without them")
-        self.steps_done = 0
-        self._checks = ValueChecks()
+        self.steps_done, self._checks = 0, ValueChecks()
         self.compiled_phases: Collection[str] = PHASES if compile else ()
         self._compiled = CompiledSteps(bounded, self._range, compile_batch_size)
         # Public without the underscore since PyTorch 2.5.
@@ -262,7 +260,9 @@ class ShortWarmup(nn.Module):
         if not self.training:
             terms = terms._replace(loss=IBP(), mixed=False, constant={})
         smallest = self.min_eps if terms.fading or terms.constant else 0.0
-        largest = self._max_eps(max_eps)
+        layout, own = self.bounded.layout, self.schedule.max_eps if max_eps is None else max_eps
+        is_checked = max_eps is None and layout.is_single and not isinstance(own, tuple)
+        largest: Any = own if is_checked else layout.pack_eps(own, self.input_range)
         if isinstance(largest, Tensor):  # What is never perturbed stays so.
             eps: Epsilon = torch.where(largest > 0, (largest * fraction).clamp(min=smallest), largest)
         else:
@@ -340,12 +340,6 @@ class ShortWarmup(nn.Module):
         for name, (_, weight) in terms.constant.items():
             loss = loss + weight * computed[name]
         return {"loss": loss, **values, **{f"terms.{name}": value for name, value in computed.items()}}
-
-    def _max_eps(self, given: Any) -> Epsilon:
-        layout, own = self.bounded.layout, self.schedule.max_eps
-        if given is None and layout.is_single and not isinstance(own, tuple):
-            return own  # Checked already.
-        return layout.pack_eps(own if given is None else given, self.input_range)
 
     def _step_loss(self, values: Mapping[str, Tensor], eps: Epsilon) -> StepLoss:
         nan = torch.full_like(values["clean_loss"], torch.nan, requires_grad=False)

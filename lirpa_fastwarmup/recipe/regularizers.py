@@ -169,9 +169,7 @@ def weight_l1(bounded: Any) -> Tensor:
     return torch.stack([weight.abs().sum() for weight in weights.values()]).sum()
 
 
-BUILT_IN: dict[str, Regularizer] = {
-    function.__name__: function for function in (tightness, relu_balance, relu_stability, volume, weight_l1)
-}
+BUILT_IN: dict[str, Regularizer] = {f.__name__: f for f in (tightness, relu_balance, relu_stability, volume, weight_l1)}
 
 
 def undefined(bounded: Any, names: Iterable[str]) -> list[str]:

@@ -106,17 +106,15 @@ class _Process:
 
 
 class CompleteVerifier:
-    """α,β-CROWN on a plain network of batches of ``ndim`` dimensions, for any number of them; close it in the end.
+    """α,β-CROWN on a plain network, for any number of batches of samples ``like`` these; close it in the end.
 
-    ``journal`` keeps its verdicts, errors excepted, under keys with the digest ``network``. Raises WorkerError if
+    ``journal`` keeps its verdicts, errors excepted, under keys with the network's digest ``key``. Raises WorkerError if
     α,β-CROWN does not start, and ValueError if another process could not import the classes of ``model``.
     """
 
-    def __init__(
-        self, abcrown: ABCrown, model: nn.Module, ndim: int, journal: Journal | None = None, network: str = ""
-    ) -> None:
-        self._abcrown, self._model, self._journal, self._digest = abcrown, model, journal, network
-        other, _ = handed_over(model, ndim)
+    def __init__(self, abcrown: ABCrown, model: nn.Module, like: Tensor, journal: Journal | None, key: str) -> None:
+        self._abcrown, self._model, self._journal, self._key = abcrown, model, journal, key
+        other, _ = handed_over(model, like.shape)
         sources = _sources(other)
         with ExitStack() as stack:
             self._folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -148,7 +146,7 @@ class CompleteVerifier:
 
     def outcome(self, lower: Tensor, upper: Tensor, label: int, classes: int) -> str:
         """The outcome for a box of float32 ends: certified, falsified, timeout, or error with its reason."""
-        about = {"network": self._digest, "lower": lower, "upper": upper, "label": label}
+        about = {"network": self._key, "lower": lower, "upper": upper, "label": label}
         key = PART + digest({**about, "settings": str(self._start["settings"])})
         if stored := self._journal.get(key) if self._journal else None:
             return str(stored)

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import closing, nullcontext
+from contextlib import ExitStack, closing
 from functools import partial
 from typing import Any
 
@@ -112,9 +112,12 @@ def verify(
     plan = Plan(ordered(methods), *attack_and_data, float64=float64, rigorous=rigorous, complete=settings)
     options = {"indices": indices, "journal": journal, "progress": progress, "over_ranks": over_ranks}
     bounds = [MarginBounds(bounded, kind) for kind in kinds]
-    plain, digest = copy_of(bounded.wrapped).float().cpu().eval(), fingerprint(bounds[0].bounded("IBP"))
-    given = plain, bounded.example[0].ndim, journal, digest
-    with nullcontext() if abcrown is None else closing(CompleteVerifier(abcrown, *given)) as complete:
+    with ExitStack() as stack:
+        complete = None
+        if abcrown is not None:
+            given = copy_of(bounded.wrapped).float().cpu().eval(), bounded.example[0], journal
+            verifier = CompleteVerifier(abcrown, *given, fingerprint(bounds[0].bounded("IBP")))
+            complete = stack.enter_context(closing(verifier))
         certifier = Certifier(bounds, plan, bounded, complete=complete)
         return _verification(bounds[0].bounded("IBP"), samples, eps, packed, certifier, warn=True, **options)
 
@@ -152,11 +155,10 @@ def evaluate(
         check: check the bounds of some samples of the first batch, as :func:`verify` does.
     """
     bounded = view_of(bounded)
-    precision = _precision_of(bounded)
     packed = None if eps is None else bounded.layout.pack_eps(eps, input_range)
     plan = Plan(("IBP",), pgd_steps, restarts, bounded.layout.pack_range(input_range), batch_size, seed)
     with unchanged(bounded.wrapped):
-        network = MarginBounds(bounded.eval(), precision, live=True)
+        network = MarginBounds(bounded.eval(), _precision_of(bounded), live=True)
         certifier = Certifier([network], plan, bounded, check=check)
         return _verification(bounded, samples, eps, packed, certifier, warn=False, over_ranks=over_ranks)
 
@@ -265,8 +267,7 @@ class _Search:
 
     def __init__(self, network: MarginBounds, plan: Plan, largest: float, tolerance: float, *, untested: bool) -> None:
         self._network, self._plan, self._micro_batches = network, plan, plan.micro_batches()
-        self._largest, self._tolerance, self._untested = largest, tolerance, untested
-        self._checked = False
+        self._largest, self._tolerance, self._untested, self._checked = largest, tolerance, untested, False
 
     @torch.no_grad()
     def radii(self, x: Tensor, y: Tensor, _: Any) -> BatchResult[Radius]:
@@ -275,8 +276,7 @@ class _Search:
         with exact_arithmetic(x.device):
             predictions = predicted(self._network.model(x))
             correct = (predictions == y).nonzero().squeeze(1)
-            radius = torch.zeros(len(y), device=x.device)
-            method = torch.full_like(y, -1)
+            radius, method = torch.zeros(len(y), device=x.device), torch.full_like(y, -1)
             for place, name in enumerate(methods):
                 if len(correct):
                     found = self._bisect(name, x, y, correct, radius)

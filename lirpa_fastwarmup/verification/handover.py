@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -43,7 +44,7 @@ def export(
         timeout: seconds for each property.
 
     Returns:
-        What of this was done, or why not, in a sentence that ``abcrown.yaml`` repeats, or "".
+        What was changed, or could not be folded, in a sentence that ``abcrown.yaml`` repeats, or "".
 
     Raises:
         ImportError: a package of the extra ``onnx`` is missing.
@@ -60,7 +61,7 @@ def export(
     check_batch(x, y, classes, input_range)
     lower, upper = box_ends(x, eps, input_range)
     instances = []
-    written, note = handed_over(model, x.ndim)
+    written, note = handed_over(model, x.shape)
     with make_folder(out / PROPERTIES):
         write_onnx(written, x.shape[1:], out / NETWORK, original=model)
         for place, index in enumerate(range(len(x)) if indices is None else indices):
@@ -75,23 +76,25 @@ def export(
     return note
 
 
-def handed_over(model: nn.Module, ndim: int) -> tuple[nn.Module, str]:
-    """A copy of ``model``, of batches of ``ndim`` dimensions, for another verifier, and how it differs, or "".
+def handed_over(model: nn.Module, shape: Sequence[int]) -> tuple[nn.Module, str]:
+    """A copy of ``model`` for another verifier, for batches like ``shape``, and what was changed; "" for nothing.
 
-    Inserted BatchNorm is folded where possible. A leading ``Normalize`` of images becomes a BatchNorm, because the
-    patches of α,β-CROWN (December 2025) accept no constant of its shape.
+    Inserted BatchNorm is folded if possible; α,β-CROWN's patches (December 2025) refuse the constants of ``Normalize``.
     """
-    note = ""
+    notes = []
     try:
-        written = fold_batchnorm(model)
+        written: Any = fold_batchnorm(model)
     except StructureError as error:
-        written, note = copy_of(model).eval(), f"{NETWORK} contains the inserted BatchNorm: {error}"
-    changed = written.state_dict().keys() != model.state_dict().keys()
-    if isinstance(written, nn.Sequential) and type(first := written[0]) is Normalize and ndim == 4:
-        written[0] = norm = nn.BatchNorm2d(len(first.mean), eps=0.0, affine=False).eval()
-        norm.running_mean, norm.running_var, changed = first.mean, first.std.square(), True
-    text = f"{NETWORK} is the folded network (inserted BatchNorm in its weights, Normalize as BatchNorm): its outputs "
-    return written, note or (text + "differ by rounding from those of the certified network." if changed else "")
+        written = copy_of(model).eval()
+        notes.append(f"{NETWORK} contains the inserted BatchNorm: {error}")
+    if written.state_dict().keys() != model.state_dict().keys():
+        notes.append(f"{NETWORK} is the folded network: inserted BatchNorm is in its weights, which changes rounding")
+    if len(shape) == 4 and type(written).forward is nn.Sequential.forward and type(written[0]) is Normalize:
+        mean, var = (one.expand(shape[1]).clone() for one in (written[0].mean, written[0].std.square()))
+        written[0] = nn.BatchNorm2d(shape[1], eps=0.0, affine=False).eval()
+        written[0].running_mean, written[0].running_var = mean, var
+        notes.append(f"{NETWORK} has a BatchNorm in place of its Normalize, which changes rounding")
+    return written, "; ".join(notes)
 
 
 def robustness_property(lower: Tensor, upper: Tensor, label: int, classes: int, *, comment: str = "") -> str:

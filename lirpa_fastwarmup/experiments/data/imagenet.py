@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from lirpa_fastwarmup.experiments.data.dataset import Dataset, Split
 from lirpa_fastwarmup.experiments.data.download import CorruptFileError, Source, extracted_folder, missing_files
@@ -53,12 +52,13 @@ def _validation_files(folder: Path, classes: dict[str, int]) -> Iterator[tuple[P
 
 
 def _decode(files: Sequence[tuple[Path, int]]) -> Split:
+    image = np.dtype((np.uint8, (3, 64, 64)))
     with ThreadPoolExecutor(_THREADS) as pool:
-        images = list(pool.map(_read_jpeg, (path for path, _ in files)))
-    return Split(torch.stack(images), torch.tensor([number for _, number in files]))
+        images = np.fromiter(pool.map(_read_jpeg, (path for path, _ in files)), image, len(files))
+    return Split(torch.from_numpy(images), torch.tensor([number for _, number in files]))
 
 
-def _read_jpeg(path: Path) -> Tensor:
+def _read_jpeg(path: Path) -> np.ndarray:
     from PIL import Image
 
     try:
@@ -70,4 +70,4 @@ def _read_jpeg(path: Path) -> Tensor:
         raise CorruptFileError(f"{path} cannot be decoded ({error}): download the dataset again") from error
     if pixels.shape != (64, 64, 3):
         raise CorruptFileError(f"{path} is an image of {pixels.shape[1]}×{pixels.shape[0]} pixels, not 64×64")
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+    return pixels.transpose(2, 0, 1)

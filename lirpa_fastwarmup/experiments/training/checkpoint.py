@@ -46,6 +46,7 @@ def save(folder: Path, run: build.Run, position: loop.Position, *, fresh: bool) 
     content: dict[str, Any] = {"format": _FORMAT, "settings": run.settings.as_dict(), "data": _data(run)}
     content |= {"objective": run.objective.state_dict(), "optimizer": run.optimizer.state_dict()}
     content |= {"batches": run.train_batches.state_dict(), "average": run.average and run.average.state_dict()}
+    content["outputs"] = network.outputs_of(run.objective.model, run.architecture)
     content["position"] = {**vars(position), "means": position.means.state_dict()}
     if world().is_rank_zero:
         if fresh:
@@ -81,6 +82,7 @@ def restore(content: dict[str, Any], run: build.Run, position: loop.Position, pa
         problem = f"{path} is from a run on {before}, and {run.dataset_name} has {now} now"
         raise ValueError(f"{problem}: use the same data, and a number of processes that leaves as many batches")
     network.load_weights(run.objective, content["objective"], path)
+    network.require_outputs(run.objective.model, run.architecture, content.get("outputs"), path)
     with refused(f"{path} does not fit the run of its settings", *_MISFITS, RuntimeError, advice=". Retrain"):
         run.optimizer.load_state_dict(content["optimizer"])
         run.train_batches.load_state_dict(content["batches"])

@@ -1,7 +1,8 @@
 """The network of a run, and the file ``model.pt`` that holds it."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from lirpa_fastwarmup import models, storage
-from lirpa_fastwarmup.engine.equality import same_outputs
 from lirpa_fastwarmup.engine.precision import exact_arithmetic
 from lirpa_fastwarmup.engine.tracing import unchanged
 from lirpa_fastwarmup.experiments import data
 from lirpa_fastwarmup.experiments.training.settings import Settings
 from lirpa_fastwarmup.recipe.full_batchnorm import insert_batchnorm
 
-_FORMAT = 3
+_FORMAT, _SAME = 3, 1e-3  # Outputs that differ by less, relative to the largest, are equal.
 _ARCHITECTURE = {"model", "in_shape", "classes", "width", "hidden", "batchnorm"}
 _DAMAGED = "was not written by lirpa_fastwarmup, or is damaged (truncated?): restore it from a copy, or retrain"
 
@@ -35,18 +35,32 @@ def build_network(architecture: Mapping[str, Any]) -> nn.Module:
     return model
 
 
-def _points(in_shape: Sequence[int]) -> Tensor:
-    """Two fixed inputs, by whose outputs :func:`load_model` sees whether the network's code has changed."""
-    return torch.arange(2 * math.prod(in_shape), dtype=torch.float64).sin().view(2, *in_shape).float()
+@torch.no_grad()
+def outputs_of(model: nn.Module, architecture: Mapping[str, Any]) -> Tensor | None:
+    """The outputs at two fixed inputs of the data's size, in evaluation mode, on the CPU; None if the network fails."""
+    own, shape = next(model.parameters(), torch.empty(0)), architecture["in_shape"]
+    with suppress(Exception), unchanged(model), exact_arithmetic(own.device):
+        mean, std = (torch.tensor(architecture.get(name) or [0.5]) for name in ("mean", "std"))  # By channel.
+        wave = torch.arange(2 * math.prod(shape)).sin().view(2, *shape[1:], shape[0])
+        return model.eval()((mean + std * wave).movedim(-1, 1).to(own)).float().cpu()
+    return None
+
+
+def require_outputs(model: nn.Module, architecture: Mapping[str, Any], expected: Any, path: Path) -> None:
+    """Raise ValueError if the network does not compute the outputs ``expected``, which were stored in ``path``."""
+    if not isinstance(expected, Tensor):  # Files of earlier versions have none, nor have networks that fail at them.
+        return
+    found, size = outputs_of(model, architecture), 1 + float(expected.nan_to_num().abs().max())
+    if found is None or found.shape != expected.shape or not torch.allclose(found, expected, 0, _SAME * size, True):
+        text = f"the network in {path} computes different outputs than when it was saved, with the same weights: the "
+        raise ValueError(f"{text}code of {architecture['model']}, or a value outside its state dict, has changed")
 
 
 def save_model(path: Path, model: nn.Module, architecture: Mapping[str, Any], settings: Settings, epoch: int) -> None:
     """Write the network, and what :func:`load_model` needs to build it again."""
     content = {"format": _FORMAT, "epoch": epoch, "architecture": dict(architecture), "settings": settings.as_dict()}
     weights = {name: value.cpu() for name, value in model.state_dict().items()}
-    points = _points(architecture["in_shape"]).to(next(model.parameters()).device)
-    with torch.no_grad(), unchanged(model), exact_arithmetic(points.device):
-        outputs = model.eval()(points).cpu()
+    outputs = outputs_of(model, architecture)
     storage.write_tensors(path, {**content, "state_dict": weights, "outputs": outputs})
 
 
@@ -67,15 +81,11 @@ def load_model(path: Path | str, *, trust: bool = False, content: Mapping[str, A
     content = content or read_model(path)
     require_trust(path, str(content["architecture"]["model"]), trust=trust)
     unbuildable = TypeError, AttributeError, RuntimeError, MemoryError, OverflowError
-    with storage.refused(f"{path} names an architecture that cannot be built", *unbuildable):
+    with storage.refused(f"{path} names an architecture that cannot be built", *unbuildable), torch.random.fork_rng([]):
+        torch.default_generator.manual_seed(content["settings"].seed)  # The network may keep what it draws.
         model = build_network(content["architecture"])
     load_weights(model, content["state_dict"], path)
-    if "outputs" in content:  # Files of earlier versions have none.
-        points = [_points(content["architecture"]["in_shape"])]
-        with torch.no_grad(), exact_arithmetic(points[0].device):
-            if not bool(same_outputs(content["outputs"], model.eval(), points).all()):
-                text = f"the network in {path} computes other outputs now than when it was trained, with equal weights"
-                raise ValueError(f"{text}: the code of {content['architecture']['model']} has changed. Restore it")
+    require_outputs(model, content["architecture"], content.get("outputs"), path)
     return model.eval()
 
 

@@ -93,8 +93,6 @@ def resume(
             return dict(summary)
         settings: Settings = content["settings"]
         network.require_trust(path, settings.model, settings.dataset, trust=trust)
-        if distributed.world().is_rank_zero and (out / MODEL).is_file():
-            network.load_model(out / MODEL, trust=True)  # Refuses code that has changed since.
         run = build_run(settings if data_dir is None else settings.replace(data_dir=data_dir), torch.device(device))
         join_ranks(run)
         position = Position(_no_means(run))
