@@ -1,20 +1,24 @@
-"""Bounds and ReLU states over the epochs, with the recipe and without it: two pictures for the results.
+"""Bounds and ReLU states over the epochs: two pictures for the results, and a table over all rows.
 
     python benchmarks/warmup_history.py benchmarks/results/cifar10-jpeg-width8 --out docs/pictures
 
-Reads ``NAME-seed*/history.csv`` of the runs ``recipe`` and ``ibp``. Values are means over the seeds.
+Reads ``NAME-seed*/history.csv``; the pictures are of the runs ``recipe`` and ``ibp``. Values are means over the seeds;
+in the table, that of the growth up to the last ReLU layer is the geometric one.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
+from statistics import mean
 
 from lirpa_fastwarmup.experiments.report.records import read_history
 from lirpa_fastwarmup.inspection import plots
 
 RUNS = {"recipe": ("the recipe", "#0072B2", "-"), "ibp": ("plain IBP with BatchNorm", "#D55E00", "--")}
 FULL_EPS = 21.5  # After the ramp's last epoch.
+EPOCHS = (1, 5, 21, 70)  # Of the table.
 
 
 def mean_history(runs: Path, name: str) -> tuple[list[dict[str, float]], int]:
@@ -27,6 +31,23 @@ def mean_history(runs: Path, name: str) -> tuple[list[dict[str, float]], int]:
         for rows in zip(*complete, strict=True)
     ]
     return means, len(complete)
+
+
+def print_table(runs: Path) -> None:
+    """Print the growth of bounds, the states of ReLUs and the standard error of every row at some epochs."""
+    print(f"{'row':10} {'epoch':>5}  {'growth':>8}  active  inactive  dead  standard error")
+    for name in sorted({path.parent.name.rpartition("-seed")[0] for path in runs.glob("*-seed*/history.csv")}):
+        histories = [read_history(path) for path in sorted(runs.glob(f"{name}-seed*/history.csv"))]
+        last = [column for column in histories[0][-1] if column.startswith("growth/")][-1]
+        for epoch in EPOCHS:
+            rows = [history[epoch - 1] for history in histories]
+            growth = math.exp(mean(math.log(row[last]) for row in rows))
+            active, inactive = (
+                mean(row[column] for row in rows for column in row if column.startswith(f"{state}/"))
+                for state in ("always_active", "always_inactive")
+            )
+            dead, error = (mean(row[column] for row in rows) for column in ("dead", "standard_error"))
+            print(f"{name:10} {epoch:5}  {growth:8.3g}  {active:6.1%}  {inactive:8.1%}  {dead:4.0%}  {error:6.2%}")
 
 
 def draw_growth(histories: dict[str, list[dict[str, float]]], out: Path) -> None:
@@ -75,6 +96,7 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     draw_growth(histories, options.out / "cifar10_bounds.svg")
     draw_states(histories, options.out / "cifar10_states.svg")
+    print_table(options.runs)
 
 
 if __name__ == "__main__":
