@@ -117,11 +117,11 @@ def test_an_unfinished_run_is_said_to_be_one(run_dir, capsys, caplog):
     )
 
 
-@pytest.mark.parametrize("option", ["--rigorous", "--float64"])
-def test_what_the_search_for_radii_does_not_do_is_refused(option, run_dir, capsys):
-    status, _, err = run(capsys, "verify", run_dir, "--radius", option)
+@pytest.mark.parametrize("options", [["--rigorous"], ["--float64"], ["--abcrown", "."]])
+def test_what_the_search_for_radii_does_not_do_is_refused(options, run_dir, capsys):
+    status, _, err = run(capsys, "verify", run_dir, "--radius", *options)
     assert status == 1
-    assert "do not apply to --radius" in err
+    assert "do not apply to the search of --radius" in err
     assert not (run_dir / "radii.csv").exists()
 
 
