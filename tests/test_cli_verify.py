@@ -112,7 +112,7 @@ def test_an_unfinished_run_is_said_to_be_one(run_dir, capsys, caplog):
     status, _, _ = run(capsys, "verify", run_dir, *QUICK, "--methods", "IBP", "--limit", 10)
     assert status == 0
     assert (
-        f"{run_dir} holds no summary.json, as if the run was not finished: the network is that of epoch 5"
+        f"{run_dir} holds no summary.json, so the run may be unfinished: this is its network after epoch 5"
         in caplog.text
     )
 
@@ -121,7 +121,7 @@ def test_an_unfinished_run_is_said_to_be_one(run_dir, capsys, caplog):
 def test_what_the_search_for_radii_does_not_do_is_refused(options, run_dir, capsys):
     status, _, err = run(capsys, "verify", run_dir, "--radius", *options)
     assert status == 1
-    assert "do not apply to the search of --radius" in err
+    assert "--rigorous, --float64 and --abcrown do not apply to --radius: leave them out" in err
     assert not (run_dir / "radii.csv").exists()
 
 

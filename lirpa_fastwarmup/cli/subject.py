@@ -79,7 +79,7 @@ def subject_of_run(folder: Path, options: argparse.Namespace) -> Subject:
         kept = settings if input_range is None else settings.replace(input_range=input_range)
         loaded = load_dataset(kept, path, options.data_dir, trust=trust)
     if not (folder / SUMMARY).is_file():
-        text = "%s holds no %s, as if the run was not finished: the network is that of epoch %s"
+        text = "%s holds no %s, so the run may be unfinished: this is its network after epoch %s"
         logging.getLogger(__name__).warning(text, folder, SUMMARY, content.get("epoch"))
     return _subject(network, str(path), loaded, settings.eps, untested=settings.allow_untested)
 

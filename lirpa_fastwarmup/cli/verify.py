@@ -62,14 +62,14 @@ def _verify(options: argparse.Namespace) -> int:
     for eps in options.eps or ():
         check_eps(eps)
         check_positive(eps)
+    if options.radius and not options.eps and (options.rigorous or options.float64 or options.abcrown):
+        text = "--rigorous, --float64 and --abcrown do not apply to --radius: leave them out, or add radii with --eps"
+        raise ValueError(text)
     device = local_device(device_named(options.device))
     with (
         process_group(device) as ranks,
         results_folder(out, overwrite=options.overwrite) if ranks.is_rank_zero else nullcontext(),
     ):
-        if options.radius and not options.eps and (options.rigorous or options.float64 or options.abcrown):
-            text = "--rigorous, --float64 and --abcrown do not apply to the search of --radius: "
-            raise ValueError(text + "leave them out, or add radii with --eps")
         with rank_zero_first():  # Rank 0 downloads and unpacks the data.
             subject = subject_of(options)
         radii = options.eps or ([] if options.radius else [subject.eps])
